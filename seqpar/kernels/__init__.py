@@ -1,0 +1,1 @@
+"""Per-device mathematics, no communication: Triton, with a PyTorch path for CPU."""

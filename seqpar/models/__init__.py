@@ -1,0 +1,1 @@
+"""The seed architectures, written on the operators."""

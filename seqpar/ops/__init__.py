@@ -1,0 +1,1 @@
+"""Sequence-parallel operators: mathematics and one exchange each."""
