@@ -1,0 +1,417 @@
+"""Every collective that seqpar issues, each named for what it does.
+
+Plain functions with the group explicit. Ranks are group ranks, never global ones. The forms that
+end in `_async`, and `exchange`, return a `Pending`: what was asked is under way, the tensors are
+valid after `wait()`. Buffers that were handed in must not be written before that.
+
+`group=None` means "this rank alone": nothing is sent, and no process group is touched.
+
+What backends lack is known here alone: gloo moves CPU tensors only (CUDA tensors are staged through
+the host), and sums 16-bit floats in float32; `all_gather_into_tensor` was renamed
+`all_gather_single` in torch 2.12. Tensors travel as bytes, so any dtype goes over any backend.
+
+Counting. `with count_traffic() as traffic:` adds up calls and payload bytes of this rank, by
+operation. The counter is a context variable; autograd runs the backward of CUDA tensors on threads
+of its own, so a Function that communicates takes `current_traffic()` in forward and enters
+`count_into(...)` in backward.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from seqpar.errors import LayoutError, MeshError, SeqparError
+
+__all__ = [
+    "Operation",
+    "Pending",
+    "Traffic",
+    "agree",
+    "all_gather",
+    "all_gather_async",
+    "all_reduce_sum",
+    "all_to_all",
+    "all_to_all_async",
+    "broadcast",
+    "broadcast_object",
+    "count_into",
+    "count_traffic",
+    "current_traffic",
+    "exchange",
+    "group_rank",
+    "group_size",
+]
+
+T = TypeVar("T")
+_OBJECT_BYTES = 65536
+
+
+# -- counting ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Operation:
+    """What one kind of operation moved on this rank. Bytes are payload, own copies left out."""
+
+    calls: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+
+@dataclass
+class Traffic:
+    """Calls and bytes of this rank by operation name; an operation never used counts nothing."""
+
+    operations: dict[str, Operation] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Operation:
+        return self.operations.get(name, Operation())
+
+    @property
+    def calls(self) -> int:
+        return sum(op.calls for op in self.operations.values())
+
+    @property
+    def sent_bytes(self) -> int:
+        return sum(op.sent_bytes for op in self.operations.values())
+
+    @property
+    def received_bytes(self) -> int:
+        return sum(op.received_bytes for op in self.operations.values())
+
+    def add(self, name: str, *, sent_bytes: int, received_bytes: int) -> None:
+        """Count one call."""
+        operation = self.operations.setdefault(name, Operation())
+        operation.calls += 1
+        operation.sent_bytes += sent_bytes
+        operation.received_bytes += received_bytes
+
+
+_TRAFFIC: ContextVar[Traffic | None] = ContextVar("seqpar_traffic", default=None)
+
+
+@contextmanager
+def count_traffic() -> Iterator[Traffic]:
+    """Count what this rank sends and receives inside the block, backward passes included.
+
+    Counters nest: what the inner block counts, the outer one does not.
+    """
+    with count_into(Traffic()) as traffic:
+        assert traffic is not None
+        yield traffic
+
+
+@contextmanager
+def count_into(traffic: Traffic | None) -> Iterator[Traffic | None]:
+    """Count into a counter that exists already (None: do not count)."""
+    token = _TRAFFIC.set(traffic)
+    try:
+        yield traffic
+    finally:
+        _TRAFFIC.reset(token)
+
+
+def current_traffic() -> Traffic | None:
+    """The counter in force, to hand to another thread."""
+    return _TRAFFIC.get()
+
+
+def _count(name: str, sent_bytes: int, received_bytes: int) -> None:
+    traffic = _TRAFFIC.get()
+    if traffic is not None:
+        traffic.add(name, sent_bytes=sent_bytes, received_bytes=received_bytes)
+
+
+# -- waiting ----------------------------------------------------------------------------------
+
+
+class Pending(Generic[T]):
+    """Communication under way. `wait()` gives the result, the same one each time."""
+
+    def __init__(self, works: Sequence[Any], finish: Callable[[], T], *, keep: Any = None) -> None:
+        self._works: Sequence[Any] = works
+        self._finish: Callable[[], T] | None = finish
+        self._keep = keep  # what is being sent must live until it has been sent
+        self._result: T | None = None
+
+    def wait(self) -> T:
+        """Wait (on CUDA: make the current stream wait) and return the result."""
+        if self._finish is not None:
+            for work in self._works:
+                work.wait()
+            self._result = self._finish()
+            self._works, self._finish, self._keep = (), None, None
+        return self._result  # type: ignore[return-value]
+
+
+def group_size(group: ProcessGroup | None) -> int:
+    """How many ranks; 1 for None."""
+    return 1 if group is None else group.size()
+
+
+def group_rank(group: ProcessGroup | None) -> int:
+    """This rank within the group; 0 for None.
+
+    Raises:
+        MeshError: this process is no member of the group.
+    """
+    if group is None:
+        return 0
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise MeshError(f"global rank {dist.get_rank()} is not in the group it was handed")
+    return rank
+
+
+# -- collectives ------------------------------------------------------------------------------
+
+
+def all_gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """[W, *x.shape]: every rank's tensor in rank order; x has one shape and dtype on all ranks."""
+    return all_gather_async(x, group).wait()
+
+
+def all_gather_async(x: Tensor, group: ProcessGroup | None) -> Pending[Tensor]:
+    """`all_gather`, under way."""
+    if group is None:
+        return Pending((), lambda: x.detach().clone()[None])
+    size = group.size()
+    message = _outgoing(x, group)
+    gathered = message.new_empty(size * message.numel())
+    _count("all_gather", (size - 1) * message.numel(), (size - 1) * message.numel())
+    if not message.numel():
+        return Pending((), lambda: x.new_empty(size, *x.shape))
+    work = _gather_flat(gathered, message, group)
+    return Pending((work,), lambda: _incoming(gathered, (size, *x.shape), x), keep=message)
+
+
+def all_to_all(
+    sends: Sequence[Tensor], recv_shapes: Sequence[Sequence[int]], group: ProcessGroup | None
+) -> list[Tensor]:
+    """Send `sends[r]` to rank r; the list of what each rank sent here. Any may be empty.
+
+    Args:
+        sends: one tensor for each rank, of one dtype and device.
+        recv_shapes: the shape of what comes from each rank.
+    """
+    return all_to_all_async(sends, recv_shapes, group).wait()
+
+
+def all_to_all_async(
+    sends: Sequence[Tensor], recv_shapes: Sequence[Sequence[int]], group: ProcessGroup | None
+) -> Pending[list[Tensor]]:
+    """`all_to_all`, under way."""
+    size, rank = group_size(group), group_rank(group)
+    assert len(sends) == len(recv_shapes) == size, "one tensor and one shape for each rank"
+    if group is None:
+        return Pending((), lambda: [sends[0].detach().clone()])
+    item = sends[0].element_size()
+    out_sizes = [torch.Size(shape).numel() * item for shape in recv_shapes]
+    in_sizes = [tensor.numel() * item for tensor in sends]
+    message = torch.cat([_outgoing(tensor, group) for tensor in sends])
+    received = message.new_empty(sum(out_sizes))
+    _count("all_to_all", sum(in_sizes) - in_sizes[rank], sum(out_sizes) - out_sizes[rank])
+    work = dist.all_to_all_single(
+        received, message, out_sizes, in_sizes, group=group, async_op=True
+    )
+
+    def finish() -> list[Tensor]:
+        parts = torch.split(received, out_sizes)
+        return [_incoming(p, s, sends[0]) for p, s in zip(parts, recv_shapes, strict=True)]
+
+    return Pending((work,), finish, keep=message)
+
+
+def exchange(
+    sends: Sequence[tuple[int, Tensor]],
+    recvs: Sequence[tuple[int, Tensor]],
+    group: ProcessGroup | None,
+) -> Pending[list[Tensor]]:
+    """Post every send and receive at once; the received tensors, in the order of `recvs`.
+
+    Args:
+        sends: (group rank to send to, tensor). May be on this rank itself.
+        recvs: (group rank to receive from, contiguous tensor that is filled in place).
+
+    Messages between two ranks arrive in the order they were listed. Empty ones are not sent, so
+    both sides must know the sizes. With nothing to send or receive no call is made.
+    """
+    rank = group_rank(group)
+    own = [tensor for peer, tensor in sends if peer == rank]
+    ops, landings, keep = [], [], []
+    sent_bytes = received_bytes = 0
+    for peer, tensor in sends:
+        if peer != rank and tensor.numel():
+            keep.append(_outgoing(tensor, group))
+            ops.append(dist.P2POp(dist.isend, keep[-1], group=group, group_peer=peer))
+            sent_bytes += keep[-1].numel()
+    for peer, tensor in recvs:
+        if peer == rank:
+            tensor.copy_(own.pop(0))
+        elif tensor.numel():
+            landing = _landing(tensor, group)
+            landings.append((landing, tensor))
+            ops.append(dist.P2POp(dist.irecv, landing, group=group, group_peer=peer))
+            received_bytes += landing.numel()
+    assert not own, "a message to this rank itself that it does not receive"
+
+    def finish() -> list[Tensor]:
+        for landing, tensor in landings:
+            if landing.data_ptr() != tensor.data_ptr():
+                tensor.copy_(landing.view(tensor.dtype).view(tensor.shape))
+        return [tensor for _, tensor in recvs]
+
+    if not ops:
+        return Pending((), finish)
+    _count("exchange", sent_bytes, received_bytes)
+    return Pending(dist.batch_isend_irecv(ops), finish, keep=keep)
+
+
+def all_reduce_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The sum of every rank's tensor, a new tensor of x's dtype on every rank."""
+    total = x.detach().clone()
+    if group is None:
+        return total
+    ring_bytes = 2 * (group.size() - 1) * total.numel() * total.element_size() // group.size()
+    _count("all_reduce_sum", ring_bytes, ring_bytes)
+    if _on_host(group):
+        narrow = total.dtype in (torch.float16, torch.bfloat16)
+        total = total.to(device="cpu", dtype=torch.float32 if narrow else total.dtype)
+    dist.all_reduce(total, group=group)
+    return total.to(device=x.device, dtype=x.dtype)
+
+
+def broadcast(x: Tensor, group: ProcessGroup | None, *, source: int = 0) -> Tensor:
+    """Rank `source`'s tensor, a new tensor on every rank; shape and dtype are the same on all."""
+    if group is None or not x.numel():
+        return x.detach().clone()
+    message = _outgoing(x, group).clone()
+    is_source = group_rank(group) == source
+    others = group.size() - 1
+    _count(
+        "broadcast",
+        message.numel() * others if is_source else 0,
+        0 if is_source else message.numel(),
+    )
+    dist.broadcast(message, group=group, group_src=source)
+    return _incoming(message, x.shape, x)
+
+
+def broadcast_object(value: T | None, group: ProcessGroup | None, *, source: int = 0) -> T:
+    """Rank `source`'s picklable object on every rank.
+
+    One message when the pickle is under 64 KiB, two when it is longer.
+    """
+    if group is None:
+        return value  # type: ignore[return-value]
+    payload = pickle.dumps(value) if group_rank(group) == source else b""
+    head = len(payload).to_bytes(8, "little") + payload[: _OBJECT_BYTES - 8]
+    received = _broadcast_bytes(head, _OBJECT_BYTES, group, source)
+    total = int.from_bytes(received[:8], "little")
+    body = received[8 : 8 + total]
+    if total > len(body):
+        rest = payload[_OBJECT_BYTES - 8 :]
+        body += _broadcast_bytes(rest, total - len(body), group, source)
+    result: T = pickle.loads(body)
+    return result
+
+
+def agree(
+    problem: str | None,
+    group: ProcessGroup | None,
+    *,
+    same: object = None,
+    error: type[SeqparError] = LayoutError,
+) -> None:
+    """Raise on every rank alike if any rank has a problem, or if they differ about `same`.
+
+    One all_gather of 16 bytes a rank; on CUDA the host waits for it. Only when something is wrong
+    are the messages themselves gathered.
+
+    Args:
+        problem: what is wrong on this rank; None if nothing.
+        same: a value whose `repr` must be equal on all ranks, for example a layout with shapes.
+        error: what to raise.
+    """
+    if group is None:
+        if problem is not None:
+            raise error(problem)
+        return
+    digest = zlib.crc32(repr(same).encode())
+    device = "cpu" if _on_host(group) else torch.device("cuda", torch.cuda.current_device())
+    mine = torch.tensor([problem is not None, digest], dtype=torch.int64, device=device)
+    flags = all_gather(mine, group).tolist()
+    if not any(bad for bad, _ in flags) and len({digest for _, digest in flags}) == 1:
+        return
+    messages: list[tuple[str | None, str]] = [(None, "")] * group.size()
+    dist.all_gather_object(messages, (problem, repr(same)), group=group)
+    raise error(_disagreement(messages, group_rank(group)))
+
+
+# -- private ----------------------------------------------------------------------------------
+
+
+def _disagreement(messages: Sequence[tuple[str | None, str]], rank: int) -> str:
+    refused = {r: text for r, (text, _) in enumerate(messages) if text is not None}
+    if rank in refused:
+        return refused[rank]
+    if refused:
+        first = min(refused)
+        return (
+            f"ranks {sorted(refused)} of the group refused their input; rank {first}: "
+            + (refused[first])
+        )
+    odd = next(r for r, (_, value) in enumerate(messages) if value != messages[0][1])
+    return (
+        f"the ranks of the group were not given the same input: rank 0 has {messages[0][1]:.400}, "
+        f"rank {odd} has {messages[odd][1]:.400}"
+    )
+
+
+def _on_host(group: ProcessGroup | None) -> bool:
+    """Whether the group's backend moves host memory only."""
+    return group is None or "nccl" not in dist.get_backend(group)
+
+
+def _outgoing(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The tensor's bytes, uint8 and flat, where the backend can read them."""
+    flat = x.detach().contiguous().view(-1)
+    flat = flat.cpu() if _on_host(group) else flat
+    return flat.view(torch.uint8)
+
+
+def _landing(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Where bytes for x can land: x's own memory if the backend can write there."""
+    assert x.is_contiguous(), "a receive buffer must be contiguous"
+    flat = x.detach().view(-1).view(torch.uint8)
+    return torch.empty_like(flat, device="cpu") if _on_host(group) and x.is_cuda else flat
+
+
+def _incoming(message: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
+    """Bytes back to a tensor of the given shape, with `like`'s dtype and device."""
+    if message.storage_offset() % like.element_size():
+        message = message.clone()
+    return message.view(like.dtype).view(*shape).to(like.device)
+
+
+def _gather_flat(out: Tensor, message: Tensor, group: ProcessGroup) -> Any:
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(out, message, group=group, async_op=True)
+
+
+def _broadcast_bytes(data: bytes, size: int, group: ProcessGroup, source: int) -> bytes:
+    device = "cpu" if _on_host(group) else torch.device("cuda", torch.cuda.current_device())
+    padded = data[:size].ljust(size, b"\0")
+    buffer = torch.frombuffer(bytearray(padded), dtype=torch.uint8).to(device)
+    return bytes(broadcast(buffer, group, source=source).cpu().numpy().tobytes())
