@@ -97,9 +97,9 @@ def held_store(listener: socket.socket | None) -> Any:
     if listener is None:
         yield
         return
-    from torch.distributed.distributed_c10d import (
+    from torch._C._distributed_c10d import (
         TCPStore,
-    )  # only rank 0's worker pays for this import
+    )  # only rank 0 pays for it
 
     host, port = listener.getsockname()[:2]
     store = TCPStore(

@@ -77,12 +77,19 @@ class Pulse(threading.Thread):
         self.place: tuple[int, int] | None = None
         self.since = time.monotonic()
         self.cpu_s = 0.0
+        self.ended = threading.Event()
 
     def run(self) -> None:
         while True:
             with contextlib.suppress(OSError):  # a full disk must not end the rank
                 self.beat()
-            time.sleep(BEAT_INTERVAL_S)
+            if self.ended.wait(BEAT_INTERVAL_S):
+                return
+
+    def stop(self) -> None:
+        """End before the interpreter does: a thread cut off in its exit can abort the process."""
+        self.ended.set()
+        self.join()
 
     def beat(self) -> None:
         frame = sys._current_frames().get(self.main_thread or 0)
@@ -153,13 +160,16 @@ def main() -> None:
     ranks.mkdir(parents=True, exist_ok=True)
     stacks = (ranks / f"rank-{rank}.stack").open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
-    Pulse(ranks, rank, attempt).start()
+    pulse = Pulse(ranks, rank, attempt)
+    pulse.start()
     try:
         run_script(sys.argv[1:])
     except BaseException as error:
         if not (isinstance(error, SystemExit) and not error.code):
             record_failure(error)
         raise
+    finally:
+        pulse.stop()
 
 
 if __name__ == "__main__":

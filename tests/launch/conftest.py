@@ -30,7 +30,7 @@ def write_script(tmp_path: Path) -> Callable[[str], Path]:
 
     def write(body: str, *, name: str = "train.py") -> Path:
         path = tmp_path / name
-        path.write_text(PRELUDE + textwrap.dedent(body))
+        path.write_text(PRELUDE + textwrap.dedent(body) + "\ndist.destroy_process_group()\n")
         return path
 
     return write
