@@ -198,8 +198,8 @@ class CheckpointStore:
             if self.rank == 0:
                 shutil.rmtree(hidden, ignore_errors=True)
             raise CheckpointError(
-                f"the checkpoint of step {step} was not written: {faults[0]}; the one before stays; "
-                f"is there space in {self.folder}?"
+                f"the checkpoint of step {step} was not written: {faults[0]}; "
+                f"the one before stays; is there space in {self.folder}?"
             )
 
     def _write_own(
