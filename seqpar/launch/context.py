@@ -98,7 +98,7 @@ def current_run() -> RunContext:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this process has held: on its CUDA device if it uses one, else on the host."""
+    """The most memory this process has held: on its CUDA device if it uses one."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
