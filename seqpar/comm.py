@@ -51,6 +51,7 @@ __all__ = [
     "exchange",
     "group_rank",
     "group_size",
+    "report_saved",
 ]
 
 T = TypeVar("T")
@@ -67,6 +68,8 @@ class Operation:
     calls: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
+    saved_bytes: int = 0
+    """What need not be received because it had decayed away."""
 
 
 @dataclass
@@ -89,6 +92,10 @@ class Traffic:
     @property
     def received_bytes(self) -> int:
         return sum(op.received_bytes for op in self.operations.values())
+
+    @property
+    def saved_bytes(self) -> int:
+        return sum(op.saved_bytes for op in self.operations.values())
 
     def add(self, name: str, *, sent_bytes: int, received_bytes: int) -> None:
         """Count one call."""
@@ -131,6 +138,13 @@ def _count(name: str, sent_bytes: int, received_bytes: int) -> None:
     traffic = _TRAFFIC.get()
     if traffic is not None:
         traffic.add(name, sent_bytes=sent_bytes, received_bytes=received_bytes)
+
+
+def report_saved(name: str, saved_bytes: int) -> None:
+    """Count bytes that an exchange need not receive on this rank; no call is made."""
+    traffic = _TRAFFIC.get()
+    if traffic is not None:
+        traffic.operations.setdefault(name, Operation()).saved_bytes += saved_bytes
 
 
 # -- waiting ----------------------------------------------------------------------------------

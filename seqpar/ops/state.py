@@ -21,7 +21,7 @@ from seqpar import comm
 from seqpar.errors import LayoutError
 from seqpar.layout import SequenceLayout
 from seqpar.ops.state_local import RankPart
-from seqpar.ops.state_mixer import LightningMixer, Mixer
+from seqpar.ops.state_mixer import LightningMixer, Mixer, fixed_on_host
 from seqpar.ops.state_steps import StateJob, backward_steps, forward_steps
 from seqpar.ops.steps import run_steps
 
@@ -39,6 +39,7 @@ def state_attention(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     exchange: str = "auto",
+    truncate: bool = True,
     check: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Lightning attention of this rank's tokens of a stream that is scattered over a group.
@@ -59,6 +60,10 @@ def state_attention(
         return_final_state: also return the state after each document, on every rank. What ranks
             put in as gradients of it is summed.
         exchange: how states travel: all_gather or auto.
+        truncate: with a fixed decay, leave out what has decayed under 2^-24: such heads are not
+            sent further, and tokens that a state no longer reaches are not touched. Exact to
+            float32. `comm.count_traffic` reports the bytes saved. Reads log_decay on the host,
+            once for each tensor and version of it.
         check: refuse tensors that do not fit the layout on all ranks alike, at the cost of one
             all_gather of 16 bytes a rank that the host waits for. Without it, a rank that refuses
             its input leaves the others waiting.
@@ -76,7 +81,11 @@ def state_attention(
     """
     per_token = log_decay is not None and log_decay.ndim == 3
     inputs = (q, k, v, log_decay) if per_token and log_decay is not None else (q, k, v)
-    mixer = LightningMixer(log_decay=None if per_token else log_decay, per_token=per_token)
+    mixer = LightningMixer(
+        log_decay=None if per_token else log_decay,
+        per_token=per_token,
+        on_host=fixed_on_host(log_decay) if truncate and log_decay is not None else None,
+    )
     return scatter_mixer(
         mixer,
         *inputs,

@@ -85,6 +85,18 @@ class RankPart:
         o = self.mixer.output(folded, summary, entry, cu_seqlens)
         return o.reshape(*inputs[0].shape[:2], *o.shape[2:])
 
+    @property
+    def adds_later(self) -> bool:
+        """Whether states may arrive after the local work, and be added then."""
+        spans = [self.layout.chain[link].span for link in self._links]
+        return bool(spans) and all(self.mixer.can_add_later(x.num_tokens) for x in spans)
+
+    def add_entries(self, o: Tensor, inputs: Inputs, received: Entries) -> None:
+        """Add to o, in place, what states that arrived after the local work contribute."""
+        for link, entry in received.items():
+            part = self._tokens_of_run(self._first_run[link])
+            self.mixer.add_entry(o[:, part], tuple(x[:, part] for x in inputs), entry)
+
     def final_states(self, inputs: Inputs, summary: Summary | None, entries: Entries) -> Tensor:
         """[B, D, *state_shape]: the state after each document that ends here, zero elsewhere."""
         finals = self.no_states(inputs, per_document=True)
@@ -163,6 +175,15 @@ class RankPart:
             for grad, shape in zip(grads, shapes, strict=True)
         )
 
+    def add_exit_grads(
+        self, grads: tuple[Tensor | None, ...], inputs: Inputs, exit_grads: Entries
+    ) -> None:
+        """Add to the gradients, in place, what gradients of leaving states contribute."""
+        for link, grad in exit_grads.items():
+            part = self._tokens_of_run(self._last_run[link])
+            cut = tuple(None if x is None else x[:, part] for x in grads)
+            self.mixer.add_exit_grad(cut, tuple(x[:, part] for x in inputs), grad)
+
     def initial_state_grad(
         self, grad_summary: Summary | None, exit_grads: Entries, dfinals: Tensor | None
     ) -> Tensor | None:
@@ -202,6 +223,10 @@ class RankPart:
         spans = [self.layout.chain[link].span for link in self._links]
         stops = {run.stop: index for index, run in enumerate(runs)}
         return {link: stops[span.stop] for link, span in zip(self._links, spans, strict=True)}
+
+    def _tokens_of_run(self, run: int) -> slice:
+        found = self.layout.runs(self.rank)[run]
+        return slice(found.local_start, found.local_stop)
 
     @cached_property
     def _ending_runs(self) -> list[tuple[int, int]]:
@@ -287,6 +312,7 @@ class RankPart:
             like=LinkState(state, transition),
             device=inputs[0].device,
             known=self._known(chain),
+            host_log_decay=self.mixer.host_log_decay(),
         )
 
     def _known(self, chain: StateChain) -> list[Tensor | None] | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from seqpar.ops.state_exchange import EXCHANGES, Entries
 from seqpar.ops.state_local import RankPart
 from seqpar.ops.state_mixer import Inputs, Summary
-from seqpar.ops.steps import AllReduceSum, Steps
+from seqpar.ops.steps import AllReduceSum, Beside, Steps
 
 __all__ = ["Forward", "StateJob", "backward_steps", "forward_steps"]
 
@@ -43,9 +43,15 @@ def forward_steps(job: StateJob, inputs: Inputs, initial_state: Tensor | None) -
     """Outputs of the local tokens. `initial_state` is [B, *state_shape]."""
     part, exchange = job.part, EXCHANGES[job.exchange]
     summary = part.summarize(inputs)
-    received = yield from exchange(part.forward_scan(inputs, summary, initial_state))
-    entries = part.entries(received, initial_state)
-    o = part.output(inputs, summary, entries)
+    steps = exchange(part.forward_scan(inputs, summary, initial_state))
+    if part.adds_later:
+        here = part.entries({}, initial_state)
+        received, o = yield Beside(steps, lambda: part.output(inputs, summary, here))
+        part.add_entries(o, inputs, received)
+        entries = {**here, **received}
+    else:
+        entries = part.entries((yield from steps), initial_state)
+        o = part.output(inputs, summary, entries)
     finals = None
     if job.return_final_state:
         finals = yield AllReduceSum(part.final_states(inputs, summary, entries))
@@ -70,8 +76,14 @@ def backward_steps(
         # The final states are on every rank: their gradient is the sum of what ranks put in.
         dfinals = yield AllReduceSum(dfinals)
     grad_summary = part.summarize_grad(inputs, do, summary, entries)
-    received = yield from exchange(part.backward_scan(inputs, grad_summary, dfinals))
-    exit_grads = part.exit_grads(received)
-    dinputs = part.backward(inputs, do, summary, grad_summary, entries, exit_grads, dfinals)
+    steps = exchange(part.backward_scan(inputs, grad_summary, dfinals))
+    saved = (inputs, do, summary, grad_summary, entries)
+    if part.adds_later:
+        received, dinputs = yield Beside(steps, lambda: part.backward(*saved, {}, dfinals))
+        exit_grads = part.exit_grads(received)
+        part.add_exit_grads(dinputs, inputs, exit_grads)
+    else:
+        exit_grads = part.exit_grads((yield from steps))
+        dinputs = part.backward(*saved, exit_grads, dfinals)
     dinitial = part.initial_state_grad(grad_summary, exit_grads, dfinals)
     return dinputs, part.no_states(inputs) if dinitial is None else dinitial

@@ -26,6 +26,7 @@ __all__ = [
     "Running",
     "Steps",
     "Swap",
+    "Together",
     "run_steps",
 ]
 
@@ -66,6 +67,13 @@ class Swap:
 
 
 @dataclass(frozen=True)
+class Together:
+    """Several requests posted at once. Delivers the list of what each delivers."""
+
+    requests: list[AllGather | Swap]
+
+
+@dataclass(frozen=True)
 class Beside:
     """Run `exchange` and, while it is under way, `work`. Delivers (its result, work's result)."""
 
@@ -73,7 +81,7 @@ class Beside:
     work: Callable[[], Any]
 
 
-Request = AllGather | AllReduceSum | AllToAll | Swap | Beside
+Request = AllGather | AllReduceSum | AllToAll | Swap | Together | Beside
 Steps = Generator[Request, Any, T]
 
 
@@ -117,6 +125,9 @@ class Running(Generic[T]):
                 return comm.all_to_all_async(sends, recv_shapes, self._group)
             case Swap(sends, recvs):
                 return comm.exchange(sends, recvs, self._group)
+            case Together(requests):
+                posted = [self._post(item) for item in requests]
+                return comm.Pending((), lambda: [pending.wait() for pending in posted])
             case Beside(exchange, work):
                 under_way = Running(exchange, self._group)
                 done = work()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from seqpar import comm
 from seqpar.layout import SequenceLayout
 from seqpar.mesh import GroupPool
 from seqpar.ops.state import state_attention
 from seqpar.ops.state_exchange import EXCHANGES
 from seqpar.ops.state_local import RankPart
-from seqpar.ops.state_mixer import LightningMixer
+from seqpar.ops.state_mixer import LightningMixer, fixed_on_host
 from seqpar.ops.state_steps import StateJob, backward_steps, forward_steps
 from tests.ops.cases import BOUNDS, DECAYS, Stream, Truth, layouts, make_stream, truth
 from tests.ranks import run_ranks
@@ -22,10 +24,14 @@ from tests.simulator import simulate
 from tests.tolerances import assert_close
 
 
-def _simulated(stream: Stream, layout: SequenceLayout, exchange: str) -> Truth:
+def _simulated(
+    stream: Stream, layout: SequenceLayout, exchange: str, *, truncate: bool = False
+) -> Truth:
     """The plain functions of all ranks in one process, put together to the whole stream."""
     per_token = stream.log_decay is not None and stream.log_decay.ndim == 3
     mixer = LightningMixer(None if per_token else stream.log_decay, per_token)
+    if truncate and stream.log_decay is not None:
+        mixer = replace(mixer, on_host=fixed_on_host(stream.log_decay))
     ranks = range(layout.world_size)
     jobs = [StateJob(RankPart(mixer, layout, rank), exchange, True) for rank in ranks]
     inputs = [tuple(layout.shard(x, rank) for x in stream.tensors) for rank in ranks]
@@ -76,10 +82,37 @@ def test_every_layout_gives_the_one_device_result(name: str, decay: str, exchang
     for batch, initial in ((1, False), (2, True)):
         stream = make_stream(bounds, decay, batch=batch, initial=initial)
         expected = truth(stream, bounds)
-        for world_size in range(1, 9):
+        for world_size in range(1, 9) if exchange == "all_gather" else (2, 3, 5, 8):
             for kind, layout in layouts(bounds, world_size).items():
                 found = _simulated(stream, layout, exchange)
                 _check(found, expected, f"{name}, {decay}, {kind}, W={world_size}, B={batch}")
+
+
+LONG = (0, 230, 231, 400)
+
+
+@pytest.mark.parametrize("exchange", sorted(EXCHANGES))
+@pytest.mark.parametrize(
+    "decay",
+    [
+        pytest.param((-4.0, -5.0, -6.0), id="every head forgets: added later"),
+        pytest.param((-0.08, -3.0, -6.0), id="one head reaches on"),
+        pytest.param((-6.0, 0.0, -9.0), id="the middle head never forgets"),
+    ],
+)
+def test_what_has_decayed_is_left_out_exactly(decay: tuple[float, ...], exchange: str) -> None:
+    stream = make_stream(LONG, "none", batch=2, initial=True, dtype=torch.float32)
+    stream = replace(stream, log_decay=torch.tensor(decay))
+    expected = truth(stream, LONG)
+    for world_size in (2, 3, 7):
+        for kind, layout in layouts(LONG, world_size).items():
+            part = RankPart(LightningMixer(stream.log_decay, on_host=decay), layout, 1)
+            assert part.adds_later == (max(decay) < -1)
+            with comm.count_traffic() as traffic:
+                found = _simulated(stream, layout, exchange, truncate=True)
+            _check(found, expected, f"{decay}, {kind}, W={world_size}")
+            if world_size == 7 and exchange in ("all_gather", "log_step"):
+                assert traffic[exchange].saved_bytes > 0
 
 
 def _on_ranks(rank: int, cases: list[Any]) -> dict[str, Any]:
