@@ -43,6 +43,7 @@ __all__ = [
     "all_reduce_sum",
     "all_to_all",
     "all_to_all_async",
+    "backend_of",
     "broadcast",
     "broadcast_object",
     "count_into",
@@ -186,6 +187,13 @@ def group_rank(group: ProcessGroup | None) -> int:
     if rank < 0:
         raise MeshError(f"global rank {dist.get_rank()} is not in the group it was handed")
     return rank
+
+
+def backend_of(group: ProcessGroup | None) -> str:
+    """"nccl" if the group moves CUDA tensors itself, else "gloo"; "none" for None."""
+    if group is None:
+        return "none"
+    return "nccl" if "nccl" in dist.get_backend(group) else "gloo"
 
 
 # -- collectives ------------------------------------------------------------------------------
@@ -395,7 +403,7 @@ def _disagreement(messages: Sequence[tuple[str | None, str]], rank: int) -> str:
 
 def _on_host(group: ProcessGroup | None) -> bool:
     """Whether the group's backend moves host memory only."""
-    return group is None or "nccl" not in dist.get_backend(group)
+    return backend_of(group) != "nccl"
 
 
 def _outgoing(x: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -60,8 +60,8 @@ class Scan:
     like: LinkState
     """Shapes and dtype of every summary (meta tensors); an empty rank needs them."""
     device: torch.device
-    known: list[Tensor | None] | None
-    """Log transitions by link where every rank knows them; None: they travel with the states."""
+    known: Callable[[int], Tensor | None] | None
+    """The log transition of any link, where every rank knows it; None: it travels with S."""
     host_log_decay: tuple[float, ...] | None = None
     """Fixed log decay by head, on the host: heads that have decayed are not sent. None: all are."""
 
@@ -103,6 +103,8 @@ class Scan:
         def cut(x: Tensor | None) -> Tensor | None:
             return None if x is None else _select(x, heads)
 
+        known = self.known
+
         def cut_link(item: LinkState) -> LinkState:
             return LinkState(_select(item.state, heads), cut(item.log_transition))
 
@@ -110,7 +112,7 @@ class Scan:
             self,
             own={link: cut_link(item) for link, item in self.own.items()},
             like=cut_link(self.like),
-            known=None if self.known is None else [cut(x) for x in self.known],
+            known=None if known is None else lambda link: cut(known(link)),
             host_log_decay=None,
         )
 
@@ -138,7 +140,7 @@ class Scan:
         size = self.like.state.numel()
         state = message[:size].view(self.like.state.shape)
         if not self._carries_transition:
-            return LinkState(state, None if self.known is None else self.known[link])
+            return LinkState(state, None if self.known is None else self.known(link))
         assert self.like.log_transition is not None
         return LinkState(state, message[size:].view(self.like.log_transition.shape))
 
@@ -181,10 +183,10 @@ def _gathering(scan: Scan) -> tuple[AllGather, Callable[[Tensor], Entries]]:
     """The all_gather of the giving links, and what makes entries of what it delivers."""
     chain = scan.chain
     places = _places_of_givers(chain)
-    message = scan.new_message(max(places.values()) + 1).zero_()
-    for link, item in scan.own.items():
-        if link in places:
-            message[places[link]] = scan.pack(item)
+    given = [scan.pack(scan.own[link]) for link in scan.own_links if link in places]
+    missing = max(places.values()) + 1 - len(given)
+    given += [scan.new_message().zero_() for _ in range(missing)]
+    message = torch.stack(given) if len(given) > 1 else given[0][None]
 
     def finish(gathered: Tensor) -> Entries:
         def summary(link: int) -> LinkState:
@@ -455,7 +457,7 @@ def _extended(
         gap, moved = before.log_transition, decayed(found.state, before.log_transition)
         total = None if gap is None or found.log_transition is None else gap + found.log_transition
         return LinkState(before.state + moved, total)
-    between = [scan.known[index] for index in range(link - distance + 1, link)]
+    between = [scan.known(index) for index in range(link - distance + 1, link)]
     gap = None
     for transition in between:
         gap = transition if gap is None or transition is None else gap + transition

@@ -117,10 +117,18 @@ class Mixer(ABC):
         decayed under 2^-24 are to be left out; else None."""
         return None
 
-    def known_log_transition(self, num_tokens: int) -> Tensor | None:
-        """G of a sequence of so many tokens, [leading part of state_shape], if it depends on
-        nothing else: then it need not be sent. None: it depends on the tokens."""
-        del num_tokens
+    @property
+    def knows_transitions(self) -> bool:
+        """Whether G depends on the number of tokens alone: then it need not be sent."""
+        return False
+
+    def known_log_transition(self, num_tokens: int) -> Tensor:
+        """G of a sequence of so many tokens, [leading part of state_shape], where it is known."""
+        raise NotImplementedError("a mixer that knows its transitions says them")
+
+    def of_heads(self, heads: slice) -> Mixer | None:
+        """The same mixer for some heads, dim 2 of every input, alone; None: heads are not apart."""
+        del heads
         return None
 
 
@@ -160,8 +168,19 @@ class LightningMixer(Mixer):
     def transition_dims(self) -> int | None:
         return None if self.log_decay is None and not self.per_token else 1
 
-    def known_log_transition(self, num_tokens: int) -> Tensor | None:
-        return None if self.log_decay is None else self.log_decay.double() * num_tokens
+    @property
+    def knows_transitions(self) -> bool:
+        return self.log_decay is not None
+
+    def known_log_transition(self, num_tokens: int) -> Tensor:
+        assert self.log_decay is not None
+        return self.log_decay.double() * num_tokens
+
+    def of_heads(self, heads: slice) -> LightningMixer:
+        return LightningMixer(
+            log_decay=None if self.log_decay is None else self.log_decay[heads],
+            per_token=self.per_token,
+        )
 
     def host_log_decay(self) -> tuple[float, ...] | None:
         return self.on_host

@@ -15,13 +15,16 @@ from seqpar.layout import SequenceLayout
 from seqpar.mesh import GroupPool
 from seqpar.ops.state import state_attention
 from seqpar.ops.state_exchange import EXCHANGES
+from seqpar.ops.state_job import StateJob
 from seqpar.ops.state_local import RankPart
 from seqpar.ops.state_mixer import LightningMixer, fixed_on_host
-from seqpar.ops.state_steps import StateJob, backward_steps, forward_steps
+from seqpar.ops.state_steps import backward_steps, forward_steps
 from tests.ops.cases import BOUNDS, DECAYS, Stream, Truth, layouts, make_stream, truth
 from tests.ranks import run_ranks
 from tests.simulator import simulate
 from tests.tolerances import assert_close
+
+NAMES = [*sorted(EXCHANGES), "all_to_all"]
 
 
 def _simulated(
@@ -37,15 +40,11 @@ def _simulated(
     inputs = [tuple(layout.shard(x, rank) for x in stream.tensors) for rank in ranks]
     done = simulate([forward_steps(jobs[r], inputs[r], stream.initial) for r in ranks])
     dfinals = stream.dfinals.view(stream.q.shape[0], layout.num_documents, 3, 4, 5)
+    zeros = torch.zeros_like(dfinals)
     back = simulate(
         [
             backward_steps(
-                jobs[r],
-                inputs[r],
-                done[r].summary,
-                done[r].entries,
-                layout.shard(stream.do, r),
-                dfinals if r == 0 else None,
+                jobs[r], done[r].kept, layout.shard(stream.do, r), dfinals if r == 0 else zeros
             )
             for r in ranks
         ]
@@ -55,7 +54,8 @@ def _simulated(
     grads = tuple(
         layout.unshard([back[r][0][index] for r in ranks]) for index in range(len(stream.tensors))
     )
-    dinitial = torch.stack([back[r][1] for r in ranks]).sum(0)
+    parts = [back[r][1] for r in ranks if back[r][1] is not None]
+    dinitial = torch.stack(parts).sum(0) if parts else None
     o = layout.unshard([done[r].o for r in ranks])
     return Truth(o, done[0].final_states.flatten(0, 1), grads, dinitial)
 
@@ -74,7 +74,7 @@ def _check(found: Truth, expected: Truth, what: str, dtype: torch.dtype | None =
         )
 
 
-@pytest.mark.parametrize("exchange", sorted(EXCHANGES))
+@pytest.mark.parametrize("exchange", NAMES)
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("name", BOUNDS)
 def test_every_layout_gives_the_one_device_result(name: str, decay: str, exchange: str) -> None:
@@ -91,7 +91,7 @@ def test_every_layout_gives_the_one_device_result(name: str, decay: str, exchang
 LONG = (0, 230, 231, 400)
 
 
-@pytest.mark.parametrize("exchange", sorted(EXCHANGES))
+@pytest.mark.parametrize("exchange", NAMES)
 @pytest.mark.parametrize(
     "decay",
     [
@@ -160,7 +160,7 @@ def test_process_groups_of_1_to_8_ranks_give_the_one_device_result() -> None:
             decay = DECAYS[len(cases) % 3]
             batch, initial = (2, True) if len(cases) % 2 else (1, False)
             stream = make_stream(bounds, decay, batch=batch, initial=initial, dtype=torch.float32)
-            for exchange in sorted(EXCHANGES):
+            for exchange in NAMES:
                 label = f"W={world_size}, {kind}, {decay}, {exchange}"
                 cases.append((label, stream, layout, exchange))
                 expected[label] = (stream, layout, truth(stream, bounds))
