@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from seqpar.adapters.hf_head import head_loss_sum
 from seqpar.adapters.hf_models import check_supported, hugging_face_model, mixers_of
 from seqpar.adapters.sequence import SequenceContext, outside_graph
 from seqpar.batch import group_of
@@ -220,9 +221,12 @@ def _hugging_face_forward(
     *args: Any,
     layout: SequenceLayout | None = None,
     group: Any = _Bound,
+    head_labels: Tensor | None = None,
     original: Callable[..., Any],
     **inputs: Any,
 ) -> Any:
+    if head_labels is not None:
+        original = functools.partial(head_loss_sum, self, head_labels)
     inputs = _named_inputs(args, inputs)
     given = [inputs.get(name) for name in ("input_ids", "inputs_embeds")]
     tokens = next((tensor for tensor in given if tensor is not None), None)
