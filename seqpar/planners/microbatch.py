@@ -79,8 +79,8 @@ def _estimates(
     work = np.concatenate([[0.0], np.cumsum(device_ms)])[positions]
     tokens = np.concatenate([[0.0], np.cumsum(batch.token_array)])[positions]
     first_end = least_end[np.minimum(positions, len(batch.tokens) - 1)]
-    shared = fixed + (work[None, :] - work[:, None]) / batch.devices
-    estimate = np.maximum(shared, first_end[:, None])
+    shared: NDArray[np.float64] = fixed + (work[None, :] - work[:, None]) / batch.devices
+    estimate: NDArray[np.float64] = np.maximum(shared, first_end[:, None])
     limit = fill * batch.devices * batch.device_token_capacity
     estimate[tokens[None, :] - tokens[:, None] > limit] = np.inf
     return estimate
