@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqpar.ops.steps import AllGather, AllReduceSum, AllToAll, Beside, Steps, Swap
+from seqpar.ops.steps import AllGather, AllReduceSum, AllToAll, Beside, Steps, Swap, Together
 
 
 def simulate(ranks: Sequence[Steps[Any]]) -> list[Any]:
@@ -26,7 +26,9 @@ def simulate(ranks: Sequence[Steps[Any]]) -> list[Any]:
 
 class _World:
     def __init__(self, ranks: Sequence[Steps[Any]]) -> None:
-        self._stacks: list[list[tuple[Steps[Any], Any]]] = [[(steps, None)] for steps in ranks]
+        self._stacks: list[list[tuple[Steps[Any], Callable[[Any], Any]]]] = [
+            [(steps, lambda value: value)] for steps in ranks
+        ]
         self.results: list[Any] = [None] * len(ranks)
         self.waiting: dict[int, Any] = {}
         self._mail: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
@@ -76,16 +78,28 @@ class _World:
             if not self._stacks[rank]:
                 self.results[rank] = stop.value
             else:
-                self._resume(rank, (stop.value, work))
+                self._resume(rank, work(stop.value))
             return
         if isinstance(request, Beside):
-            self._stacks[rank].append((request.exchange, request.work()))
+            done = request.work()
+            self._stacks[rank].append((request.exchange, lambda value: (value, done)))
+            self._resume(rank, None)
+            return
+        if isinstance(request, Together):
+            self._stacks[rank].append((_in_turn(request), lambda value: value))
             self._resume(rank, None)
             return
         if isinstance(request, Swap):
             for peer, tensor in request.sends:
                 self._mail[rank, peer].append(tensor)
         self.waiting[rank] = request
+
+
+def _in_turn(request: Together) -> Steps[list[Any]]:
+    delivered = []
+    for item in request.requests:
+        delivered.append((yield item))
+    return delivered
 
 
 def _answers(requests: list[Any]) -> list[Any]:
