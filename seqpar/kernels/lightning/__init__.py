@@ -1,1 +1,21 @@
-"""Causal linear attention with decay."""
+"""Causal linear attention with decay: lightning attention, retention, simple GLA, Mamba-2."""
+
+from seqpar.kernels.lightning.function import (
+    Summary,
+    attend,
+    attend_backward,
+    key_value_summary,
+    lightning_attention,
+    lightning_step,
+    query_grad_summary,
+)
+
+__all__ = [
+    "Summary",
+    "attend",
+    "attend_backward",
+    "key_value_summary",
+    "lightning_attention",
+    "lightning_step",
+    "query_grad_summary",
+]

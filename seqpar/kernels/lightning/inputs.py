@@ -1,0 +1,130 @@
+"""What the lightning kernels can take; everything else is refused here, before any launch."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from seqpar.errors import KernelInputError
+
+__all__ = ["MAX_DIM", "check_inputs", "check_state", "document_bounds", "state_dtype"]
+
+MAX_DIM = 256
+"""The largest key or value dim."""
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """States are float32; float64 inputs (for checking gradients, on CPU) keep float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_inputs(
+    keys: Tensor,
+    values: Tensor,
+    *,
+    queries: Tensor | None = None,
+    output_grads: Tensor | None = None,
+    log_decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Refuse tensors that do not fit together.
+
+    Raises:
+        KernelInputError: what does not fit, its value, and what would.
+    """
+    _check_pair(keys, values)
+    for name, other, like in (("q", queries, keys), ("do", output_grads, values)):
+        if other is None:
+            continue
+        if other.shape != like.shape:
+            raise KernelInputError(
+                f"{name} has shape {tuple(other.shape)}, but needs {tuple(like.shape)}: q is "
+                f"shaped like k, do like v"
+            )
+        _check_same_kind(other, keys)
+    if log_decay is not None:
+        _check_log_decay(log_decay, keys)
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, keys)
+
+
+def check_state(state: Tensor | None, keys: Tensor, values: Tensor, sequences: int) -> None:
+    """Refuse an entry state or a gradient of an exit state that is not [S, H, K, V]."""
+    if state is None:
+        return
+    shape = (sequences, keys.shape[2], keys.shape[3], values.shape[3])
+    if tuple(state.shape) != shape:
+        raise KernelInputError(
+            f"a state has shape {tuple(state.shape)}, but these inputs need [S, H, K, V] = {shape}"
+        )
+    if state.device != keys.device:
+        raise KernelInputError(f"a state is on {state.device}, the keys are on {keys.device}")
+
+
+def document_bounds(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    """(start, stop) of each packed document, read to the host."""
+    return list(itertools.pairwise(cu_seqlens.tolist()))
+
+
+def _check_pair(keys: Tensor, values: Tensor) -> None:
+    if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
+        raise KernelInputError(
+            f"inputs must be [B, T, H, K] and [B, T, H, V] with equal B, T, H; "
+            f"got {tuple(keys.shape)} and {tuple(values.shape)}"
+        )
+    for name, dim in (("key", keys.shape[3]), ("value", values.shape[3])):
+        if not 1 <= dim <= MAX_DIM:
+            raise KernelInputError(f"{name} dim is {dim}; it must be between 1 and {MAX_DIM}")
+    if keys.dtype not in _DTYPES:
+        raise KernelInputError(f"dtype {keys.dtype} is not one of {_DTYPES}")
+    _check_same_kind(values, keys)
+
+
+def _check_same_kind(other: Tensor, keys: Tensor) -> None:
+    if other.dtype != keys.dtype:
+        raise KernelInputError(f"dtypes differ: {other.dtype} and {keys.dtype}; cast one of them")
+    if other.device != keys.device:
+        raise KernelInputError(f"devices differ: {other.device} and {keys.device}; move one")
+
+
+def _check_log_decay(log_decay: Tensor, keys: Tensor) -> None:
+    batch, tokens, heads, _ = keys.shape
+    if tuple(log_decay.shape) not in ((heads,), (batch, tokens, heads)):
+        raise KernelInputError(
+            f"log_decay has shape {tuple(log_decay.shape)}; it must be [H] = ({heads},) or "
+            f"[B, T, H] = ({batch}, {tokens}, {heads})"
+        )
+    if log_decay.dtype not in (torch.float32, torch.float64):
+        raise KernelInputError(f"log_decay has dtype {log_decay.dtype}; it must be float32")
+    if log_decay.device != keys.device:
+        raise KernelInputError(f"log_decay is on {log_decay.device}, the keys on {keys.device}")
+    if log_decay.ndim == 1 and log_decay.requires_grad:
+        raise KernelInputError(
+            "log_decay [H] is a constant and gets no gradient; for a learned decay pass it per "
+            "token: log_decay.expand(B, T, H)"
+        )
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, keys: Tensor) -> None:
+    batch, tokens = keys.shape[:2]
+    if batch != 1:
+        raise KernelInputError(f"cu_seqlens packs documents into one row: B must be 1, is {batch}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise KernelInputError(
+            f"cu_seqlens must be int32 [S + 1], is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        )
+    bounds = cu_seqlens.tolist()
+    if not bounds or bounds[0] != 0 or bounds[-1] != tokens:
+        raise KernelInputError(
+            f"cu_seqlens must run from 0 to T = {tokens}; it runs from "
+            f"{bounds[:1] or 'nothing'} to {bounds[-1:] or 'nothing'}"
+        )
+    for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        if stop <= start:
+            raise KernelInputError(
+                f"cu_seqlens must increase, document {index} is {start}:{stop}: leave out empty ones"
+            )

@@ -1,0 +1,205 @@
+"""The Ray engine: Ray Train's TorchTrainer places, watches and restarts the ranks.
+
+With no address an embedded Ray is started on this machine, without dashboard and with a token;
+with one, the job joins that cluster. What is ours: each rank is a child process of its Ray worker
+(`seqpar.launch.ray_worker`), no torch process group is made in Ray's own processes, and the first
+failure is told in the same words as by the local engine.
+
+`seqpar.launch.security.enable_token_auth` must have been called before this module is imported:
+Ray reads its authentication mode at import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from seqpar.errors import LaunchError, MissingExtraError
+from seqpar.launch.failure import Failure
+from seqpar.launch.placement import Placement
+from seqpar.launch.rundir import RunDir
+
+try:
+    import ray
+    import ray.train
+    from ray.train.backend import Backend
+    from ray.train.torch import TorchConfig, TorchTrainer
+except ImportError as error:
+    raise MissingExtraError("ray", "ray", "the ray engine") from error
+
+__all__ = ["run_ray"]
+
+HEALTH_CHECK_INTERVAL_S = 0.25
+
+
+class NoProcessGroup(Backend):  # type: ignore[misc]
+    """Ray's own processes form no process group: the ranks, their children, do."""
+
+    share_cuda_visible_devices = True
+
+
+@dataclass
+class RankConfig(TorchConfig):  # type: ignore[misc]
+    """TorchTrainer's configuration without its process group."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return NoProcessGroup
+
+
+def run_ray(placement: Placement) -> None:
+    """Run the job on Ray and return when its script has succeeded on every rank.
+
+    Raises:
+        RankFailedError: a rank died and no restart is left; carries its rank and exit code.
+        LaunchError: the cluster cannot be reached, or cannot hold the ranks, or was lost.
+    """
+    run_dir = RunDir(placement.run_dir)
+    with cluster(placement), FollowLog(run_dir.log(0)):
+        try:
+            _trainer(placement).fit()
+        except ray.train.TrainingFailedError as error:
+            raise explain(error, placement, run_dir) from None
+
+
+def _trainer(placement: Placement) -> TorchTrainer:
+    from seqpar.launch.ray_worker import run_rank
+
+    spec = placement.spec
+    resources = {"CPU": spec.resources.cpus_per_rank}
+    if spec.resources.memory_bytes_per_rank:
+        resources["memory"] = float(spec.resources.memory_bytes_per_rank)
+    if placement.device == "cuda":
+        resources["GPU"] = 1.0
+    return TorchTrainer(
+        run_rank,
+        train_loop_config={
+            "command": placement.worker_command(),
+            "environment": placement.environment(),
+            "run_dir": str(placement.run_dir),
+            "cwd": str((spec.working_dir or Path.cwd()).absolute()),
+            "restarts": spec.restarts,
+        },
+        torch_config=RankConfig(),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=placement.num_ranks,
+            use_gpu=placement.device == "cuda",
+            resources_per_worker=resources,
+            placement_strategy=spec.resources.placement,
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=str(placement.run_dir),
+            failure_config=ray.train.FailureConfig(max_failures=spec.restarts),
+        ),
+    )
+
+
+@contextmanager
+def cluster(placement: Placement) -> Iterator[None]:
+    """A connection to the job's cluster; an embedded one lives as long as the context."""
+    spec = placement.spec
+    settings = {
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(HEALTH_CHECK_INTERVAL_S),
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": f"{spec.start_timeout_s:g}",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{spec.start_timeout_s:g}",
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_environment(settings))
+        if spec.address is None:
+            cpus = max(os.cpu_count() or 1, int(spec.resources.cpus_per_rank * placement.num_ranks))
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+            )
+        else:
+            ray.init(address=spec.address, logging_level=logging.WARNING, log_to_driver=False)
+        stack.callback(ray.shutdown)
+        yield
+
+
+@contextmanager
+def _environment(settings: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update({name: text for name, text in settings.items() if name not in before})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def explain(error: Any, placement: Placement, run_dir: RunDir) -> LaunchError:
+    """Ray Train's error as ours: the first rank that failed, or what Ray says if none did."""
+    found = [_failure(rank, cause) for rank, cause in getattr(error, "worker_failures", {}).items()]
+    known = [failure for failure in found if failure is not None]
+    if not known:
+        text = " ".join(str(error).split())
+        return LaunchError(f"job {placement.spec.name}: Ray ended it: {text[:500]}")
+    first = min(known, key=lambda failure: failure.blame)
+    return first.error(placement, run_dir)
+
+
+def _failure(rank: int, cause: Any) -> Failure | None:
+    from seqpar.launch.ray_worker import RankEndedError
+
+    inner = getattr(cause, "cause", None) or cause
+    for candidate in (cause, inner, cause.__cause__):
+        if isinstance(candidate, RankEndedError):
+            return Failure(
+                candidate.rank,
+                candidate.exit_code,
+                candidate.ended,
+                candidate.trace,
+                candidate.reason,
+            )
+    if isinstance(cause, ray.exceptions.RayActorError):
+        return Failure(rank, -signal.SIGKILL, 0.0, reason="lost its Ray worker")
+    return None
+
+
+class FollowLog:
+    """Copies a growing log to standard output while the context is open."""
+
+    def __init__(self, path: Path, interval_s: float = 0.2) -> None:
+        self.path = path
+        self.interval_s = interval_s
+        self.position = 0
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._follow, name="seqpar-follow", daemon=True)
+
+    def __enter__(self) -> FollowLog:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.thread.join()
+        self._copy()
+
+    def _follow(self) -> None:
+        while not self.ended.wait(self.interval_s):
+            self._copy()
+
+    def _copy(self) -> None:
+        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as log:
+            log.seek(self.position)
+            data = log.read()
+            self.position += len(data)
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()

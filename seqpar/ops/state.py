@@ -1,0 +1,200 @@
+"""Chunked-state sequence parallelism: lightning attention, and any mixer with a fixed-size state.
+
+Legend: B batch, T tokens on this rank, N tokens of the stream, H heads, K key dim, V value dim,
+D documents, W ranks.
+
+A rank computes its tokens as if nothing came before them, sends what they do to a state, and adds
+what the states from other ranks contribute. Backward is the same with time reversed. What travels
+is of the size of a state, whatever the number of tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from seqpar import comm
+from seqpar.errors import LayoutError
+from seqpar.layout import SequenceLayout
+from seqpar.ops.state_local import RankPart
+from seqpar.ops.state_mixer import LightningMixer, Mixer
+from seqpar.ops.state_steps import StateJob, backward_steps, forward_steps
+from seqpar.ops.steps import run_steps
+
+__all__ = ["scatter_mixer", "state_attention"]
+
+
+def state_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None,
+    layout: SequenceLayout,
+    group: ProcessGroup | None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    exchange: str = "auto",
+    check: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Lightning attention of this rank's tokens of a stream that is scattered over a group.
+
+    S_t = exp(g_t) S_(t-1) + k_tᵀ v_t, o_t = q_t S_t, restarting at each document: the same numbers
+    as one device. There is no scale: scale q. States are float32 throughout.
+
+    Args:
+        q, k: [B, T, H, K], this rank's shard by `layout`; float16, bfloat16 or float32.
+        v: [B, T, H, V]. Every row of the batch has the same layout.
+        log_decay: natural logarithms <= 0: None (no decay), [H] float32 (fixed per head, a
+            constant), or [B, T, H] float32 (per token, sharded like q).
+        layout: where each token of the stream lives; the same value on every rank.
+        group: its ranks, in the layout's order; None for one rank alone.
+        initial_state: [H, K, V] or [B, H, K, V], the state before the stream's first document,
+            given on every rank. Its gradient is on the rank that holds the first token, zero on
+            the others: the sum over ranks is the gradient.
+        return_final_state: also return the state after each document, on every rank. What ranks
+            put in as gradients of it is summed.
+        exchange: how states travel: all_gather or auto.
+        check: refuse tensors that do not fit the layout on all ranks alike, at the cost of one
+            all_gather of 16 bytes a rank that the host waits for. Without it, a rank that refuses
+            its input leaves the others waiting.
+
+    Returns:
+        o [B, T, H, V] in v's dtype, and None or the final states [B*D, H, K, V] in float32, row b's
+        document d at b*D + d.
+
+    Raises:
+        LayoutError: shapes that do not fit the layout, or ranks that were given different ones.
+        KernelInputError: dtypes or dims that the kernels cannot take.
+
+    Source: Qin et al., arXiv 2405.17381 (the recurrence); LASP, arXiv 2404.02882; LASP-2,
+    arXiv 2502.07563.
+    """
+    per_token = log_decay is not None and log_decay.ndim == 3
+    inputs = (q, k, v, log_decay) if per_token and log_decay is not None else (q, k, v)
+    mixer = LightningMixer(log_decay=None if per_token else log_decay, per_token=per_token)
+    return scatter_mixer(
+        mixer,
+        *inputs,
+        layout=layout,
+        group=group,
+        initial_state=initial_state,
+        return_final_state=return_final_state,
+        exchange=exchange,
+        check=check,
+    )
+
+
+def scatter_mixer(
+    mixer: Mixer,
+    *inputs: Tensor,
+    layout: SequenceLayout,
+    group: ProcessGroup | None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    exchange: str = "auto",
+    check: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Any mixer with a fixed-size state, scattered: `state_attention` for layers of your own.
+
+    Args:
+        mixer: the mathematics on one device; see `seqpar.ops.state_mixer.Mixer`.
+        inputs: tensors [B, T, ...] of this rank's tokens, as the mixer takes them.
+
+    The other arguments, results and errors are those of `state_attention`, with the mixer's state
+    shape in place of (H, K, V).
+    """
+    problem = _problem(mixer, inputs, layout, group, initial_state)
+    if check:
+        what = (layout, exchange, initial_state is None, _row_shapes(inputs))
+        comm.agree(problem, group, same=what)
+    elif problem is not None:
+        raise LayoutError(problem)
+    part = RankPart(mixer, layout, comm.group_rank(group))
+    job = StateJob(part, "all_gather" if exchange == "auto" else exchange, return_final_state)
+    start = None
+    if initial_state is not None:
+        shape = (inputs[0].shape[0], *mixer.state_shape(inputs))
+        start = initial_state.expand(shape).to(part.state_dtype(inputs))
+    o, finals = _ScatteredMixer.apply(  # type: ignore[no-untyped-call]
+        job, group, start, *inputs
+    )
+    return o, finals.flatten(0, 1) if return_final_state else None
+
+
+class _ScatteredMixer(torch.autograd.Function):
+    """
+    |          | in (local)                | out (local)               | communication            |
+    | forward  | inputs [B, T, ...],       | o [B, T, ...], finals     | states, along the chain; |
+    |          | initial [B, *state]       | [B, D, *state]            | all_reduce of finals     |
+    | backward | do, dfinals               | dinputs, dinitial         | the same, reversed       |
+
+    Saves the inputs, the summary of the local tokens and the states that entered. Bytes are those
+    of the exchange's own docstring, each way.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        job: StateJob,
+        group: ProcessGroup | None,
+        initial_state: Tensor | None,
+        *inputs: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        done = run_steps(forward_steps(job, inputs, initial_state), group)
+        ctx.save_for_backward(*inputs, *done.entries.values())
+        ctx.job, ctx.group, ctx.summary, ctx.links = job, group, done.summary, tuple(done.entries)
+        ctx.traffic = comm.current_traffic()
+        ctx.set_materialize_grads(False)
+        return done.o, done.final_states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor | None, dfinals: Tensor | None) -> Any:
+        count = len(ctx.saved_tensors) - len(ctx.links)
+        inputs, states = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        entries = dict(zip(ctx.links, states, strict=True))
+        steps = backward_steps(ctx.job, inputs, ctx.summary, entries, do, dfinals)
+        with comm.count_into(ctx.traffic):
+            dinputs, dinitial = run_steps(steps, ctx.group)
+        return None, None, dinitial if ctx.needs_input_grad[2] else None, *dinputs
+
+
+def _row_shapes(inputs: tuple[Tensor, ...]) -> tuple[object, ...]:
+    """What must be equal on all ranks: shapes without the number of local tokens, dtypes."""
+    return tuple((x.shape[0], *x.shape[2:], x.dtype) for x in inputs)
+
+
+def _problem(
+    mixer: Mixer,
+    inputs: tuple[Tensor, ...],
+    layout: SequenceLayout,
+    group: ProcessGroup | None,
+    initial_state: Tensor | None,
+) -> str | None:
+    """What does not fit, in words; None if all does."""
+    size, rank = comm.group_size(group), comm.group_rank(group)
+    if layout.world_size != size:
+        return (
+            f"the layout is over {layout.world_size} ranks, but the group has {size}: "
+            "make the layout for the group it is used with"
+        )
+    tokens = layout.tokens_on(rank)
+    for index, x in enumerate(inputs):
+        if x.ndim < 3 or x.shape[:2] != (inputs[0].shape[0], tokens):
+            return (
+                f"input {index} on rank {rank} has shape {tuple(x.shape)}, but the layout gives "
+                f"this rank {tokens} tokens on dim 1 of [B, T, ...]: shard it with this layout"
+            )
+    if initial_state is not None:
+        shape = mixer.state_shape(inputs)
+        if tuple(initial_state.shape) not in (shape, (inputs[0].shape[0], *shape)):
+            return (
+                f"initial_state has shape {tuple(initial_state.shape)}; it must be {shape}, "
+                f"or that for each of {inputs[0].shape[0]} rows"
+            )
+    return None

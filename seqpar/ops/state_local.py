@@ -1,0 +1,298 @@
+"""One rank's part of a scattered mixer: everything but the communication.
+
+Legend: B batch, T tokens on this rank, R runs (parts of documents) of a row, D documents.
+
+The kernels see R runs a row as B*R sequences. Of a link (a span), what enters goes to its first
+run, and what leaves comes from its last; all other runs begin or end their documents here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from seqpar.layout import SequenceLayout
+from seqpar.ops.state_chain import LinkState, StateChain, decayed
+from seqpar.ops.state_exchange import Entries, Scan
+from seqpar.ops.state_mixer import Inputs, Mixer, Summary
+
+__all__ = ["RankPart"]
+
+
+@dataclass(frozen=True)
+class RankPart:
+    """The plain functions of one rank; `inputs` are its local tensors [B, T, ...] throughout."""
+
+    mixer: Mixer
+    layout: SequenceLayout
+    rank: int
+
+    @cached_property
+    def chain(self) -> StateChain:
+        return StateChain.of(self.layout)
+
+    @cached_property
+    def reversed_chain(self) -> StateChain:
+        return self.chain.reversed()
+
+    @property
+    def is_empty(self) -> bool:
+        return self.layout.tokens_on(self.rank) == 0
+
+    def state_dtype(self, inputs: Inputs) -> torch.dtype:
+        """float32; float64 for float64 inputs, which check gradients."""
+        return torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
+
+    def no_states(self, inputs: Inputs, *, per_document: bool = False) -> Tensor:
+        """Zeros [B, *state_shape], or [B, D, *state_shape]."""
+        documents = (self.layout.num_documents,) if per_document else ()
+        shape = (inputs[0].shape[0], *documents, *self.mixer.state_shape(inputs))
+        return inputs[0].new_zeros(shape, dtype=self.state_dtype(inputs))
+
+    # -- forward ------------------------------------------------------------------------------
+
+    def summarize(self, inputs: Inputs) -> Summary | None:
+        """S and G of every run; None on a rank without tokens."""
+        if self.is_empty:
+            return None
+        return self.mixer.summarize(*self._folded(inputs))
+
+    def forward_scan(
+        self, inputs: Inputs, summary: Summary | None, initial_state: Tensor | None
+    ) -> Scan:
+        """What this rank brings to the exchange of states."""
+        own = {link: self._link_state(summary, link) for link in self._links}
+        if initial_state is not None and 0 in own and self._initial_passes:
+            through = decayed(initial_state, own[0].log_transition)
+            own[0] = LinkState(own[0].state + through, own[0].log_transition)
+        return self._scan(inputs, self.chain, own)
+
+    def entries(self, received: Entries, initial_state: Tensor | None) -> Entries:
+        """By link: the states that enter, the stream's initial state among them."""
+        if initial_state is not None and 0 in self._links:
+            return {**received, 0: initial_state}
+        return received
+
+    def output(self, inputs: Inputs, summary: Summary | None, entries: Entries) -> Tensor:
+        """o [B, T, ...] from the states that enter the links."""
+        if summary is None:
+            return self.mixer.empty_output(inputs)
+        folded, cu_seqlens = self._folded(inputs)
+        entry = self._at_runs({self._first_run[x]: e for x, e in entries.items()}, summary)
+        o = self.mixer.output(folded, summary, entry, cu_seqlens)
+        return o.reshape(*inputs[0].shape[:2], *o.shape[2:])
+
+    def final_states(self, inputs: Inputs, summary: Summary | None, entries: Entries) -> Tensor:
+        """[B, D, *state_shape]: the state after each document that ends here, zero elsewhere."""
+        finals = self.no_states(inputs, per_document=True)
+        if summary is None:
+            return finals
+        entering = {self._first_run[x]: e for x, e in entries.items()}
+        for run, document in self._ending_runs:
+            item = self._run_state(summary, run)
+            state = item.state
+            if run in entering:
+                state = state + decayed(entering[run], item.log_transition)
+            finals[:, document] = state
+        return finals
+
+    # -- backward -----------------------------------------------------------------------------
+
+    def summarize_grad(
+        self, inputs: Inputs, do: Tensor, summary: Summary | None, entries: Entries
+    ) -> Summary | None:
+        """By run: the gradient of the entering state through the local outputs alone."""
+        if summary is None:
+            return None
+        folded, cu_seqlens = self._folded(inputs)
+        entry = self._at_runs({self._first_run[x]: e for x, e in entries.items()}, summary)
+        return self.mixer.summarize_grad(folded, self._fold(do), summary, entry, cu_seqlens)
+
+    def backward_scan(
+        self, inputs: Inputs, grad_summary: Summary | None, dfinals: Tensor | None
+    ) -> Scan:
+        """What this rank brings to the exchange of gradients, on the reversed chain."""
+        own = {}
+        for link in self._links:
+            item = self._run_state(grad_summary, self._first_run[link])
+            state = item.state
+            if dfinals is not None and self._first_run[link] in self._document_ending:
+                document = self._document_ending[self._first_run[link]]
+                state = state + decayed(dfinals[:, document], item.log_transition)
+            own[self._mirror(link)] = LinkState(state, item.log_transition)
+        return self._scan(inputs, self.reversed_chain, own)
+
+    def exit_grads(self, received: Entries) -> Entries:
+        """What the exchange on the reversed chain delivered, by link of the forward chain."""
+        return {self._mirror(link): grad for link, grad in received.items()}
+
+    def backward(
+        self,
+        inputs: Inputs,
+        do: Tensor,
+        summary: Summary | None,
+        grad_summary: Summary | None,
+        entries: Entries,
+        exit_grads: Entries,
+        dfinals: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the local inputs."""
+        if summary is None or grad_summary is None:
+            return tuple(torch.zeros_like(x) for x in inputs)
+        leaving = {self._last_run[x]: grad for x, grad in exit_grads.items()}
+        if dfinals is not None:
+            for run, document in self._ending_runs:
+                leaving[run] = dfinals[:, document]
+        entering = {self._first_run[x]: e for x, e in entries.items()}
+        folded, cu_seqlens = self._folded(inputs)
+        grads = self.mixer.backward(
+            folded,
+            self._fold(do),
+            summary,
+            grad_summary,
+            self._at_runs(entering, summary),
+            self._at_runs(leaving, summary),
+            cu_seqlens,
+        )
+        shapes = [x.shape for x in inputs]
+        return tuple(
+            None if grad is None else grad.reshape(shape)
+            for grad, shape in zip(grads, shapes, strict=True)
+        )
+
+    def initial_state_grad(
+        self, grad_summary: Summary | None, exit_grads: Entries, dfinals: Tensor | None
+    ) -> Tensor | None:
+        """[B, *state_shape]: the gradient of the stream's initial state; None off its rank."""
+        if grad_summary is None or 0 not in self._links:
+            return None
+        run = self._first_run[0]
+        item = self._run_state(grad_summary, run)
+        leaving = None
+        if dfinals is not None and run in self._document_ending:
+            leaving = dfinals[:, self._document_ending[run]]
+        elif self._initial_passes:
+            leaving = exit_grads.get(0)
+        if leaving is None:
+            return item.state
+        return item.state + decayed(leaving, item.log_transition)
+
+    # -- where things stand -------------------------------------------------------------------
+
+    @cached_property
+    def _links(self) -> list[int]:
+        return self.chain.links_of(self.rank)
+
+    def _mirror(self, link: int) -> int:
+        return len(self.chain.links) - 1 - link
+
+    @cached_property
+    def _first_run(self) -> dict[int, int]:
+        runs = self.layout.runs(self.rank)
+        spans = [self.layout.chain[link].span for link in self._links]
+        starts = {run.start: index for index, run in enumerate(runs)}
+        return {link: starts[span.start] for link, span in zip(self._links, spans, strict=True)}
+
+    @cached_property
+    def _last_run(self) -> dict[int, int]:
+        runs = self.layout.runs(self.rank)
+        spans = [self.layout.chain[link].span for link in self._links]
+        stops = {run.stop: index for index, run in enumerate(runs)}
+        return {link: stops[span.stop] for link, span in zip(self._links, spans, strict=True)}
+
+    @cached_property
+    def _ending_runs(self) -> list[tuple[int, int]]:
+        """(run, document) for each document whose last token is here."""
+        bounds = self.layout.cu_seqlens
+        return [
+            (index, run.document)
+            for index, run in enumerate(self.layout.runs(self.rank))
+            if run.stop == bounds[run.document + 1]
+        ]
+
+    @cached_property
+    def _document_ending(self) -> dict[int, int]:
+        return dict(self._ending_runs)
+
+    @cached_property
+    def _initial_passes(self) -> bool:
+        """The first document goes on beyond the first link."""
+        first = self.layout.chain[0]
+        return first.passes_through and first.carries_out
+
+    # -- between [B, T] with R runs and the kernels' sequences --------------------------------
+
+    @cached_property
+    def _bounds(self) -> Tensor:
+        return self.layout.local_cu_seqlens(self.rank)
+
+    @cached_property
+    def _num_runs(self) -> int:
+        return len(self.layout.runs(self.rank))
+
+    def _fold(self, x: Tensor) -> Tensor:
+        if self._num_runs == 1 or x.shape[0] == 1:
+            return x
+        return x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:])
+
+    def _folded(self, inputs: Inputs) -> tuple[Inputs, Tensor | None]:
+        """Inputs as the mixer takes them, and the bounds of its sequences."""
+        if self._num_runs == 1:
+            return inputs, None
+        batch, tokens = inputs[0].shape[:2]
+        rows = torch.arange(batch, dtype=torch.int32)[:, None] * tokens
+        bounds = (rows + self._bounds[None, :-1]).flatten()
+        end = torch.tensor([batch * tokens], dtype=torch.int32)
+        return tuple(self._fold(x) for x in inputs), torch.cat([bounds, end])
+
+    def _run_state(self, summary: Summary | None, run: int) -> LinkState:
+        """One run's S and G, for every row."""
+        assert summary is not None, "a rank with a link has tokens"
+        transition = summary.log_transition
+        return LinkState(
+            self._by_run(summary.state)[:, run],
+            None if transition is None else self._by_run(transition)[:, run],
+        )
+
+    def _by_run(self, states: Tensor) -> Tensor:
+        return states.view(-1, self._num_runs, *states.shape[1:])
+
+    def _at_runs(self, values: dict[int, Tensor], summary: Summary) -> Tensor | None:
+        """[B*R, *state_shape]: the values at their runs, zero elsewhere; None for no values."""
+        if not values:
+            return None
+        if self._num_runs == 1:
+            return values[0].contiguous()
+        states = torch.zeros_like(summary.state)
+        for run, value in values.items():
+            self._by_run(states)[:, run] = value
+        return states
+
+    def _link_state(self, summary: Summary | None, link: int) -> LinkState:
+        """What a whole link does to a state: its last run's S and G."""
+        return self._run_state(summary, self._last_run[link])
+
+    def _scan(self, inputs: Inputs, chain: StateChain, own: dict[int, LinkState]) -> Scan:
+        shape = (inputs[0].shape[0], *self.mixer.state_shape(inputs))
+        state = torch.empty(shape, dtype=self.state_dtype(inputs), device="meta")
+        dims = self.mixer.transition_dims()
+        transition = None if dims is None else state.new_empty(shape[: 1 + dims])
+        return Scan(
+            chain=chain,
+            rank=self.rank,
+            own=own,
+            like=LinkState(state, transition),
+            device=inputs[0].device,
+            known=self._known(chain),
+        )
+
+    def _known(self, chain: StateChain) -> list[Tensor | None] | None:
+        if self.mixer.transition_dims() is None:
+            return [None] * len(chain.links)
+        transitions = [self.mixer.known_log_transition(link.num_tokens) for link in chain.links]
+        if any(transition is None for transition in transitions):
+            return None
+        return [None if transition is None else transition[None] for transition in transitions]

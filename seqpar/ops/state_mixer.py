@@ -1,0 +1,224 @@
+"""What a recurrent layer with a fixed-size state must offer to be scattered over ranks.
+
+Legend: B batch, T tokens, H heads, K key dim, V value dim, S sequences.
+
+A mixer maps the tokens of a sequence and the state E that enters it to outputs o = f(inputs, E)
+and to the state that leaves, X = S + exp(G) E. f and X are affine in E; S and G depend on the
+tokens alone. G is absent (identity), one number a head (scalar) or one a key dim (vector).
+
+Inputs are tensors [B, T, ...]. The sequences are the rows, S = B; or, with `cu_seqlens` (int32,
+on the CPU, [S + 1]), B = 1 and the row is S sequences packed end to end, each of 1 token or more.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqpar.kernels import lightning
+from seqpar.ops.state_chain import decayed
+
+__all__ = ["AutogradMixer", "LightningMixer", "Mixer", "Summary"]
+
+Inputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a rank's tokens do to states; read backward in time, to gradients of states."""
+
+    state: Tensor
+    """[S, *state_shape], float32: S, what leaves when nothing enters."""
+    log_transition: Tensor | None
+    """[S, *leading part of state_shape], float32, <= 0; None is the identity."""
+    kept: Any = None
+    """Whatever the mixer wants back in the calls that follow."""
+
+
+class Mixer(ABC):
+    """The mathematics of one layer on one device. Frozen: it holds options, never results."""
+
+    @abstractmethod
+    def state_shape(self, inputs: Inputs) -> tuple[int, ...]:
+        """The shape of one sequence's state, for example (H, K, V)."""
+
+    @abstractmethod
+    def transition_dims(self) -> int | None:
+        """How many leading dims of the state's shape G has: 1 scalar, 2 vector, None identity."""
+
+    @abstractmethod
+    def empty_output(self, inputs: Inputs) -> Tensor:
+        """The output for inputs of no token."""
+
+    @abstractmethod
+    def summarize(self, inputs: Inputs, cu_seqlens: Tensor | None) -> Summary:
+        """S and G of every sequence."""
+
+    @abstractmethod
+    def output(
+        self, inputs: Inputs, summary: Summary, entry: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """o from the states [S, *state_shape] that enter; None: nothing enters anywhere."""
+
+    @abstractmethod
+    def summarize_grad(
+        self,
+        inputs: Inputs,
+        do: Tensor,
+        summary: Summary,
+        entry: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Summary:
+        """The gradient of the entering states that comes from o alone (`state`), before any
+        gradient of leaving states is known; `log_transition` as in `summarize`."""
+
+    @abstractmethod
+    def backward(
+        self,
+        inputs: Inputs,
+        do: Tensor,
+        summary: Summary,
+        grad_summary: Summary,
+        entry: Tensor | None,
+        exit_grad: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs through o and through the states X that leave."""
+
+    def known_log_transition(self, num_tokens: int) -> Tensor | None:
+        """G of a sequence of so many tokens, [leading part of state_shape], if it depends on
+        nothing else: then it need not be sent. None: it depends on the tokens."""
+        del num_tokens
+        return None
+
+
+@dataclass(frozen=True)
+class LightningMixer(Mixer):
+    """Lightning attention by the package's kernels; inputs q, k, v and, if per token, log_decay."""
+
+    log_decay: Tensor | None = None
+    """Fixed decay [H], float32."""
+    per_token: bool = False
+    """A fourth input gives log decays [B, T, H]."""
+
+    def state_shape(self, inputs: Inputs) -> tuple[int, ...]:
+        return (inputs[0].shape[2], inputs[0].shape[3], inputs[2].shape[3])
+
+    def transition_dims(self) -> int | None:
+        return None if self.log_decay is None and not self.per_token else 1
+
+    def known_log_transition(self, num_tokens: int) -> Tensor | None:
+        return None if self.log_decay is None else self.log_decay.double() * num_tokens
+
+    def empty_output(self, inputs: Inputs) -> Tensor:
+        return torch.empty_like(inputs[2])
+
+    def summarize(self, inputs: Inputs, cu_seqlens: Tensor | None) -> Summary:
+        kept = lightning.key_value_summary(
+            inputs[1], inputs[2], log_decay=self._decay(inputs), cu_seqlens=cu_seqlens
+        )
+        return self._summary(kept)
+
+    def output(
+        self, inputs: Inputs, summary: Summary, entry: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        q, k, v = inputs[:3]
+        return lightning.attend(
+            q,
+            k,
+            v,
+            summary.kept,
+            log_decay=self._decay(inputs),
+            cu_seqlens=cu_seqlens,
+            entry_state=entry,
+        )
+
+    def summarize_grad(
+        self,
+        inputs: Inputs,
+        do: Tensor,
+        summary: Summary,
+        entry: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Summary:
+        kept = lightning.query_grad_summary(
+            inputs[0], do, log_decay=self._decay(inputs), cu_seqlens=cu_seqlens
+        )
+        return self._summary(kept)
+
+    def backward(
+        self,
+        inputs: Inputs,
+        do: Tensor,
+        summary: Summary,
+        grad_summary: Summary,
+        entry: Tensor | None,
+        exit_grad: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v = inputs[:3]
+        dq, dk, dv, dlog_decay = lightning.attend_backward(
+            q,
+            k,
+            v,
+            do,
+            summary.kept,
+            grad_summary.kept,
+            log_decay=self._decay(inputs),
+            cu_seqlens=cu_seqlens,
+            entry_state=entry,
+            exit_state_grad=exit_grad,
+        )
+        return (dq, dk, dv, dlog_decay) if self.per_token else (dq, dk, dv)
+
+    def _decay(self, inputs: Inputs) -> Tensor | None:
+        return inputs[3] if self.per_token else self.log_decay
+
+    def _summary(self, kept: lightning.Summary) -> Summary:
+        identity = self.transition_dims() is None
+        return Summary(kept.final_state, None if identity else kept.log_transition, kept)
+
+
+class AutogradMixer(Mixer):
+    """A mixer that gives `summarize` and `output` in differentiable torch; autograd does the rest.
+
+    Both are run again in backward, so nothing of the forward pass is kept but its inputs.
+    """
+
+    def summarize_grad(
+        self,
+        inputs: Inputs,
+        do: Tensor,
+        summary: Summary,
+        entry: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Summary:
+        with torch.enable_grad():
+            leaves = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
+            again = self.summarize(leaves, cu_seqlens)
+            start = torch.zeros_like(summary.state) if entry is None else entry.detach()
+            start.requires_grad_()
+            o = self.output(leaves, again, start, cu_seqlens)
+            leaving = again.state + decayed(start, again.log_transition)
+        (grad,) = torch.autograd.grad(o, start, do, retain_graph=True)
+        return Summary(grad, summary.log_transition, (leaves, o, leaving))
+
+    def backward(
+        self,
+        inputs: Inputs,
+        do: Tensor,
+        summary: Summary,
+        grad_summary: Summary,
+        entry: Tensor | None,
+        exit_grad: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        leaves, o, leaving = grad_summary.kept
+        wanted = [x for x in leaves if x.requires_grad]
+        outputs, grads = ([o], [do]) if exit_grad is None else ([o, leaving], [do, exit_grad])
+        found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
+        return tuple(next(found) if x.requires_grad else None for x in leaves)

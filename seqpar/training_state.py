@@ -1,0 +1,88 @@
+"""Everything a run needs to go on after a fault: weights, optimizer, schedule, data position."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from seqpar.launch.checkpoint import CheckpointStore
+
+__all__ = ["TrainingState"]
+
+
+class TrainingState:
+    """A model with its AdamW optimizer and one-cycle schedule, saved and restored as one.
+
+    Attributes:
+        step: optimizer steps taken.
+        position: documents drawn by then.
+        notes: whatever else the run wants back, as JSON: cost model, measured steps.
+
+    Args:
+        model: the same on every rank (it is saved once).
+        learning_rate: the schedule's peak.
+        total_steps: length of the schedule.
+        folder: where checkpoints go.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, learning_rate: float, total_steps: int, folder: Path
+    ) -> None:
+        self.model = model
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=0.01
+        )
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, learning_rate, total_steps=total_steps + 1, pct_start=0.2
+        )
+        self.step = 0
+        self.position = 0
+        self.notes: dict[str, Any] = {}
+        self._store = CheckpointStore(folder)
+        self._saved_step = -1
+
+    def take_step(self, *, position: int) -> None:
+        """Apply the gradients, advance the schedule, and remember the data position."""
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.position = position
+
+    def save(self) -> None:
+        """Write a checkpoint in the background; collective. Nothing to do if this step has one."""
+        if self.step == self._saved_step:
+            return
+        self._store.save_async(self.step, self._tensors(), self._values())
+        self._saved_step = self.step
+
+    def restore(self) -> bool:
+        """Load the latest complete checkpoint, if there is one; collective."""
+        step = self._store.latest_complete()
+        if step is None:
+            return False
+        tensors = self._tensors()
+        values = self._store.load(step, tensors)
+        self.model.load_state_dict(tensors["model"])
+        self.optimizer.load_state_dict(tensors["optimizer"])
+        self.schedule.load_state_dict(values["schedule"])
+        self.step, self.position, self.notes = step, values["position"], values["notes"]
+        self._saved_step = step
+        return True
+
+    def close(self) -> None:
+        """Wait until the last checkpoint is on disk."""
+        self._store.close()
+
+    def _tensors(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def _values(self) -> dict[str, Any]:
+        return {
+            "position": self.position,
+            "schedule": self.schedule.state_dict(),
+            "notes": self.notes,
+        }

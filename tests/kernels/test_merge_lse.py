@@ -1,0 +1,52 @@
+"""Partial softmax results merged in any order give the softmax over all keys."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from seqpar.errors import KernelInputError
+from seqpar.kernels.merge_lse import merge_lse
+from tests.tolerances import relative_error
+
+
+def softmax_part(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    scores = torch.einsum("bthk,bshk->bths", q, k)
+    lse = scores.logsumexp(-1)
+    return torch.einsum("bths,bshv->bthv", (scores - lse[..., None]).exp(), v), lse
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_parts_merge_to_the_whole(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, n, 3, 16, generator=generator, dtype=torch.float64) for n in (9, 40, 40)
+    )
+    ref_out, ref_lse = softmax_part(q * scale, k, v)
+    out = torch.zeros(2, 9, 3, 16)
+    lse = torch.full((2, 9, 3), -torch.inf)
+    for part in (slice(0, 7), slice(7, 30), slice(30, 40)):
+        part_out, part_lse = softmax_part(q * scale, k[:, part], v[:, part])
+        out, lse = merge_lse(out, lse, part_out.float(), part_lse.float())
+    assert relative_error(out, ref_out) < 3e-6
+    assert relative_error(lse, ref_lse) < 1e-6
+
+
+def test_rows_that_saw_no_key_add_nothing() -> None:
+    out, lse = torch.ones(1, 2, 1, 4), torch.tensor([[[0.5], [-torch.inf]]])
+    out[:, 1] = 0.0
+    empty, empty_lse = torch.zeros(1, 2, 1, 4), torch.full((1, 2, 1), -torch.inf)
+    kept = out.clone()
+    merged, merged_lse = merge_lse(out, lse, empty, empty_lse)
+    assert torch.equal(merged, kept)
+    assert torch.equal(merged_lse, lse)
+    assert torch.equal(out, kept)
+
+
+def test_bad_input_is_refused() -> None:
+    out, lse = torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1)
+    with pytest.raises(KernelInputError, match="float32"):
+        merge_lse(out.bfloat16(), lse, out, lse)
+    with pytest.raises(KernelInputError, match="needs"):
+        merge_lse(out, lse, out, lse[:, :1])

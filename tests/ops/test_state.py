@@ -1,0 +1,145 @@
+"""State operators against one device: every exchange, decay, layout and number of ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from seqpar.layout import SequenceLayout
+from seqpar.mesh import GroupPool
+from seqpar.ops.state import state_attention
+from seqpar.ops.state_exchange import EXCHANGES
+from seqpar.ops.state_local import RankPart
+from seqpar.ops.state_mixer import LightningMixer
+from seqpar.ops.state_steps import StateJob, backward_steps, forward_steps
+from tests.ops.cases import BOUNDS, DECAYS, Stream, Truth, layouts, make_stream, truth
+from tests.ranks import run_ranks
+from tests.simulator import simulate
+from tests.tolerances import assert_close
+
+
+def _simulated(stream: Stream, layout: SequenceLayout, exchange: str) -> Truth:
+    """The plain functions of all ranks in one process, put together to the whole stream."""
+    per_token = stream.log_decay is not None and stream.log_decay.ndim == 3
+    mixer = LightningMixer(None if per_token else stream.log_decay, per_token)
+    ranks = range(layout.world_size)
+    jobs = [StateJob(RankPart(mixer, layout, rank), exchange, True) for rank in ranks]
+    inputs = [tuple(layout.shard(x, rank) for x in stream.tensors) for rank in ranks]
+    done = simulate([forward_steps(jobs[r], inputs[r], stream.initial) for r in ranks])
+    dfinals = stream.dfinals.view(stream.q.shape[0], layout.num_documents, 3, 4, 5)
+    back = simulate(
+        [
+            backward_steps(
+                jobs[r],
+                inputs[r],
+                done[r].summary,
+                done[r].entries,
+                layout.shard(stream.do, r),
+                dfinals if r == 0 else None,
+            )
+            for r in ranks
+        ]
+    )
+    for rank in ranks:
+        assert torch.equal(done[rank].final_states, done[0].final_states)
+    grads = tuple(
+        layout.unshard([back[r][0][index] for r in ranks]) for index in range(len(stream.tensors))
+    )
+    dinitial = torch.stack([back[r][1] for r in ranks]).sum(0)
+    o = layout.unshard([done[r].o for r in ranks])
+    return Truth(o, done[0].final_states.flatten(0, 1), grads, dinitial)
+
+
+def _check(found: Truth, expected: Truth, what: str, dtype: torch.dtype | None = None) -> None:
+    assert_close(found.o, expected.o, what=f"{what}: o", dtype=dtype)
+    assert_close(found.finals, expected.finals, what=f"{what}: finals", dtype=dtype, dim=0)
+    for name, grad, ref in zip(
+        ("dq", "dk", "dv", "dlog_decay"), found.grads, expected.grads, strict=False
+    ):
+        assert_close(grad, ref, what=f"{what}: {name}", dtype=dtype)
+    if expected.dinitial is not None:
+        assert found.dinitial is not None
+        assert_close(
+            found.dinitial, expected.dinitial, what=f"{what}: dinitial", dtype=dtype, dim=0
+        )
+
+
+@pytest.mark.parametrize("exchange", sorted(EXCHANGES))
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("name", BOUNDS)
+def test_every_layout_gives_the_one_device_result(name: str, decay: str, exchange: str) -> None:
+    bounds = BOUNDS[name]
+    for batch, initial in ((1, False), (2, True)):
+        stream = make_stream(bounds, decay, batch=batch, initial=initial)
+        expected = truth(stream, bounds)
+        for world_size in range(1, 9):
+            for kind, layout in layouts(bounds, world_size).items():
+                found = _simulated(stream, layout, exchange)
+                _check(found, expected, f"{name}, {decay}, {kind}, W={world_size}, B={batch}")
+
+
+def _on_ranks(rank: int, cases: list[Any]) -> dict[str, Any]:
+    pool = GroupPool()
+    pool.prepare([tuple(range(w)) for w in range(1, dist.get_world_size() + 1)])
+    results = {}
+    for label, stream, layout, exchange in cases:
+        if rank < layout.world_size:
+            group = pool.group(range(layout.world_size)) if layout.world_size > 1 else None
+            results[label] = _attention_on_rank(rank, stream, layout, exchange, group)
+    pool.close()
+    return results
+
+
+def _attention_on_rank(
+    rank: int, stream: Stream, layout: SequenceLayout, exchange: str, group: Any
+) -> tuple[Tensor, ...]:
+    leaves = [layout.shard(x, rank).requires_grad_() for x in stream.tensors]
+    log_decay = leaves[3] if len(leaves) == 4 else stream.log_decay
+    initial = None if stream.initial is None else stream.initial.clone().requires_grad_()
+    q, k, v = leaves[:3]
+    o, finals = state_attention(
+        q,
+        k,
+        v,
+        log_decay=log_decay,
+        layout=layout,
+        group=group,
+        initial_state=initial,
+        return_final_state=True,
+        exchange=exchange,
+    )
+    loss = (o * layout.shard(stream.do, rank)).sum()
+    loss = loss + (finals * stream.dfinals).sum() / layout.world_size
+    wanted = leaves if initial is None else [*leaves, initial]
+    grads = torch.autograd.grad(loss, wanted)
+    return (o.detach(), finals.detach(), *grads)
+
+
+def test_process_groups_of_1_to_8_ranks_give_the_one_device_result() -> None:
+    cases, expected = [], {}
+    for index, world_size in enumerate(range(1, 9)):
+        bounds = BOUNDS[("one document", "packed")[index % 2]]
+        for kind, layout in layouts(bounds, world_size).items():
+            decay = DECAYS[len(cases) % 3]
+            batch, initial = (2, True) if len(cases) % 2 else (1, False)
+            stream = make_stream(bounds, decay, batch=batch, initial=initial, dtype=torch.float32)
+            for exchange in sorted(EXCHANGES):
+                label = f"W={world_size}, {kind}, {decay}, {exchange}"
+                cases.append((label, stream, layout, exchange))
+                expected[label] = (stream, layout, truth(stream, bounds))
+    results = run_ranks(8, _on_ranks, cases)
+    for label, (stream, layout, ref) in expected.items():
+        parts = [results[rank][label] for rank in range(layout.world_size)]
+        grads = tuple(
+            layout.unshard([part[2 + index] for part in parts])
+            for index in range(len(stream.tensors))
+        )
+        dinitial = None
+        if stream.initial is not None:
+            dinitial = torch.stack([part[-1] for part in parts]).sum(0)
+        o = layout.unshard([part[0] for part in parts])
+        _check(Truth(o, parts[0][1], grads, dinitial), ref, label)
