@@ -205,7 +205,9 @@ class _ScatteredMixer(torch.autograd.Function):
         with comm.count_into(ctx.traffic):
             steps = backward_steps(ctx.job, kept, do, dfinals)
             dinputs, dinitial = run_steps(steps, ctx.group)
-        if dinitial is None and ctx.needs_input_grad[2]:
+        if not ctx.needs_input_grad[2]:
+            return None, None, None, *dinputs
+        if dinitial is None:
             shape, dtype = ctx.initial
             dinitial = torch.zeros(shape, dtype=dtype, device=do.device)
         return None, None, dinitial, *dinputs
