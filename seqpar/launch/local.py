@@ -8,6 +8,7 @@ held from the moment it is chosen; rank 0's output on the terminal; and who fail
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import signal
@@ -153,6 +154,8 @@ def _agent(placement: Placement, logs: LogsSpecs) -> LocalElasticAgent:
         monitor_interval=0.1,
         local_addr=LOOPBACK,
     )
+    if "shutdown_timeout" not in inspect.signature(LocalElasticAgent).parameters:
+        return LocalElasticAgent(spec, logs)  # torch 2.11: always 30 s
     grace_s = max(1, round(placement.spec.stop_grace_s))
     return LocalElasticAgent(spec, logs, shutdown_timeout=grace_s)
 
