@@ -27,12 +27,17 @@ from seqpar.errors import LaunchError, MissingExtraError
 from seqpar.launch.failure import Failure
 from seqpar.launch.placement import Placement
 from seqpar.launch.rundir import RunDir
+from seqpar.launch.stopping import StoppedError, stop_error, stopped_by_signals
+from seqpar.launch.supervise import Supervisor
 
 try:
     import ray
     import ray.train
     from ray.train.backend import Backend
     from ray.train.torch import TorchConfig, TorchTrainer
+
+    from seqpar.launch.ray_geometry import GeometryTrainer
+    from seqpar.launch.ray_worker import RankEndedError, run_rank
 except ImportError as error:
     raise MissingExtraError("ray", "ray", "the ray engine") from error
 
@@ -61,27 +66,50 @@ def run_ray(placement: Placement) -> None:
 
     Raises:
         RankFailedError: a rank died and no restart is left; carries its rank and exit code.
-        LaunchError: the cluster cannot be reached, or cannot hold the ranks, or was lost.
+        LaunchError: the cluster cannot be reached, or cannot hold the ranks, or was lost; or the
+            launcher was told to stop, or the job's time was up.
     """
     run_dir = RunDir(placement.run_dir)
-    with cluster(placement), FollowLog(run_dir.log(0)):
+    supervisor = Supervisor(placement, run_dir, holds_ranks=False)
+    try:
+        with cluster(placement), FollowLog(run_dir.log(0)), stopped_by_signals(), supervisor:
+            fit(trainer(placement))
+    except ray.train.TrainingFailedError as error:
+        raise explain(error, placement, run_dir) from None
+    except StoppedError as error:
+        raise stop_error(placement, error.number, out_of_time=supervisor.out_of_time) from None
+
+
+def fit(job: TorchTrainer) -> None:
+    """Run `job.fit()` in a thread: Ray would take the main thread's signals and end with code 0."""
+    outcome: list[BaseException] = []
+
+    def run() -> None:
         try:
-            _trainer(placement).fit()
-        except ray.train.TrainingFailedError as error:
-            raise explain(error, placement, run_dir) from None
+            job.fit()
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, name="seqpar-ray-fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if outcome:
+        raise outcome[0]
 
 
-def _trainer(placement: Placement) -> TorchTrainer:
-    from seqpar.launch.ray_worker import run_rank
-
+def trainer(placement: Placement) -> TorchTrainer:
+    """Ray Train's trainer for the job; on a cluster, one that shrinks to what the job allows."""
     spec = placement.spec
     resources = {"CPU": spec.resources.cpus_per_rank}
     if spec.resources.memory_bytes_per_rank:
         resources["memory"] = float(spec.resources.memory_bytes_per_rank)
     if placement.device == "cuda":
         resources["GPU"] = 1.0
-    return TorchTrainer(
+    shrinks = spec.address is not None and spec.can_shrink
+    return GeometryTrainer(
         run_rank,
+        spec=spec,
         train_loop_config={
             "command": placement.worker_command(),
             "environment": placement.environment(),
@@ -91,7 +119,9 @@ def _trainer(placement: Placement) -> TorchTrainer:
         },
         torch_config=RankConfig(),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=placement.num_ranks,
+            num_workers=(spec.smallest_allowed(), placement.num_ranks)
+            if shrinks
+            else placement.num_ranks,
             use_gpu=placement.device == "cuda",
             resources_per_worker=resources,
             placement_strategy=spec.resources.placement,
@@ -156,8 +186,6 @@ def explain(error: Any, placement: Placement, run_dir: RunDir) -> LaunchError:
 
 
 def _failure(rank: int, cause: Any) -> Failure | None:
-    from seqpar.launch.ray_worker import RankEndedError
-
     inner = getattr(cause, "cause", None) or cause
     for candidate in (cause, inner, cause.__cause__):
         if isinstance(candidate, RankEndedError):
