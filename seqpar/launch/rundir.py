@@ -4,7 +4,7 @@ runs/<name>/
   run.json          run id, state, launcher's pid, engine, ranks, exit code
   events.jsonl      one JSON object a line: started, failed, restarted, resumed, ended
   logs/rank-<r>.log output of each rank, all attempts
-  ranks/            rank-<r>.alive (beat), rank-<r>.progress (step), rank-<r>.stack
+  ranks/            rank-<r>.alive (beat), rank-<r>.progress (step), rank-<r>.stack-<a>
   errors/           attempt-<a>-rank-<r>.json: traceback of a rank that raised
   checkpoints/      seqpar.launch.checkpoint
 """
@@ -88,12 +88,12 @@ class RunDir:
         request = self._read(self.ranks / f"rank-{rank}.end-taken")
         return str(request["reason"]) if request.get("attempt") == attempt else ""
 
-    def stacks(self, ranks: Iterable[int]) -> dict[int, str]:
-        """The stacks that ranks have dumped."""
+    def stacks(self, ranks: Iterable[int], attempt: int) -> dict[int, str]:
+        """The stacks that ranks have dumped in this attempt."""
         found = {}
         for rank in ranks:
             with contextlib.suppress(OSError):
-                found[rank] = (self.ranks / f"rank-{rank}.stack").read_text()
+                found[rank] = (self.ranks / f"rank-{rank}.stack-{attempt}").read_text()
         return found
 
     def record(self, event: str, /, **values: Any) -> None:

@@ -178,7 +178,7 @@ class Supervisor:
         self._request(others, "stack")
         self._request({target: beats[target]}, "end", hang.reason)
         self.ended.wait(SERVE_WAIT_S)
-        stacks = self.run_dir.stacks(beats)
+        stacks = self.run_dir.stacks(beats, self.attempt)
         self.run_dir.record(
             "hang",
             attempt=self.attempt,

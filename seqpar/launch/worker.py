@@ -176,7 +176,7 @@ def main() -> None:
         send_output_to(log)
     ranks = Path(os.environ["SEQPAR_RUN_DIR"]) / "ranks"
     ranks.mkdir(parents=True, exist_ok=True)
-    stacks = (ranks / f"rank-{rank}.stack").open("w")
+    stacks = (ranks / f"rank-{rank}.stack-{attempt}").open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     pulse = Pulse(ranks, rank, attempt)
     pulse.start()
