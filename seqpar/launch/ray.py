@@ -19,7 +19,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,16 @@ from seqpar.errors import LaunchError, MissingExtraError
 from seqpar.launch.failure import Failure
 from seqpar.launch.placement import Placement
 from seqpar.launch.rundir import RunDir
+from seqpar.launch.spec import JobSpec
 from seqpar.launch.stopping import StoppedError, stop_error, stopped_by_signals
 from seqpar.launch.supervise import Supervisor
 
 try:
     import ray
     import ray.train
-    from ray.train.backend import Backend
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
-    from seqpar.launch.ray_geometry import GeometryTrainer
+    from seqpar.launch.ray_geometry import GeometryPolicy, NodeLossPolicy, RankConfig
     from seqpar.launch.ray_worker import RankEndedError, run_rank
 except ImportError as error:
     raise MissingExtraError("ray", "ray", "the ray engine") from error
@@ -46,19 +45,19 @@ __all__ = ["run_ray"]
 HEALTH_CHECK_INTERVAL_S = 0.25
 
 
-class NoProcessGroup(Backend):  # type: ignore[misc]
-    """Ray's own processes form no process group: the ranks, their children, do."""
+class GeometryTrainer(TorchTrainer):  # type: ignore[misc]
+    """TorchTrainer with our policies for scaling and failure, and no torch in Ray's processes."""
 
-    share_cuda_visible_devices = True
+    def __init__(self, *arguments: Any, spec: JobSpec, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.spec = spec
+        self.backend_config = RankConfig()
 
-
-@dataclass
-class RankConfig(TorchConfig):  # type: ignore[misc]
-    """TorchTrainer's configuration without its process group."""
-
-    @property
-    def backend_cls(self) -> type[Backend]:
-        return NoProcessGroup
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        if self.scaling_config.elasticity_enabled:
+            parts["scaling_policy"] = GeometryPolicy(self.scaling_config, self.spec)
+        parts["failure_policy"] = NodeLossPolicy(self.run_config.failure_config)
+        return super()._initialize_and_run_controller(**parts)
 
 
 def run_ray(placement: Placement) -> None:
@@ -117,7 +116,6 @@ def trainer(placement: Placement) -> TorchTrainer:
             "cwd": str((spec.working_dir or Path.cwd()).absolute()),
             "restarts": spec.restarts,
         },
-        torch_config=RankConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=(spec.smallest_allowed(), placement.num_ranks)
             if shrinks

@@ -1,4 +1,4 @@
-"""How many ranks a job gets on a cluster that has lost nodes, and what spends its restarts.
+"""What Ray's controller is told: how many ranks, on lost nodes too, and what spends restarts.
 
 Ray Train's elastic policy takes any number of workers between two bounds, and after a node is lost
 asks for the old number until a timeout. Here the number is the largest that the job's geometry
@@ -11,14 +11,14 @@ from __future__ import annotations
 from typing import Any
 
 import ray
-from ray.train.torch import TorchTrainer
+from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
 from seqpar.launch.spec import JobSpec
 
-__all__ = ["GeometryTrainer"]
+__all__ = ["GeometryPolicy", "NodeLossPolicy", "RankConfig"]
 
 
 class GeometryPolicy(ElasticScalingPolicy):  # type: ignore[misc]
@@ -57,15 +57,15 @@ def is_node_loss(failure: BaseException) -> bool:
     )
 
 
-class GeometryTrainer(TorchTrainer):  # type: ignore[misc]
-    """TorchTrainer with the two policies above in place of Ray Train's own."""
+class NoProcessGroup(Backend):  # type: ignore[misc]
+    """Ray's own processes form no process group: the ranks, their children, do."""
 
-    def __init__(self, *arguments: Any, spec: JobSpec, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.spec = spec
+    share_cuda_visible_devices = True
 
-    def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        if self.scaling_config.elasticity_enabled:
-            parts["scaling_policy"] = GeometryPolicy(self.scaling_config, self.spec)
-        parts["failure_policy"] = NodeLossPolicy(self.run_config.failure_config)
-        return super()._initialize_and_run_controller(**parts)
+
+class RankConfig(BackendConfig):  # type: ignore[misc]
+    """In place of TorchConfig: the controller and the workers then need not import torch."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return NoProcessGroup

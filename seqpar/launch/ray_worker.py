@@ -88,6 +88,7 @@ def run_rank(config: dict[str, Any]) -> None:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # what the rank left behind in its session
+        run_dir.mark_ended(rank)
     if exit_code:
         raise rank_exit(run_dir, rank, meeting["attempt"], exit_code)
 

@@ -122,6 +122,12 @@ class RunDir:
         """Last beat of every rank that has beaten, by global rank."""
         return self._of_ranks("alive")
 
+    def mark_ended(self, rank: int) -> None:
+        """Note in a rank's beat that its process has ended; by the holder of that process."""
+        path = self.ranks / f"rank-{rank}.alive"
+        if beat := self._read(path):
+            write_atomically(path, {**beat, "ended": True})
+
     def progress(self) -> dict[int, dict[str, Any]]:
         """Last progress report of every rank that has made one, by global rank."""
         return self._of_ranks("progress")

@@ -20,6 +20,8 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
+
 from seqpar.launch.failure import Failure
 from seqpar.launch.placement import Placement
 from seqpar.launch.rundir import RunDir
@@ -167,8 +169,12 @@ class Supervisor:
         return {
             rank: beat
             for rank, beat in beats.items()
-            if beat["attempt"] == newest and not beat["ended"]
+            if beat["attempt"] == newest and not beat["ended"] and self._exists(beat["pid"])
         }
+
+    def _exists(self, pid: int) -> bool:
+        """Whether a rank held here has a process; of others their holders tell."""
+        return not self.holds_ranks or psutil.pid_exists(pid)
 
     def _end(self, hang: Hang, beats: dict[int, dict[str, Any]]) -> None:
         """Collect stacks, end the first missing rank, and wait for what the engine makes of it."""
