@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from seqpar.errors import LaunchError, MissingExtraError
+from seqpar.errors import JobSpecError, LaunchError, MissingExtraError
 from seqpar.launch.failure import Failure
 from seqpar.launch.placement import Placement
 from seqpar.launch.rundir import RunDir
@@ -110,10 +110,10 @@ def trainer(placement: Placement) -> TorchTrainer:
         run_rank,
         spec=spec,
         train_loop_config={
-            "command": placement.worker_command(),
+            "script": shipped_script(spec),
             "environment": placement.environment(),
             "run_dir": str(placement.run_dir),
-            "cwd": str((spec.working_dir or Path.cwd()).absolute()),
+            "cwd": None if ships(spec) else str((spec.working_dir or Path.cwd()).absolute()),
             "restarts": spec.restarts,
         },
         scaling_config=ray.train.ScalingConfig(
@@ -132,6 +132,25 @@ def trainer(placement: Placement) -> TorchTrainer:
     )
 
 
+def ships(spec: JobSpec) -> bool:
+    """Whether the working directory travels to the nodes: where named, and they are others."""
+    return spec.address is not None and spec.working_dir is not None
+
+
+def shipped_script(spec: JobSpec) -> list[str]:
+    """Script and arguments as a node finds them: from the shipped folder, if it was shipped."""
+    command = spec.command()
+    if ships(spec) and spec.script is not None:
+        folder = Path(spec.working_dir or "").expanduser().absolute()
+        if not spec.script.is_relative_to(folder):
+            raise JobSpecError(
+                f"script {spec.script} is not in working_dir {folder}, which is what travels to "
+                "the nodes: move it there, or widen working_dir"
+            )
+        command[0] = str(spec.script.relative_to(folder))
+    return command
+
+
 @contextmanager
 def cluster(placement: Placement) -> Iterator[None]:
     """A connection to the job's cluster; an embedded one lives as long as the context."""
@@ -142,6 +161,7 @@ def cluster(placement: Placement) -> Iterator[None]:
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": f"{spec.start_timeout_s:g}",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{spec.start_timeout_s:g}",
         "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
     with contextlib.ExitStack() as stack:
@@ -156,7 +176,15 @@ def cluster(placement: Placement) -> Iterator[None]:
                 log_to_driver=False,
             )
         else:
-            ray.init(address=spec.address, logging_level=logging.WARNING, log_to_driver=False)
+            package: dict[str, Any] = {"py_modules": [str(Path(__file__).parents[1])]}
+            if ships(spec):
+                package["working_dir"] = str(spec.working_dir)
+            ray.init(
+                address=spec.address,
+                runtime_env=package,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+            )
         stack.callback(ray.shutdown)
         yield
 

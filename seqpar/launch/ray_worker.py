@@ -23,6 +23,7 @@ import ray
 import ray.train
 from ray.train.collective import broadcast_from_rank_zero
 
+from seqpar.launch.placement import rank_command
 from seqpar.launch.rundir import RunDir
 from seqpar.launch.supervise import serve_request
 
@@ -77,9 +78,9 @@ def run_rank(config: dict[str, Any]) -> None:
         "SEQPAR_PARENT_PID": str(os.getpid()),
     }
     process = subprocess.Popen(
-        config["command"],
+        rank_command(config["script"]),
         env=environment,
-        cwd=config["cwd"] if os.path.isdir(config["cwd"]) else None,
+        cwd=config["cwd"],
         start_new_session=True,
     )
     try:
