@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from seqpar.adapters.minimax import minimax_lightning_forward
+from seqpar.adapters.t5 import t5_attention_forward
 from seqpar.errors import UnsupportedModelError
 
 __all__ = [
@@ -33,12 +34,22 @@ SOFTMAX_FAMILIES = frozenset(
     {"bert", "gemma2", "gemma3_text", "gpt_neox", "llama", "mistral", "modernbert", "qwen3"}
 )
 STATE_FAMILIES = frozenset({"minimax"})
-ENCODER_DECODER_FAMILIES: frozenset[str] = frozenset()
+ENCODER_DECODER_FAMILIES = frozenset({"t5"})
 FAMILIES = SOFTMAX_FAMILIES | STATE_FAMILIES | ENCODER_DECODER_FAMILIES
 
-_MIXERS: dict[str, Mixer] = {"MiniMaxLightningAttention": minimax_lightning_forward}
+_MIXERS: dict[str, Mixer] = {
+    "MiniMaxLightningAttention": minimax_lightning_forward,
+    "T5Attention": t5_attention_forward,
+}
 
-_PER_TOKEN_HEADS = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification", "LMHeadModel", "Model")
+_PER_TOKEN_HEADS = (
+    "ForCausalLM",
+    "ForConditionalGeneration",
+    "ForMaskedLM",
+    "ForTokenClassification",
+    "LMHeadModel",
+    "Model",
+)
 _ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
@@ -125,7 +136,8 @@ def _check_head(model: nn.Module) -> None:
 
 def _check_config(config: Any) -> None:
     name = type(config).__name__
-    for option in _ATTENTION_DROPOUTS:
+    t5_dropout = ("dropout_rate",) if config.model_type in ENCODER_DECODER_FAMILIES else ()
+    for option in (*_ATTENTION_DROPOUTS, *t5_dropout):
         rate = getattr(config, option, None)
         if rate:
             raise UnsupportedModelError(

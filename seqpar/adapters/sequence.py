@@ -80,9 +80,14 @@ def outside_graph(function: F) -> F:
     return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
-def held_tokens(x: Tensor, sequence: SequenceContext) -> Tensor:
-    """[B, T, ...] without the token that stands in on a rank that holds none."""
-    return x[:, : sequence.num_tokens]
+def held_tokens(
+    x: Tensor, sequence: SequenceContext, layout: SequenceLayout | None = None
+) -> Tensor:
+    """[B, T, ...] without the token that stands in on a rank that holds none.
+
+    `layout` is the stream's that x belongs to, if it is not the context's own.
+    """
+    return x[:, : (layout or sequence.layout).tokens_on(sequence.rank)]
 
 
 def refilled(x: Tensor, num_tokens: int) -> Tensor:
