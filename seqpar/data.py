@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -49,7 +50,7 @@ def limit_documents(
     for document in documents:
         if over_limit == "drop" and len(document) > context_tokens:
             continue
-        kept += [piece for piece in document.split(context_tokens) if len(piece)]
+        kept += [piece for piece in torch.split(document, context_tokens) if len(piece)]
     if not kept:
         raise DataError(
             f"no document left of {len(documents)} under {context_tokens=} with {over_limit=}: "
@@ -216,7 +217,9 @@ def recorded_plans(record: Path) -> PlanDocuments:
             raise DataError(f"{record} has no plan for step {step}: it holds {sorted(plans)[-1:]}")
         planned = sum(len(g.sequences) for m in plans[step].micro_batches for g in m.groups)
         if planned != len(lengths):
-            raise DataError(f"step {step} of {record} plans {planned} documents, not {len(lengths)}")
+            raise DataError(
+                f"step {step} of {record} plans {planned} documents, not {len(lengths)}"
+            )
         return plans[step]
 
     return plan_documents

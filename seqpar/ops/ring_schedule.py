@@ -6,6 +6,7 @@ backward   first half of the own heads | remote blocks | second half of the own 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,12 +14,14 @@ from functools import lru_cache
 from seqpar.layout import SequenceLayout, Span
 from seqpar.ops.softmax_tiles import Mask, Tile, block_tiles, compact_keys
 
-__all__ = ["RingSchedule", "Step", "ring_schedule"]
+__all__ = ["RingSchedule", "Step", "own_schedule", "ring_schedule"]
 
 
 @dataclass(frozen=True)
 class Step:
     """One step of one rank.
+
+    Ranks are ranks of the process group.
 
     Attributes:
         tiles: its queries with the block at hand, on the keys that were sent, laid end to end.
@@ -61,36 +64,36 @@ class RingSchedule:
 
 @lru_cache(maxsize=64)
 def ring_schedule(
-    layout: SequenceLayout, key_layout: SequenceLayout, rank: int, mask: Mask
+    layout: SequenceLayout,
+    key_layout: SequenceLayout,
+    rank: int,
+    mask: Mask,
+    members: tuple[int, ...],
 ) -> RingSchedule:
-    """The schedule of `rank`; queries lie in `layout`, keys and values in `key_layout`."""
-    own = Step(
-        tiles=block_tiles(layout, key_layout, rank, rank, mask),
-        recv_from=rank,
-        num_recv=key_layout.tokens_on(rank),
-        send_to=rank,
-        send_keys=(),
-        is_own=True,
-    )
-    distances = range(1, layout.world_size)
-    remote = tuple(_remote_step(layout, key_layout, rank, t, mask) for t in distances)
+    """The schedule of the layout's `rank`: queries lie in `layout`, keys in `key_layout`.
+
+    `members[r]` is the group rank that stands for the layout's rank r.
+    """
+    own = _own_step(block_tiles(layout, key_layout, rank, rank, mask), key_layout.tokens_on(rank))
+    size = layout.world_size
+    remote = []
+    for distance in range(1, size):
+        owner, reader = (rank - distance) % size, (rank + distance) % size
+        needed, tiles = compact_keys(block_tiles(layout, key_layout, rank, owner, mask))
+        sent, _ = compact_keys(block_tiles(layout, key_layout, reader, rank, mask))
+        num_recv = sum(span.num_tokens for span in needed)
+        remote.append(Step(tiles, members[owner], num_recv, members[reader], sent))
     if not any(step.num_recv or step.send_keys for step in remote):
         return RingSchedule((own,), (own,))
-    halves = [Step(**{**vars(own), "share": (part, 2)}) for part in (0, 1)]
+    halves = [dataclasses.replace(own, share=(part, 2)) for part in (0, 1)]
     return RingSchedule((own, *remote), (halves[0], *remote, halves[1]))
 
 
-def _remote_step(
-    layout: SequenceLayout, key_layout: SequenceLayout, rank: int, distance: int, mask: Mask
-) -> Step:
-    size = layout.world_size
-    owner, reader = (rank - distance) % size, (rank + distance) % size
-    needed, tiles = compact_keys(block_tiles(layout, key_layout, rank, owner, mask))
-    sent, _ = compact_keys(block_tiles(layout, key_layout, reader, rank, mask))
-    return Step(
-        tiles=tiles,
-        recv_from=owner,
-        num_recv=sum(span.num_tokens for span in needed),
-        send_to=reader,
-        send_keys=sent,
-    )
+def own_schedule(tiles: tuple[Tile, ...], num_keys: int) -> RingSchedule:
+    """The schedule of a rank that has all its keys at hand."""
+    own = _own_step(tiles, num_keys)
+    return RingSchedule((own,), (own,))
+
+
+def _own_step(tiles: tuple[Tile, ...], num_keys: int) -> Step:
+    return Step(tiles, recv_from=-1, num_recv=num_keys, send_to=-1, send_keys=(), is_own=True)

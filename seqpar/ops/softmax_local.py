@@ -16,17 +16,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from seqpar.ops.softmax_dense import DenseBackend
-from seqpar.ops.softmax_kernels import CpuFlash
+from seqpar.errors import KernelInputError
+from seqpar.ops.softmax_dense import DenseBackend, cut
+from seqpar.ops.softmax_kernels import CpuFlash, Cudnn, Efficient
+from seqpar.ops.softmax_packed import FlashPacked
 from seqpar.ops.softmax_partial import PartialOutput, RowSum
 from seqpar.ops.softmax_tiles import Tile
 
 __all__ = ["Backend", "Gradients", "attend", "attend_backward", "choose_backend"]
+
+CUDNN_MIN_TOKENS = 256
+"""Rows and keys of a piece under which FlashAttention-2's packed call is used."""
+
+CUDNN_MAX_CALLS = 4
+"""Pieces over which one packed call is used: documents in a stream."""
 
 
 class Backend(Protocol):
@@ -135,11 +145,54 @@ def attend_backward(
 
 
 def choose_backend(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile]) -> Backend:
-    """The fastest backend that is exact for these tensors and tiles."""
-    return _CPU
+    """The fastest backend that is exact for these tensors and tiles.
+
+    Raises:
+        KernelInputError: a device or dtype that no fused kernel of torch takes.
+    """
+    key = (q.device, q.dtype, max(q.shape[-1], v.shape[-1]), _is_deterministic())
+    return _choose(*key, tuple(tiles))
 
 
-_CPU = DenseBackend(CpuFlash())
+@lru_cache(maxsize=1024)
+def _choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    deterministic: bool,
+    tiles: tuple[Tile, ...],
+) -> Backend:
+    if device.type == "cpu":
+        return DenseBackend(CpuFlash())
+    if device.type != "cuda" or dtype == torch.float64:
+        raise KernelInputError(
+            f"softmax attention has no fused kernel for {dtype} on {device.type}: use float32, "
+            f"bfloat16 or float16 on CUDA, or the CPU, which takes float64 too"
+        )
+    if dtype == torch.float32 or head_dim > 256:
+        return DenseBackend(Efficient())
+    on_hopper = torch.cuda.get_device_capability(device) >= (9, 0)
+    if on_hopper and not deterministic and head_dim <= 128 and _suits_cudnn(tiles):
+        return DenseBackend(Cudnn())
+    return FlashPacked()
+
+
+def _suits_cudnn(tiles: tuple[Tile, ...]) -> bool:
+    """Few, large, and neither windows nor single rows: a call costs launches and a plan a shape."""
+    pieces = [piece for tile in tiles for piece in cut(tile)]
+    return len(pieces) <= CUDNN_MAX_CALLS and all(
+        (piece.is_full or (piece.is_causal and piece.is_square))
+        and min(piece.num_queries, piece.num_keys) >= CUDNN_MIN_TOKENS
+        for piece in pieces
+    )
+
+
+def _is_deterministic() -> bool:
+    """torch.use_deterministic_algorithms, without warn_only: cuDNN's backward adds in any order."""
+    return (
+        torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
+    )
 
 
 def _padded(multiple: int, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -27,6 +27,10 @@ def merge_lse_(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> No
 
     Source: Milakov and Gimelshein, arXiv 1805.02867; the log1p form keeps small differences.
     """
+    if out.is_cuda and lse.dtype == torch.float32 and out.stride(-1) == new_out.stride(-1) == 1:
+        from seqpar.ops.softmax_merge_kernel import merge_lse_triton_
+
+        return merge_lse_triton_(out, lse, new_out, new_lse)
     top, low = torch.maximum(lse, new_lse), torch.minimum(lse, new_lse)
     merged = torch.where(torch.isneginf(low), top, top + torch.log1p(torch.exp(low - top)))
     weight, new_weight = _weight(lse, merged), _weight(new_lse, merged)

@@ -19,7 +19,6 @@ over a whole link falls under the floor stop there: `all_gather` sends them to t
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -321,59 +320,64 @@ def _parts(scan: Scan, num_slices: int) -> list[_Part]:
 
 
 def _chain(scan: Scan, num_slices: int) -> Steps[Entries]:
+    """All parts over all hops, in rounds that every rank counts alike.
+
+    A rank may hold links far apart in the chain, and a message is not sent before its receiver is
+    ready. So a rank posts all that a round moves at once, and waits for no other rank's round.
+    """
     links, parts = scan.chain.links, _parts(scan, num_slices)
-    entries: Entries = {}
-    to_self: deque[Tensor] = deque()
-    for index in scan.own_links:
-        link, own = links[index], scan.own[index]
-        hop = _Hop(scan, index, to_self)
-        waiting = [part for part in parts if link.passes and part.waits]
-        ready = [part for part in parts if part not in waiting]
-        arrived = yield from hop.swap([part.of(own.state) for part in ready], ready + waiting[:1])
-        for number, part in enumerate(waiting):
-            entering, transition = arrived[-1], own.log_transition
-            moved = decayed(entering, None if transition is None else part.of(transition))
-            following = waiting[number + 1 : number + 2]
-            arrived += yield from hop.swap([part.of(own.state) + moved], following)
-        if link.takes:
-            entry = torch.empty_like(scan.like.state, device=scan.device)
-            for part, value in zip(ready + waiting, arrived, strict=True):
-                part.assign(entry, value)
-            entries[index] = entry
-    return entries
+    rounds = _rounds(scan.chain, parts)
+    arrived: dict[tuple[int, int], Tensor] = {}
+    for now in range(max(rounds.values(), default=-1) + 1):
+        sends: list[tuple[int, Tensor]] = []
+        recvs: list[tuple[int, Tensor]] = []
+        for index in scan.own_links:
+            for number, part in enumerate(parts):
+                if rounds.get((index, number)) == now:
+                    leaving = _leaving(scan, index, part, arrived.get((index, number)))
+                    sends.append((links[index + 1].rank, leaving.contiguous()))
+                if rounds.get((index - 1, number)) == now:
+                    landing = torch.empty_like(part.of(scan.like.state), device=scan.device)
+                    recvs.append((links[index - 1].rank, landing))
+                    arrived[index, number] = landing
+        if sends or recvs:
+            yield Swap(sends, recvs)
+    takers = [index for index in scan.own_links if links[index].takes]
+    return {index: _assembled(scan, parts, arrived, index) for index in takers}
 
 
-@dataclass(frozen=True)
-class _Hop:
-    """One link's exchange with the link before and the link after."""
+def _rounds(chain: StateChain, parts: list[_Part]) -> dict[tuple[int, int], int]:
+    """(giving link, part) -> the round in which it leaves: one after that in which it arrives."""
+    rounds, depth = {}, 0
+    slices_before = [sum(part.waits for part in parts[:number]) for number in range(len(parts))]
+    for index, link in enumerate(chain.links):
+        depth = depth + 1 if link.passes else 0
+        if link.gives:
+            for number, part in enumerate(parts):
+                rounds[index, number] = depth + slices_before[number] if part.waits else 0
+    return rounds
 
-    scan: Scan
-    link: int
-    to_self: deque[Tensor]
-    """What a rank whose two links are neighbours sends to itself."""
 
-    def swap(self, sends: list[Tensor], parts: list[_Part]) -> Steps[list[Tensor]]:
-        """Send to the link after, if it takes; what arrives of the parts, if this link takes."""
-        links, rank = self.scan.chain.links, self.scan.rank
-        away: list[tuple[int, Tensor]] = []
-        arriving: list[Tensor] = []
-        coming: list[tuple[int, Tensor]] = []
-        if links[self.link].gives:
-            target = links[self.link + 1].rank
-            if target == rank:
-                self.to_self.extend(sends)
-            else:
-                away = [(target, x.contiguous()) for x in sends]
-        if links[self.link].takes:
-            source = links[self.link - 1].rank
-            if source == rank:
-                return [self.to_self.popleft() for _ in parts]
-            like = [part.of(self.scan.like.state) for part in parts]
-            arriving = [torch.empty_like(x, device=self.scan.device) for x in like]
-            coming = [(source, x) for x in arriving]
-        if away or coming:
-            yield Swap(away, coming)
-        return arriving
+def _leaving(scan: Scan, link: int, part: _Part, entering: Tensor | None) -> Tensor:
+    """A part of what leaves a link."""
+    own = scan.own[link]
+    state = part.of(own.state)
+    if entering is None or not (scan.chain.links[link].passes and part.waits):
+        return state
+    transition = own.log_transition
+    return state + decayed(entering, None if transition is None else part.of(transition))
+
+
+def _assembled(
+    scan: Scan, parts: list[_Part], arrived: dict[tuple[int, int], Tensor], link: int
+) -> Tensor:
+    """The state that enters a link, from its parts."""
+    if len(parts) == 1:
+        return arrived[link, 0]
+    entry = torch.empty_like(scan.like.state, device=scan.device)
+    for number, part in enumerate(parts):
+        part.assign(entry, arrived[link, number])
+    return entry
 
 
 # -- log-step scan ----------------------------------------------------------------------------
