@@ -31,6 +31,7 @@ from seqpar.batch import group_of
 from seqpar.comm import agree, group_size
 from seqpar.errors import LayoutError, UnsupportedModelError
 from seqpar.layout import SequenceLayout
+from seqpar.ops.softmax_choice import Strategy
 
 __all__ = ["is_parallelized", "parallelize", "unparallelize"]
 
@@ -57,7 +58,7 @@ class _Wrapping:
     """What a wrapped model was given at wrap time; the same value for its copies."""
 
     group: ProcessGroup | None
-    strategy: str
+    strategy: Strategy
     exchange: str
     check: bool
 
@@ -99,7 +100,7 @@ def parallelize(
     model: M,
     mesh: DeviceMesh | ProcessGroup | None,
     *,
-    strategy: str = "auto",
+    strategy: Strategy = "auto",
     exchange: str = "auto",
     check: bool = True,
 ) -> M:
@@ -332,7 +333,8 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     @functools.wraps(module.forward)
     def replaced(self: nn.Module, *args: Any, **inputs: Any) -> Any:
         before = self.__dict__["_seqpar_previous_forward"]
-        original = type(self).forward.__get__(self) if before is _Bound else before
+        own = functools.partial(type(self).forward, self)
+        original = own if before is _Bound else before
         return forward(self, *args, original=original, **inputs)
 
     module.__dict__["_seqpar_previous_forward"] = previous

@@ -24,6 +24,7 @@ from torch import nn
 from seqpar.adapters.tiny import check_family, tiny_model, tiny_stream
 from seqpar.batch import shard
 from seqpar.errors import LaunchError, MeshError, SeqparError, UnsupportedModelError
+from seqpar.ops.softmax_choice import Strategy
 from seqpar.parallelize import parallelize
 from seqpar.parity import ParityReport, check_parity
 
@@ -50,7 +51,7 @@ class ParityJob:
     model: str
     ranks: int = 4
     lengths: Sequence[int] = DEFAULT_LENGTHS
-    strategy: str = "auto"
+    strategy: Strategy = "auto"
     exchange: str = "auto"
     layout: str = "contiguous"
     device: str = "cpu"

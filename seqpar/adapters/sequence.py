@@ -13,8 +13,16 @@ from torch.distributed import ProcessGroup
 from seqpar.comm import group_rank
 from seqpar.errors import UnsupportedModelError
 from seqpar.layout import SequenceLayout
+from seqpar.ops.softmax_choice import Strategy
 
-__all__ = ["SequenceContext", "held_tokens", "outside_graph", "refilled", "refuse_unknown"]
+__all__ = [
+    "SequenceContext",
+    "autocast_together",
+    "held_tokens",
+    "outside_graph",
+    "refilled",
+    "refuse_unknown",
+]
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -61,7 +69,7 @@ class SequenceContext:
 
     layout: SequenceLayout
     group: ProcessGroup | None
-    strategy: str = "auto"
+    strategy: Strategy = "auto"
     exchange: str = "auto"
     source_layout: SequenceLayout | None = None
 
@@ -109,3 +117,12 @@ def refuse_unknown(module: nn.Module, others: dict[str, Any]) -> None:
                 f"it takes {argument!r}, which seqpar's operators do not",
                 "use a configuration without it, or another model",
             )
+
+
+def autocast_together(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In autocast's dtype where it is on, as torch's own attention would get them."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(tensor.to(dtype) for tensor in tensors)
