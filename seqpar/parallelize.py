@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from seqpar.adapters.hf_head import head_loss_sum
-from seqpar.adapters.hf_models import check_supported, hugging_face_model, mixers_of
+from seqpar.adapters.hf_models import check_supported, hugging_face_model, mixers_of, whole_forward
 from seqpar.adapters.sequence import SequenceContext, outside_graph
 from seqpar.batch import group_of
 from seqpar.comm import agree, group_size
@@ -215,7 +215,8 @@ def _wrap_hugging_face(model: nn.Module, wrapping: _Wrapping) -> None:
     config._attn_implementation = ATTENTION_NAME
     for module, forward in mixers_of(model):
         _replace_forward(module, forward)
-    _replace_forward(model, _hugging_face_forward)
+    whole = whole_forward(model)
+    _replace_forward(model, functools.partial(_hugging_face_forward, whole=whole))
     setattr(model, _MARK, wrapping)
 
 
@@ -236,8 +237,11 @@ def _hugging_face_forward(
     source_layout: SequenceLayout | None = None,
     head_labels: Tensor | None = None,
     original: Callable[..., Any],
+    whole: Callable[..., Any] | None,
     **inputs: Any,
 ) -> Any:
+    if whole is not None:
+        original = functools.partial(whole, self)
     if head_labels is not None:
         original = functools.partial(head_loss_sum, self, head_labels)
     inputs = _named_inputs(args, inputs)
