@@ -13,6 +13,7 @@ Legend: T tokens of one rank, W ranks, H heads, D key and value dim.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -36,6 +37,9 @@ from seqpar.ops.state_exchange import EXCHANGES
 from seqpar.ops.state_local import RankPart
 from seqpar.ops.state_mixer import LightningMixer
 from seqpar.ops.steps import run_steps
+
+SAMPLE_MS = 12.0
+"""A sample is as many calls back to back as take about this long."""
 
 TOLERANCE = 8e-3
 """Relative error of bfloat16 results, as in the tests."""
@@ -136,7 +140,7 @@ def check(setup: Setup) -> dict[str, float]:
         "contiguous": SequenceLayout.contiguous(bounds, setup.world_size),
         "zigzag": SequenceLayout.zigzag(bounds, setup.world_size),
     }
-    per_token = -torch.rand(1, bounds[-1], setup.heads, device=setup.device)
+    per_token = -setup.stream(bounds[-1], 1)[0][..., 0].float().abs()
     fast = setup.slopes().clamp(max=-0.5) * 4
     decays = {"none": None, "slopes": setup.slopes(), "fast": fast, "per token": per_token * 0.1}
     for kind, layout in layouts.items():
@@ -202,7 +206,7 @@ def time_exchanges(setup: Setup) -> list[dict[str, Any]]:
         forms = {
             name: _exchange_form(setup, part, inputs, summary, name) for name in sorted(EXCHANGES)
         }
-        row = {"state_bytes": heads * setup.dim**2 * 4, **_take_turns(setup, forms, inner=20)}
+        row = {"state_bytes": heads * setup.dim**2 * 4, **_take_turns(setup, forms)}
         rows.append(row)
         setup.say(
             f"exchange of {row['state_bytes'] / 2**20:6.1f} MiB a rank, ms: "
@@ -256,7 +260,7 @@ def time_layer(
         f"forward and backward, ms (ratio to the local kernel)"
     )
     setup.say(str(explain_exchange(q, k, v, log_decay=decay, layout=layout, group=setup.group)))
-    times = _take_turns(setup, forms, inner=4)
+    times = _take_turns(setup, forms)
     rows = []
     for name, ms in times.items():
         with comm.count_traffic() as traffic:
@@ -299,7 +303,7 @@ class _GatherTokens(torch.autograd.Function):
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
         own = torch.empty_like(dx.chunk(ctx.group.size(), 1)[0])
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        scatter(own, dx.contiguous(), group=ctx.group)
+        scatter(own.view(-1), dx.contiguous().view(-1), group=ctx.group)
         return own, None
 
 
@@ -347,31 +351,53 @@ def _lasp_forms(
 
     found = {}
     for name in ("lasp_fuse", "lasp_fuse_parallel"):
-        try:
-            form(name)()
+        if _lasp_runs(setup, name, (*heads_first, slopes, do_)):
             found[f"{name} (OpenNLPLab)"] = form(name)
-        except Exception as error:
-            setup.say(f"{name} does not run here: {str(error)[:300]!r}")
     return found
+
+
+def _lasp_runs(setup: Setup, name: str, tensors: tuple[Tensor, ...]) -> bool:
+    """Whether its kernels run on every rank, tried without its ring: a failure there would hang."""
+    q, k, v, slopes, do = (x.detach() for x in tensors)
+    problem = ""
+    try:
+        module = importlib.import_module(f"lasp.{name}")
+        state = torch.zeros(1, setup.heads, setup.dim, setup.dim, device=setup.device)
+        if name == "lasp_fuse":
+            module.lasp_forward(q, k, v, slopes, state)
+            module.lasp_backward(q, k, v, slopes, do, state, state.clone())
+        else:
+            _, blocks, _ = module.lasp_forward(q, k, v, slopes, state, 256, 64)
+            module.lasp_backward(q, k, v, slopes, do, blocks, state, state.clone(), 256, 64)
+        _synchronize(setup)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {str(error)[:300]}"
+    failed = torch.tensor([bool(problem)], device=setup.device)
+    if not comm.all_gather(failed, setup.group).any():
+        return True
+    setup.say(f"{name} does not run here: {problem!r}")
+    return False
 
 
 # -- timing -----------------------------------------------------------------------------------
 
 
-def _take_turns(
-    setup: Setup, forms: dict[str, Callable[[], None]], *, inner: int
-) -> dict[str, float]:
+def _take_turns(setup: Setup, forms: dict[str, Callable[[], None]]) -> dict[str, float]:
     """ms of each form: the slowest rank, the median of rounds in which the forms take turns."""
-    for form in forms.values():
+    inner = {}
+    for name, form in forms.items():
         for _ in range(2):
             form()
+        once = torch.tensor([_timed(setup, form, 1)], device=setup.device)
+        slowest = float(comm.all_gather(once, setup.group).max())
+        inner[name] = max(1, min(20, round(SAMPLE_MS / slowest)))
     samples: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(setup.rounds):
         for name, form in forms.items():
-            samples[name].append(_timed(setup, form, inner))
+            samples[name].append(_timed(setup, form, inner[name]))
     mine = torch.tensor([statistics.median(samples[name]) for name in forms], device=setup.device)
-    slowest = comm.all_gather(mine, setup.group).amax(0).tolist()
-    return dict(zip(forms, slowest, strict=True))
+    slowest_ms = comm.all_gather(mine, setup.group).amax(0).tolist()
+    return dict(zip(forms, slowest_ms, strict=True))
 
 
 def _timed(setup: Setup, form: Callable[[], None], inner: int) -> float:

@@ -184,7 +184,7 @@ def mean_over_mesh(
     """Each rank's (sum, number of targets) -> the mean over the mesh; see `token_loss`."""
     if grad_reduction not in ("mean", "sum"):
         raise LayoutError(f"grad_reduction must be 'mean' or 'sum', got {grad_reduction!r}")
-    groups = _groups_of(mesh)
+    groups = groups_of(mesh)
     totals = torch.stack([nll_sum.detach().double(), local_targets.double()])
     for group in groups:
         totals = all_reduce_sum(totals, group)
@@ -204,7 +204,7 @@ def count_targets(batches: Iterable[Batch], *, mesh: DeviceMesh | None = None) -
         DataError: there is none, so that the step's mean loss does not exist.
     """
     batches = list(batches)
-    groups = _groups_of(mesh)
+    groups = groups_of(mesh)
     if mesh is None and batches and batches[0].group is not None:
         groups = [batches[0].group]
     device = batches[0].labels.device if batches else torch.device("cpu")
@@ -218,7 +218,7 @@ def count_targets(batches: Iterable[Batch], *, mesh: DeviceMesh | None = None) -
     return int(total)
 
 
-def _groups_of(mesh: DeviceMesh | dist.ProcessGroup | None) -> list[dist.ProcessGroup]:
+def groups_of(mesh: DeviceMesh | dist.ProcessGroup | None) -> list[dist.ProcessGroup]:
     """Groups that, summed over one after the other, sum over the whole mesh."""
     if mesh is None:
         return []

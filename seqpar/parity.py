@@ -11,7 +11,7 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,11 +157,15 @@ def _wrapped(
 ) -> tuple[float, dict[str, Tensor | None]]:
     logits = logits_of(model(**batch.inputs))
     loss = token_loss(logits, batch, mesh=mesh, grad_reduction="sum")
-    gradients = _gradients(loss, model)
-    for name, gradient in gradients.items():
-        if gradient is not None:
+    found = _gradients(loss, model)
+    gradients = dict[str, Tensor | None]()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:  # a rank that did not use it takes part all the same
+            gradient = found[name]
+            total = torch.zeros_like(parameter) if gradient is None else gradient
             for group in groups:
-                gradients[name] = gradient = all_reduce_sum(gradient, group)
+                total = all_reduce_sum(total, group)
+            gradients[name] = total
     return loss.item(), gradients
 
 
@@ -186,14 +190,23 @@ def _reference(
     return loss, total
 
 
-def _documents(stream: PackedStream) -> Iterable[PackedStream]:
-    for start, stop in itertools.pairwise(stream.cu_seqlens):
-        yield PackedStream(
+def _documents(stream: PackedStream) -> list[PackedStream]:
+    """Each document as a stream of its own, its source beside it."""
+    sources = [None] * (len(stream.cu_seqlens) - 1)
+    if stream.source is not None:
+        sources = _documents(stream.source)  # type: ignore[assignment]
+    return [
+        PackedStream(
             stream.ids[:, start:stop],
             stream.labels[:, start:stop],
             (0, stop - start),
             {name: tensor[:, start:stop] for name, tensor in stream.features.items()},
+            source,
         )
+        for (start, stop), source in zip(
+            itertools.pairwise(stream.cu_seqlens), sources, strict=True
+        )
+    ]
 
 
 def _run_document(model: nn.Module, document: PackedStream) -> Any:
@@ -202,6 +215,8 @@ def _run_document(model: nn.Module, document: PackedStream) -> Any:
     positions = layout.position_ids(0)[None].to(document.ids.device)
     if hugging_face_model(model) is None:
         return model(document.ids, positions, layout=layout, group=None, **document.features)
+    if document.source is not None:
+        return model(input_ids=document.source.ids, decoder_input_ids=document.ids, use_cache=False)
     return model(
         input_ids=document.ids, position_ids=positions, use_cache=False, **document.features
     )
@@ -374,6 +389,7 @@ def _whole(batch: Batch) -> PackedStream:
         unshard(batch.labels, batch),
         batch.layout.cu_seqlens,
         {name: unshard(tensor, batch) for name, tensor in batch.features.items()},
+        None if batch.source is None else _whole(batch.source),
     )
 
 
