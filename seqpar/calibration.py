@@ -72,9 +72,7 @@ def calibrate_model(
     bytes_per_token = saved_bytes_per_token(executor.model, executor.device, vocab_size)
     executor.model.zero_grad(set_to_none=True)
     cost = fit(rows, strategy=strategy, memory_bytes_per_token=bytes_per_token)
-    return Calibration(
-        cost=cost, measurements=tuple(rows), seconds=time.perf_counter() - start
-    )
+    return Calibration(cost=cost, measurements=tuple(rows), seconds=time.perf_counter() - start)
 
 
 def saved_bytes_per_token(model: nn.Module, device: torch.device, vocab_size: int) -> float:

@@ -216,7 +216,9 @@ def recorded_plans(record: Path) -> PlanDocuments:
             raise DataError(f"{record} has no plan for step {step}: it holds {sorted(plans)[-1:]}")
         planned = sum(len(g.sequences) for m in plans[step].micro_batches for g in m.groups)
         if planned != len(lengths):
-            raise DataError(f"step {step} of {record} plans {planned} documents, not {len(lengths)}")
+            raise DataError(
+                f"step {step} of {record} plans {planned} documents, not {len(lengths)}"
+            )
         return plans[step]
 
     return plan_documents

@@ -27,6 +27,7 @@ from seqpar.planners import ScatterPlan
 
 __all__ = ["Parity", "PlanExecutor", "StepResult"]
 
+
 @dataclass(frozen=True)
 class StepResult:
     """What one step measured; the same on every rank.

@@ -48,7 +48,9 @@ def _part(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem != "__init__")
+FILES = sorted(
+    path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem != "__init__"
+)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

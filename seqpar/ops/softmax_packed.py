@@ -139,7 +139,8 @@ def _wave(bounds: Bounds, tiles: list[Tile], batch: int, num_rows: int, num_keys
         rows = (tiles[0].q_start, tiles[-1].q_stop)
         keys = (tiles[0].k_start, tiles[-1].k_stop)
     pairs: list[tuple[int, int]] = []  # (row, key) at which each segment stops
-    empty_rows = False
+    right = bounds[1]
+    empty_rows = right is not None and any(t.num_queries - right > t.num_keys for t in tiles)
     for b in range(batch):
         row, key = b * num_rows, b * num_keys
         ends = [*tiles, Tile(rows[1], rows[1], keys[1], keys[1])]
