@@ -43,6 +43,7 @@ __all__ = [
     "all_reduce_sum",
     "all_to_all",
     "all_to_all_async",
+    "backend_of",
     "broadcast",
     "broadcast_object",
     "count_into",
@@ -51,6 +52,7 @@ __all__ = [
     "exchange",
     "group_rank",
     "group_size",
+    "report_saved",
 ]
 
 T = TypeVar("T")
@@ -67,6 +69,8 @@ class Operation:
     calls: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
+    saved_bytes: int = 0
+    """What need not be received because it had decayed away."""
 
 
 @dataclass
@@ -89,6 +93,10 @@ class Traffic:
     @property
     def received_bytes(self) -> int:
         return sum(op.received_bytes for op in self.operations.values())
+
+    @property
+    def saved_bytes(self) -> int:
+        return sum(op.saved_bytes for op in self.operations.values())
 
     def add(self, name: str, *, sent_bytes: int, received_bytes: int) -> None:
         """Count one call."""
@@ -133,6 +141,13 @@ def _count(name: str, sent_bytes: int, received_bytes: int) -> None:
         traffic.add(name, sent_bytes=sent_bytes, received_bytes=received_bytes)
 
 
+def report_saved(name: str, saved_bytes: int) -> None:
+    """Count bytes that an exchange need not receive on this rank; no call is made."""
+    traffic = _TRAFFIC.get()
+    if traffic is not None:
+        traffic.operations.setdefault(name, Operation()).saved_bytes += saved_bytes
+
+
 # -- waiting ----------------------------------------------------------------------------------
 
 
@@ -172,6 +187,13 @@ def group_rank(group: ProcessGroup | None) -> int:
     if rank < 0:
         raise MeshError(f"global rank {dist.get_rank()} is not in the group it was handed")
     return rank
+
+
+def backend_of(group: ProcessGroup | None) -> str:
+    """"nccl" if the group moves CUDA tensors itself, else "gloo"; "none" for None."""
+    if group is None:
+        return "none"
+    return "nccl" if "nccl" in dist.get_backend(group) else "gloo"
 
 
 # -- collectives ------------------------------------------------------------------------------
@@ -381,7 +403,7 @@ def _disagreement(messages: Sequence[tuple[str | None, str]], rank: int) -> str:
 
 def _on_host(group: ProcessGroup | None) -> bool:
     """Whether the group's backend moves host memory only."""
-    return group is None or "nccl" not in dist.get_backend(group)
+    return backend_of(group) != "nccl"
 
 
 def _outgoing(x: Tensor, group: ProcessGroup | None) -> Tensor:

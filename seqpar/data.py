@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -49,7 +50,7 @@ def limit_documents(
     for document in documents:
         if over_limit == "drop" and len(document) > context_tokens:
             continue
-        kept += [piece for piece in document.split(context_tokens) if len(piece)]
+        kept += [piece for piece in torch.split(document, context_tokens) if len(piece)]
     if not kept:
         raise DataError(
             f"no document left of {len(documents)} under {context_tokens=} with {over_limit=}: "

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -28,6 +28,7 @@ from seqpar.errors import DataError, LayoutError
 from seqpar.layout import IGNORE_INDEX
 
 __all__ = [
+    "chunked_token_loss",
     "count_targets",
     "lm_head_loss_sum",
     "mean_over_mesh",
@@ -66,6 +67,35 @@ def token_loss(
         LayoutError: logits of another number of tokens than the batch.
     """
     nll_sum, local_targets = token_loss_sum(logits, batch.labels)
+    return mean_over_mesh(
+        nll_sum,
+        local_targets,
+        mesh=batch.group if mesh is None else mesh,
+        num_targets=num_targets,
+        grad_reduction=grad_reduction,
+    )
+
+
+def chunked_token_loss(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    mesh: DeviceMesh | None = None,
+    num_targets: int | None = None,
+    grad_reduction: GradReduction = "mean",
+) -> Tensor:
+    """`token_loss` of a wrapped Hugging Face causal model that never holds whole logits.
+
+    Runs the model's forward with the head replaced by `lm_head_loss_sum`, final soft cap included.
+
+    Args:
+        model: wrapped by `parallelize`; `fully_shard` and DDP may be around it.
+        batch: this rank's. The other arguments are those of `token_loss`.
+
+    Raises:
+        UnsupportedModelError: the head is not one linear layer (the message says what to use).
+    """
+    nll_sum, local_targets = model(**batch.inputs, head_labels=batch.labels)
     return mean_over_mesh(
         nll_sum,
         local_targets,

@@ -64,11 +64,6 @@ class DegreeComparison:
     planned_ms: Sequence[float]
     fixed_ms: Sequence[float]
 
-    @classmethod
-    def nothing(cls, degree: int) -> DegreeComparison:
-        """No batch was compared."""
-        return cls(fixed_degree=degree, batches=0, planned_ms=(), fixed_ms=())
-
     @property
     def speedup(self) -> float:
         return sum(self.fixed_ms) / sum(self.planned_ms) if self.batches else 1.0

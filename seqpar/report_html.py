@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import io
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from seqpar.errors import MissingExtraError
@@ -109,7 +110,7 @@ def _groups(step: dict[str, Any]) -> list[dict[str, Any]]:
     return [g for micro_batch in step["plan"]["micro_batches"] for g in micro_batch["groups"]]
 
 
-def _table(rows: list[tuple[str, ...]], head: tuple[str, ...] = ()) -> str:
+def _table(rows: Sequence[tuple[str, ...]], head: tuple[str, ...] = ()) -> str:
     lines = [f"<tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>"] if head else []
     lines += [f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows]
     return f"<table>{''.join(lines)}</table>"
@@ -153,9 +154,19 @@ def _draw_gantt(axes: Axes, step: dict[str, Any], ranks: int) -> None:
             colour = _DEGREE_COLOURS.get(group["degree"], "#888888")
             used.add((group["degree"], colour))
             for rank in group["ranks"]:
-                bar = {"height": 0.36, "color": colour, "edgecolor": "white"}
-                axes.barh(rank - 0.2, group["predicted_ms"], left=planned_start, **bar)
-                axes.barh(rank + 0.2, stop - start, left=start, alpha=0.65, **bar)
+                for offset, left, width, alpha in (
+                    (-0.2, planned_start, group["predicted_ms"], 1.0),
+                    (0.2, start, stop - start, 0.65),
+                ):
+                    axes.barh(
+                        rank + offset,
+                        width,
+                        left=left,
+                        height=0.36,
+                        color=colour,
+                        alpha=alpha,
+                        edgecolor="white",
+                    )
         planned_start += micro_batch["makespan_ms"]
     for degree, colour in sorted(used):
         axes.barh(0, 0, color=colour, label=f"degree {degree}")

@@ -8,10 +8,8 @@ whatever the split.
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -175,9 +173,8 @@ class PlanExecutor:
     ) -> Parity:
         self.model.zero_grad(set_to_none=True)
         loss_sum = torch.zeros((), dtype=torch.float64)
-        with _all_cores():  # the other ranks only wait
-            for document in documents:
-                loss_sum += self._backward([document], None, planned.num_targets)
+        for document in documents:
+            loss_sum += self._backward([document], None, planned.num_targets)
         errors = {
             name: _relative_error(gradients[name], _gradient(parameter))
             for name, parameter in self.model.named_parameters()
@@ -192,22 +189,13 @@ class PlanExecutor:
         return time.perf_counter()
 
 
-@contextmanager
-def _all_cores() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _gradient(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _relative_error(out: Tensor, ref: Tensor) -> float:
-    difference, size = (out - ref).double().norm().item(), ref.double().norm().item()
+    difference = float((out - ref).double().norm())
+    size = float(ref.double().norm())
     if difference != difference:
         return float("inf")
     return difference / size if size else difference

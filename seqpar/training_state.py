@@ -26,10 +26,11 @@ class TrainingState:
         learning_rate: the schedule's peak.
         total_steps: length of the schedule.
         folder: where checkpoints go.
+        run_id: whose checkpoints to restore from; a fresh run in an old folder starts afresh.
     """
 
     def __init__(
-        self, model: nn.Module, *, learning_rate: float, total_steps: int, folder: Path
+        self, model: nn.Module, *, learning_rate: float, total_steps: int, folder: Path, run_id: str
     ) -> None:
         self.model = model
         self.optimizer = torch.optim.AdamW(
@@ -41,7 +42,7 @@ class TrainingState:
         self.step = 0
         self.position = 0
         self.notes: dict[str, Any] = {}
-        self._store = CheckpointStore(folder)
+        self._store = CheckpointStore(folder, run_id=run_id)
         self._saved_step = -1
 
     def take_step(self, *, position: int) -> None:
@@ -54,23 +55,24 @@ class TrainingState:
 
     def save(self) -> None:
         """Write a checkpoint in the background; collective. Nothing to do if this step has one."""
-        if self.step == self._saved_step:
-            return
-        self._store.save_async(self.step, self._tensors(), self._values())
-        self._saved_step = self.step
+        if self.step != self._saved_step:
+            self._store.save_async(self.step, self._tensors(), self._values())
+            self._saved_step = self.step
 
     def restore(self) -> bool:
-        """Load the latest complete checkpoint, if there is one; collective."""
-        step = self._store.latest_complete()
-        if step is None:
+        """Load the run's latest complete checkpoint, if there is one; collective."""
+        checkpoint = self._store.latest_complete()
+        if checkpoint is None:
             return False
+        self._make_optimizer_state()
         tensors = self._tensors()
-        values = self._store.load(step, tensors)
+        values = self._store.load(checkpoint, tensors)
         self.model.load_state_dict(tensors["model"])
         self.optimizer.load_state_dict(tensors["optimizer"])
         self.schedule.load_state_dict(values["schedule"])
-        self.step, self.position, self.notes = step, values["position"], values["notes"]
-        self._saved_step = step
+        torch.set_rng_state(values["random_state"])
+        self.position, self.notes = values["position"], values["notes"]
+        self.step = self._saved_step = checkpoint.step
         return True
 
     def close(self) -> None:
@@ -84,5 +86,19 @@ class TrainingState:
         return {
             "position": self.position,
             "schedule": self.schedule.state_dict(),
+            "random_state": torch.get_rng_state(),
             "notes": self.notes,
         }
+
+    def _make_optimizer_state(self) -> None:
+        """One step on zero gradients at rate 0: a checkpoint is loaded in place, and Adam makes
+        its moments only when it first steps."""
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = torch.zeros_like(group["lr"]) if torch.is_tensor(group["lr"]) else 0.0
+        self.optimizer.step()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqpar.ops.steps import AllGather, AllReduceSum, AllToAll, Beside, Steps, Swap
+from seqpar.ops.steps import AllGather, AllReduceSum, AllToAll, Beside, Steps, Swap, Together
 
 
 def simulate(ranks: Sequence[Steps[Any]]) -> list[Any]:
     """Run the steps of all ranks to their ends; their results in rank order.
 
-    Ranks run in turn, each as far as it can: a rank that waits for a message stands still until
-    the message was sent, so a cycle of waits is found and refused.
+    Nothing is buffered: a rank stands still until every message of its request has met its peer,
+    sends among them, so an order that could lock ranks on a real backend is found and refused.
     """
     world = _World(ranks)
     while not world.finished:
@@ -26,10 +26,14 @@ def simulate(ranks: Sequence[Steps[Any]]) -> list[Any]:
 
 class _World:
     def __init__(self, ranks: Sequence[Steps[Any]]) -> None:
-        self._stacks: list[list[tuple[Steps[Any], Any]]] = [[(steps, None)] for steps in ranks]
+        self._stacks: list[list[tuple[Steps[Any], Callable[[Any], Any]]]] = [
+            [(steps, lambda value: value)] for steps in ranks
+        ]
         self.results: list[Any] = [None] * len(ranks)
         self.waiting: dict[int, Any] = {}
-        self._mail: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
+        self._open = [0] * len(ranks)  # messages of a rank's request that have not met yet
+        self._sends: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
+        self._recvs: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
         for rank in range(len(ranks)):
             self._resume(rank, None)
 
@@ -39,23 +43,20 @@ class _World:
 
     def advance(self) -> bool:
         """Answer whatever can be answered; whether anything was."""
+        for pair, sends in self._sends.items():
+            while sends and self._recvs[pair]:
+                message, landing = sends.popleft(), self._recvs[pair].popleft()
+                assert message.shape == landing.shape
+                assert message.dtype == landing.dtype
+                landing.copy_(message)
+                for rank in pair:
+                    self._open[rank] -= 1
         progress = False
         for rank, request in list(self.waiting.items()):
-            if isinstance(request, Swap) and self._has_mail(rank, request):
-                for peer, tensor in request.recvs:
-                    message = self._mail[peer, rank].popleft()
-                    assert message.shape == tensor.shape
-                    assert message.dtype == tensor.dtype
-                    tensor.copy_(message)
+            if isinstance(request, Swap) and not self._open[rank]:
                 self._resume(rank, None)
                 progress = True
         return self._collective() or progress
-
-    def _has_mail(self, rank: int, request: Swap) -> bool:
-        wanted: dict[int, int] = defaultdict(int)
-        for peer, _ in request.recvs:
-            wanted[peer] += 1
-        return all(len(self._mail[peer, rank]) >= count for peer, count in wanted.items())
 
     def _collective(self) -> bool:
         requests = [self.waiting.get(rank) for rank in range(len(self.results))]
@@ -68,7 +69,7 @@ class _World:
 
     def _resume(self, rank: int, delivered: Any) -> None:
         self.waiting.pop(rank, None)
-        steps, work = self._stacks[rank][-1]
+        steps, finish = self._stacks[rank][-1]
         try:
             request = steps.send(delivered)
         except StopIteration as stop:
@@ -76,16 +77,33 @@ class _World:
             if not self._stacks[rank]:
                 self.results[rank] = stop.value
             else:
-                self._resume(rank, (stop.value, work))
+                self._resume(rank, finish(stop.value))
             return
         if isinstance(request, Beside):
-            self._stacks[rank].append((request.exchange, request.work()))
+            done = request.work()
+            self._stacks[rank].append((request.exchange, lambda value: (value, done)))
             self._resume(rank, None)
-            return
-        if isinstance(request, Swap):
-            for peer, tensor in request.sends:
-                self._mail[rank, peer].append(tensor)
-        self.waiting[rank] = request
+        elif isinstance(request, Together):
+            self._stacks[rank].append((_in_turn(request), lambda value: value))
+            self._resume(rank, None)
+        else:
+            if isinstance(request, Swap):
+                self._post(rank, request)
+            self.waiting[rank] = request
+
+    def _post(self, rank: int, request: Swap) -> None:
+        for peer, tensor in request.sends:
+            self._sends[rank, peer].append(tensor)
+        for peer, tensor in request.recvs:
+            self._recvs[peer, rank].append(tensor)
+        self._open[rank] = len(request.sends) + len(request.recvs)
+
+
+def _in_turn(request: Together) -> Steps[list[Any]]:
+    delivered = []
+    for item in request.requests:
+        delivered.append((yield item))
+    return delivered
 
 
 def _answers(requests: list[Any]) -> list[Any]:

@@ -21,14 +21,21 @@ from torch import Tensor
 import seqpar
 from seqpar import comm
 from seqpar.calibration import calibrate_model
-from seqpar.comparison import compare_with_fixed_degree
+from seqpar.comparison import FixedDegreeRival
 from seqpar.console import TrainingConsole
 from seqpar.data import DocumentSampler, PlannedStep, PlannedSteps, limit_documents, recorded_plans
 from seqpar.errors import ParityError
 from seqpar.mesh import GroupPool
 from seqpar.models import Decoder, DecoderConfig, hybrid
-from seqpar.planners import Cluster, CostModel, Planner, ScatterPlan, ScatterProblem
-from seqpar.report import DegreeComparison, RunReport, StepReport
+from seqpar.planners import (
+    Cluster,
+    CostModel,
+    Planner,
+    ScatterPlan,
+    ScatterProblem,
+    best_fixed_degree,
+)
+from seqpar.report import RunReport, StepReport
 from seqpar.training import PlanExecutor
 from seqpar.training_state import TrainingState
 
@@ -37,14 +44,14 @@ PARITY_TOLERANCE = 1e-4
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--budget-tokens", type=int, default=65_536, help="tokens a step")
     parser.add_argument("--context-tokens", type=int, default=32_768)
     parser.add_argument("--over-limit", choices=["split", "drop"], default="split")
     parser.add_argument("--heldout-tokens", type=int, default=32_768)
     parser.add_argument("--degrees", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--memory-gib", type=float, default=0.6, help="activations of one rank")
-    parser.add_argument("--compare-steps", type=int, default=2, help="0 leaves the comparison out")
+    parser.add_argument("--memory-gib", type=float, default=0.75, help="activations of one rank")
+    parser.add_argument("--compare-every", type=int, default=3, help="0: do not compare")
     parser.add_argument("--checkpoint-every", type=int, default=4, help="steps")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--dim", type=int, default=256)
@@ -95,7 +102,8 @@ class HybridLM:
             model,
             learning_rate=settings.learning_rate,
             total_steps=settings.steps,
-            folder=run_dir / "checkpoints",
+            folder=Path(os.environ.get("SEQPAR_CHECKPOINT_DIR", run_dir / "checkpoints")),
+            run_id=os.environ.get("SEQPAR_RUN_ID", os.environ.get("TORCHELASTIC_RUN_ID", "")),
         )
         visible = self.executor.rank == 0
         self.screen = TrainingConsole(total_steps=settings.steps, visible=visible)
@@ -114,21 +122,35 @@ class HybridLM:
             return planner.plan(self.problem(lengths, cost))
 
         steps = PlannedSteps(
-            DocumentSampler(
-                self.lengths,
-                budget_tokens=self.settings.budget_tokens,
-                seed=self.settings.seed,
-                position=self.state.position,
-            ),
+            self.sampler(),
             recorded_plans(self.settings.replay) if self.settings.replay else plan_documents,
             group=dist.group.WORLD,
             first_step=self.state.step,
             record=self.run_dir / "plans.jsonl",
         )
+        self.rival = FixedDegreeRival(self.executor, self.fixed_degree_plans(cost))
         with self.screen:
-            trained = self.train(steps)
+            self.train(steps)
         steps.close()
-        self.finish(self.compare(trained, cost))
+        self.finish()
+
+    def sampler(self) -> DocumentSampler:
+        return DocumentSampler(
+            self.lengths,
+            budget_tokens=self.settings.budget_tokens,
+            seed=self.settings.seed,
+            position=self.state.position,
+        )
+
+    def fixed_degree_plans(self, cost: CostModel) -> dict[int, ScatterPlan]:
+        """Every few steps, what the one degree that is best for all of them would do."""
+        sampler, every = self.sampler(), self.settings.compare_every
+        draws = {step: sampler.draw() for step in range(self.state.step, self.settings.steps)}
+        compared = [step for step in draws if every and step % every == every - 1]
+        if not compared or len(self.degrees) < 2:
+            return {}
+        problems = [self.problem([self.lengths[i] for i in draws[s]], cost) for s in compared]
+        return dict(zip(compared, best_fixed_degree(problems), strict=True))
 
     def introduce(self, is_resumed: bool) -> None:
         parameters = sum(parameter.numel() for parameter in self.state.model.parameters())
@@ -154,9 +176,8 @@ class HybridLM:
         )
         return ScatterProblem(tuple(lengths), cluster, cost, context_tokens=max(self.lengths))
 
-    def train(self, steps: PlannedSteps) -> list[PlannedStep]:
+    def train(self, steps: PlannedSteps) -> None:
         """All remaining steps; the first of a fresh run is preceded by its proof of parity."""
-        trained = []
         while self.state.step < self.settings.steps:
             planned = next(steps)
             if "parity" not in self.state.notes:
@@ -164,12 +185,10 @@ class HybridLM:
                 self.prove_parity(planned)
                 self.evaluate()
             self.train_step(planned)
-            trained.append(planned)
         self.evaluate()
-        return trained
 
     def train_step(self, planned: PlannedStep) -> None:
-        result = self.executor.forward_backward(planned.plan, self.documents_of(planned))
+        result = self.rival.forward_backward(planned, self.documents_of(planned))
         self.state.take_step(position=planned.position)
         self.state.notes["steps"].append(vars(StepReport.of(planned, result)))
         self.screen.show_step(planned, result)
@@ -196,32 +215,21 @@ class HybridLM:
         self.state.notes.setdefault("heldout", []).append((self.state.step, loss))
         self.screen.say(f"held-out loss after {self.state.step} steps: {loss:.3f} nats a byte")
 
-    def compare(self, trained: Sequence[PlannedStep], cost: CostModel) -> DegreeComparison:
-        """The last batches again, by their plans and by the best fixed degree."""
-        chosen = trained[-self.settings.compare_steps :] if self.settings.compare_steps else []
-        if len(self.degrees) < 2 or not chosen:
-            return DegreeComparison.nothing(self.degrees[0])
-        comparison = compare_with_fixed_degree(
-            self.executor,
-            [self.problem([self.lengths[i] for i in p.documents], cost) for p in chosen],
-            [planned.plan for planned in chosen],
-            [self.documents_of(planned) for planned in chosen],
-        )
-        self.screen.say(
-            f"{comparison.speedup:.2f} times as fast as degree {comparison.fixed_degree} for all, "
-            f"the best fixed degree, on {comparison.batches} of these batches, as measured"
-        )
-        return comparison
-
     def documents_of(self, planned: PlannedStep) -> list[Tensor]:
         return [self.documents[index] for index in planned.documents]
 
-    def finish(self, comparison: DegreeComparison) -> None:
+    def finish(self) -> None:
         """The last checkpoint, and the report."""
         self.state.save()
         self.state.close()
         if self.executor.rank != 0:
             return
+        comparison = self.rival.result()
+        if comparison.batches:
+            self.screen.say(
+                f"{comparison.speedup:.2f} times as fast as degree {comparison.fixed_degree} for "
+                f"all, the best fixed degree, on {comparison.batches} of these batches, as measured"
+            )
         notes = self.state.notes
         report = RunReport(
             name=self.run_dir.name,

@@ -27,6 +27,7 @@ from types import FrameType
 
 BEAT_INTERVAL_S = 1.0
 IDLE_SHARE = 0.001
+EXIT_GRACE_S = 3.0
 PR_SET_PDEATHSIG = 1
 
 
@@ -138,6 +139,13 @@ def record_failure(error: BaseException) -> None:
         write_atomically(Path(path), content)
 
 
+def leave_within(seconds: float) -> None:
+    """End the process even if a thread of the script waits for peers, as in a collective."""
+    timer = threading.Timer(seconds, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+
+
 def run_script(command: list[str]) -> None:
     """Run `script.py args` or `-m module args` as `__main__`, as `python` itself would."""
     if command[0] == "-m":
@@ -167,6 +175,7 @@ def main() -> None:
     except BaseException as error:
         if not (isinstance(error, SystemExit) and not error.code):
             record_failure(error)
+            leave_within(EXIT_GRACE_S)
         raise
     finally:
         pulse.stop()

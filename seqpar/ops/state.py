@@ -20,12 +20,16 @@ from torch.distributed import ProcessGroup
 from seqpar import comm
 from seqpar.errors import LayoutError
 from seqpar.layout import SequenceLayout
+from seqpar.ops.state_auto import choose_for, default_link
+from seqpar.ops.state_exchange import EXCHANGES
+from seqpar.ops.state_job import Kept, StateJob
 from seqpar.ops.state_local import RankPart
-from seqpar.ops.state_mixer import LightningMixer, Mixer
-from seqpar.ops.state_steps import StateJob, backward_steps, forward_steps
+from seqpar.ops.state_mixer import LightningMixer, Mixer, fixed_on_host
+from seqpar.ops.state_steps import backward_steps, forward_steps
 from seqpar.ops.steps import run_steps
+from seqpar.planners.exchange import ExchangeChoice, Link
 
-__all__ = ["scatter_mixer", "state_attention"]
+__all__ = ["explain_exchange", "scatter_mixer", "state_attention"]
 
 
 def state_attention(
@@ -39,6 +43,8 @@ def state_attention(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     exchange: str = "auto",
+    truncate: bool = True,
+    link: Link | None = None,
     check: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Lightning attention of this rank's tokens of a stream that is scattered over a group.
@@ -54,11 +60,18 @@ def state_attention(
         layout: where each token of the stream lives; the same value on every rank.
         group: its ranks, in the layout's order; None for one rank alone.
         initial_state: [H, K, V] or [B, H, K, V], the state before the stream's first document,
-            given on every rank. Its gradient is on the rank that holds the first token, zero on
-            the others: the sum over ranks is the gradient.
+            given on every rank. Its gradient is the sum of the ranks' gradients (all but one are
+            zero, or each has its heads).
         return_final_state: also return the state after each document, on every rank. What ranks
             put in as gradients of it is summed.
-        exchange: how states travel: all_gather or auto.
+        exchange: how states travel: all_gather, chain, pipelined_chain, log_step, all_to_all (by
+            heads), or auto: the least estimate of `seqpar.planners.exchange` for `link`.
+            `explain_exchange` gives the choice to print.
+        truncate: with a fixed decay, leave out what has decayed under 2^-24: such heads are not
+            sent further, and tokens that a state no longer reaches are not touched. Exact to
+            float32. `comm.count_traffic` reports the bytes saved. Reads log_decay on the host,
+            once for each tensor and version of it.
+        link: figures of what joins the ranks, for auto; by default those of the group's backend.
         check: refuse tensors that do not fit the layout on all ranks alike, at the cost of one
             all_gather of 16 bytes a rank that the host waits for. Without it, a rank that refuses
             its input leaves the others waiting.
@@ -74,9 +87,7 @@ def state_attention(
     Source: Qin et al., arXiv 2405.17381 (the recurrence); LASP, arXiv 2404.02882; LASP-2,
     arXiv 2502.07563.
     """
-    per_token = log_decay is not None and log_decay.ndim == 3
-    inputs = (q, k, v, log_decay) if per_token and log_decay is not None else (q, k, v)
-    mixer = LightningMixer(log_decay=None if per_token else log_decay, per_token=per_token)
+    mixer, inputs = _lightning(q, k, v, log_decay, truncate)
     return scatter_mixer(
         mixer,
         *inputs,
@@ -85,6 +96,7 @@ def state_attention(
         initial_state=initial_state,
         return_final_state=return_final_state,
         exchange=exchange,
+        link=link,
         check=check,
     )
 
@@ -97,6 +109,7 @@ def scatter_mixer(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     exchange: str = "auto",
+    link: Link | None = None,
     check: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Any mixer with a fixed-size state, scattered: `state_attention` for layers of your own.
@@ -108,14 +121,16 @@ def scatter_mixer(
     The other arguments, results and errors are those of `state_attention`, with the mixer's state
     shape in place of (H, K, V).
     """
-    problem = _problem(mixer, inputs, layout, group, initial_state)
+    problem = _problem(mixer, inputs, layout, group, initial_state, exchange)
     if check:
         what = (layout, exchange, initial_state is None, _row_shapes(inputs))
         comm.agree(problem, group, same=what)
     elif problem is not None:
         raise LayoutError(problem)
     part = RankPart(mixer, layout, comm.group_rank(group))
-    job = StateJob(part, "all_gather" if exchange == "auto" else exchange, return_final_state)
+    if exchange == "auto":
+        exchange = choose_for(mixer, inputs, layout, link=link or default_link(group)).exchange
+    job = StateJob(part, exchange, return_final_state)
     start = None
     if initial_state is not None:
         shape = (inputs[0].shape[0], *mixer.state_shape(inputs))
@@ -124,6 +139,34 @@ def scatter_mixer(
         job, group, start, *inputs
     )
     return o, finals.flatten(0, 1) if return_final_state else None
+
+
+def explain_exchange(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None,
+    layout: SequenceLayout,
+    group: ProcessGroup | None,
+    truncate: bool = True,
+    link: Link | None = None,
+) -> ExchangeChoice:
+    """What `state_attention` with `exchange="auto"` uses for these arguments, and why; print it.
+
+    Communicates nothing. Arguments are those of `state_attention`.
+    """
+    mixer, inputs = _lightning(q, k, v, log_decay, truncate)
+    return choose_for(mixer, inputs, layout, link=link or default_link(group))
+
+
+def _lightning(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, truncate: bool
+) -> tuple[LightningMixer, tuple[Tensor, ...]]:
+    if log_decay is not None and log_decay.ndim == 3:
+        return LightningMixer(per_token=True), (q, k, v, log_decay)
+    on_host = fixed_on_host(log_decay) if truncate and log_decay is not None else None
+    return LightningMixer(log_decay=log_decay, on_host=on_host), (q, k, v)
 
 
 class _ScatteredMixer(torch.autograd.Function):
@@ -146,22 +189,29 @@ class _ScatteredMixer(torch.autograd.Function):
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         done = run_steps(forward_steps(job, inputs, initial_state), group)
-        ctx.save_for_backward(*inputs, *done.entries.values())
-        ctx.job, ctx.group, ctx.summary, ctx.links = job, group, done.summary, tuple(done.entries)
+        kept = done.kept
+        ctx.save_for_backward(*kept.inputs, *kept.entries.values())
+        ctx.job, ctx.group, ctx.summary, ctx.links = job, group, kept.summary, tuple(kept.entries)
+        ctx.initial = None if initial_state is None else (initial_state.shape, initial_state.dtype)
         ctx.traffic = comm.current_traffic()
-        ctx.set_materialize_grads(False)
         return done.o, done.final_states
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: Tensor | None, dfinals: Tensor | None) -> Any:
-        count = len(ctx.saved_tensors) - len(ctx.links)
-        inputs, states = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        entries = dict(zip(ctx.links, states, strict=True))
-        steps = backward_steps(ctx.job, inputs, ctx.summary, entries, do, dfinals)
+    def backward(ctx: Any, do: Tensor, dfinals: Tensor | None) -> Any:
+        saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them here
+        count = len(saved) - len(ctx.links)
+        inputs, states = saved[:count], saved[count:]
+        kept = Kept(inputs, ctx.summary, dict(zip(ctx.links, states, strict=True)))
         with comm.count_into(ctx.traffic):
+            steps = backward_steps(ctx.job, kept, do, dfinals)
             dinputs, dinitial = run_steps(steps, ctx.group)
-        return None, None, dinitial if ctx.needs_input_grad[2] else None, *dinputs
+        if not ctx.needs_input_grad[2]:
+            return None, None, None, *dinputs
+        if dinitial is None:
+            shape, dtype = ctx.initial
+            dinitial = torch.zeros(shape, dtype=dtype, device=do.device)
+        return None, None, dinitial, *dinputs
 
 
 def _row_shapes(inputs: tuple[Tensor, ...]) -> tuple[object, ...]:
@@ -175,6 +225,7 @@ def _problem(
     layout: SequenceLayout,
     group: ProcessGroup | None,
     initial_state: Tensor | None,
+    exchange: str,
 ) -> str | None:
     """What does not fit, in words; None if all does."""
     size, rank = comm.group_size(group), comm.group_rank(group)
@@ -183,6 +234,10 @@ def _problem(
             f"the layout is over {layout.world_size} ranks, but the group has {size}: "
             "make the layout for the group it is used with"
         )
+    if exchange not in ("auto", "all_to_all", *EXCHANGES):
+        return f"no exchange {exchange!r}: use auto, all_to_all, {', '.join(EXCHANGES)}"
+    if exchange == "all_to_all" and mixer.of_heads(slice(0, 1)) is None:
+        return f"{type(mixer).__name__} does not compute heads apart: use an exchange of states"
     tokens = layout.tokens_on(rank)
     for index, x in enumerate(inputs):
         if x.ndim < 3 or x.shape[:2] != (inputs[0].shape[0], tokens):

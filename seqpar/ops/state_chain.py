@@ -10,7 +10,9 @@ gradients, with the chain reversed: `StateChain.reversed()`.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -67,6 +69,15 @@ class StateChain:
     def links_of(self, rank: int) -> list[int]:
         """The rank's links by their index in this chain, in chain order."""
         return [index for index, link in enumerate(self.links) if link.rank == rank]
+
+    @cached_property
+    def longest_reach(self) -> int:
+        """The most links that one state travels: 0 if no document goes on beyond its link."""
+        longest = reach = 0
+        for before, link in itertools.pairwise(self.links):
+            reach = (reach + 1 if before.passes else 1) if link.takes else 0
+            longest = max(longest, reach)
+        return longest
 
     @property
     def is_connected(self) -> bool:

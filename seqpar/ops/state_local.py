@@ -8,6 +8,7 @@ run, and what leaves comes from its last; all other runs begin or end their docu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +19,7 @@ from seqpar.layout import SequenceLayout
 from seqpar.ops.state_chain import LinkState, StateChain, decayed
 from seqpar.ops.state_exchange import Entries, Scan
 from seqpar.ops.state_mixer import Inputs, Mixer, Summary
+from seqpar.ops.state_places import RankPlaces, places_of
 
 __all__ = ["RankPart"]
 
@@ -31,12 +33,9 @@ class RankPart:
     rank: int
 
     @cached_property
-    def chain(self) -> StateChain:
-        return StateChain.of(self.layout)
-
-    @cached_property
-    def reversed_chain(self) -> StateChain:
-        return self.chain.reversed()
+    def places(self) -> RankPlaces:
+        """Where links, runs and documents stand in this rank's tensors."""
+        return places_of(self.layout, self.rank)
 
     @property
     def is_empty(self) -> bool:
@@ -64,15 +63,15 @@ class RankPart:
         self, inputs: Inputs, summary: Summary | None, initial_state: Tensor | None
     ) -> Scan:
         """What this rank brings to the exchange of states."""
-        own = {link: self._link_state(summary, link) for link in self._links}
-        if initial_state is not None and 0 in own and self._initial_passes:
+        own = {link: self._link_state(summary, link) for link in self.places.links}
+        if initial_state is not None and 0 in own and self.places.initial_passes:
             through = decayed(initial_state, own[0].log_transition)
             own[0] = LinkState(own[0].state + through, own[0].log_transition)
-        return self._scan(inputs, self.chain, own)
+        return self._scan(inputs, self.places.chain, own)
 
     def entries(self, received: Entries, initial_state: Tensor | None) -> Entries:
         """By link: the states that enter, the stream's initial state among them."""
-        if initial_state is not None and 0 in self._links:
+        if initial_state is not None and 0 in self.places.links:
             return {**received, 0: initial_state}
         return received
 
@@ -81,17 +80,29 @@ class RankPart:
         if summary is None:
             return self.mixer.empty_output(inputs)
         folded, cu_seqlens = self._folded(inputs)
-        entry = self._at_runs({self._first_run[x]: e for x, e in entries.items()}, summary)
+        entry = self._at_runs({self.places.first_run[x]: e for x, e in entries.items()}, summary)
         o = self.mixer.output(folded, summary, entry, cu_seqlens)
         return o.reshape(*inputs[0].shape[:2], *o.shape[2:])
+
+    @property
+    def adds_later(self) -> bool:
+        """Whether states may arrive after the local work, and be added then."""
+        tokens = self.places.link_tokens
+        return bool(tokens) and all(self.mixer.can_add_later(count) for count in tokens)
+
+    def add_entries(self, o: Tensor, inputs: Inputs, received: Entries) -> None:
+        """Add to o, in place, what states that arrived after the local work contribute."""
+        for link, entry in received.items():
+            part = self.places.tokens_of_run(self.places.first_run[link])
+            self.mixer.add_entry(o[:, part], tuple(x[:, part] for x in inputs), entry)
 
     def final_states(self, inputs: Inputs, summary: Summary | None, entries: Entries) -> Tensor:
         """[B, D, *state_shape]: the state after each document that ends here, zero elsewhere."""
         finals = self.no_states(inputs, per_document=True)
         if summary is None:
             return finals
-        entering = {self._first_run[x]: e for x, e in entries.items()}
-        for run, document in self._ending_runs:
+        entering = {self.places.first_run[x]: e for x, e in entries.items()}
+        for run, document in self.places.ending_runs:
             item = self._run_state(summary, run)
             state = item.state
             if run in entering:
@@ -108,7 +119,7 @@ class RankPart:
         if summary is None:
             return None
         folded, cu_seqlens = self._folded(inputs)
-        entry = self._at_runs({self._first_run[x]: e for x, e in entries.items()}, summary)
+        entry = self._at_runs({self.places.first_run[x]: e for x, e in entries.items()}, summary)
         return self.mixer.summarize_grad(folded, self._fold(do), summary, entry, cu_seqlens)
 
     def backward_scan(
@@ -116,18 +127,18 @@ class RankPart:
     ) -> Scan:
         """What this rank brings to the exchange of gradients, on the reversed chain."""
         own = {}
-        for link in self._links:
-            item = self._run_state(grad_summary, self._first_run[link])
+        for link in self.places.links:
+            item = self._run_state(grad_summary, self.places.first_run[link])
             state = item.state
-            if dfinals is not None and self._first_run[link] in self._document_ending:
-                document = self._document_ending[self._first_run[link]]
+            if dfinals is not None and self.places.first_run[link] in self.places.ending_document:
+                document = self.places.ending_document[self.places.first_run[link]]
                 state = state + decayed(dfinals[:, document], item.log_transition)
-            own[self._mirror(link)] = LinkState(state, item.log_transition)
-        return self._scan(inputs, self.reversed_chain, own)
+            own[self.places.mirror(link)] = LinkState(state, item.log_transition)
+        return self._scan(inputs, self.places.reversed_chain, own)
 
     def exit_grads(self, received: Entries) -> Entries:
         """What the exchange on the reversed chain delivered, by link of the forward chain."""
-        return {self._mirror(link): grad for link, grad in received.items()}
+        return {self.places.mirror(link): grad for link, grad in received.items()}
 
     def backward(
         self,
@@ -142,11 +153,11 @@ class RankPart:
         """Gradients of the local inputs."""
         if summary is None or grad_summary is None:
             return tuple(torch.zeros_like(x) for x in inputs)
-        leaving = {self._last_run[x]: grad for x, grad in exit_grads.items()}
+        leaving = {self.places.last_run[x]: grad for x, grad in exit_grads.items()}
         if dfinals is not None:
-            for run, document in self._ending_runs:
+            for run, document in self.places.ending_runs:
                 leaving[run] = dfinals[:, document]
-        entering = {self._first_run[x]: e for x, e in entries.items()}
+        entering = {self.places.first_run[x]: e for x, e in entries.items()}
         folded, cu_seqlens = self._folded(inputs)
         grads = self.mixer.backward(
             folded,
@@ -163,90 +174,45 @@ class RankPart:
             for grad, shape in zip(grads, shapes, strict=True)
         )
 
+    def add_exit_grads(
+        self, grads: tuple[Tensor | None, ...], inputs: Inputs, exit_grads: Entries
+    ) -> None:
+        """Add to the gradients, in place, what gradients of leaving states contribute."""
+        for link, grad in exit_grads.items():
+            part = self.places.tokens_of_run(self.places.last_run[link])
+            cut = tuple(None if x is None else x[:, part] for x in grads)
+            self.mixer.add_exit_grad(cut, tuple(x[:, part] for x in inputs), grad)
+
     def initial_state_grad(
         self, grad_summary: Summary | None, exit_grads: Entries, dfinals: Tensor | None
     ) -> Tensor | None:
         """[B, *state_shape]: the gradient of the stream's initial state; None off its rank."""
-        if grad_summary is None or 0 not in self._links:
+        if grad_summary is None or 0 not in self.places.links:
             return None
-        run = self._first_run[0]
+        run = self.places.first_run[0]
         item = self._run_state(grad_summary, run)
         leaving = None
-        if dfinals is not None and run in self._document_ending:
-            leaving = dfinals[:, self._document_ending[run]]
-        elif self._initial_passes:
+        if dfinals is not None and run in self.places.ending_document:
+            leaving = dfinals[:, self.places.ending_document[run]]
+        elif self.places.initial_passes:
             leaving = exit_grads.get(0)
         if leaving is None:
             return item.state
         return item.state + decayed(leaving, item.log_transition)
 
-    # -- where things stand -------------------------------------------------------------------
-
-    @cached_property
-    def _links(self) -> list[int]:
-        return self.chain.links_of(self.rank)
-
-    def _mirror(self, link: int) -> int:
-        return len(self.chain.links) - 1 - link
-
-    @cached_property
-    def _first_run(self) -> dict[int, int]:
-        runs = self.layout.runs(self.rank)
-        spans = [self.layout.chain[link].span for link in self._links]
-        starts = {run.start: index for index, run in enumerate(runs)}
-        return {link: starts[span.start] for link, span in zip(self._links, spans, strict=True)}
-
-    @cached_property
-    def _last_run(self) -> dict[int, int]:
-        runs = self.layout.runs(self.rank)
-        spans = [self.layout.chain[link].span for link in self._links]
-        stops = {run.stop: index for index, run in enumerate(runs)}
-        return {link: stops[span.stop] for link, span in zip(self._links, spans, strict=True)}
-
-    @cached_property
-    def _ending_runs(self) -> list[tuple[int, int]]:
-        """(run, document) for each document whose last token is here."""
-        bounds = self.layout.cu_seqlens
-        return [
-            (index, run.document)
-            for index, run in enumerate(self.layout.runs(self.rank))
-            if run.stop == bounds[run.document + 1]
-        ]
-
-    @cached_property
-    def _document_ending(self) -> dict[int, int]:
-        return dict(self._ending_runs)
-
-    @cached_property
-    def _initial_passes(self) -> bool:
-        """The first document goes on beyond the first link."""
-        first = self.layout.chain[0]
-        return first.passes_through and first.carries_out
-
     # -- between [B, T] with R runs and the kernels' sequences --------------------------------
 
-    @cached_property
-    def _bounds(self) -> Tensor:
-        return self.layout.local_cu_seqlens(self.rank)
-
-    @cached_property
-    def _num_runs(self) -> int:
-        return len(self.layout.runs(self.rank))
-
     def _fold(self, x: Tensor) -> Tensor:
-        if self._num_runs == 1 or x.shape[0] == 1:
+        if self.places.num_runs == 1 or x.shape[0] == 1:
             return x
         return x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:])
 
     def _folded(self, inputs: Inputs) -> tuple[Inputs, Tensor | None]:
         """Inputs as the mixer takes them, and the bounds of its sequences."""
-        if self._num_runs == 1:
+        if self.places.num_runs == 1:
             return inputs, None
-        batch, tokens = inputs[0].shape[:2]
-        rows = torch.arange(batch, dtype=torch.int32)[:, None] * tokens
-        bounds = (rows + self._bounds[None, :-1]).flatten()
-        end = torch.tensor([batch * tokens], dtype=torch.int32)
-        return tuple(self._fold(x) for x in inputs), torch.cat([bounds, end])
+        bounds = self.places.sequence_bounds(inputs[0].shape[0])
+        return tuple(self._fold(x) for x in inputs), bounds
 
     def _run_state(self, summary: Summary | None, run: int) -> LinkState:
         """One run's S and G, for every row."""
@@ -258,13 +224,13 @@ class RankPart:
         )
 
     def _by_run(self, states: Tensor) -> Tensor:
-        return states.view(-1, self._num_runs, *states.shape[1:])
+        return states.view(-1, self.places.num_runs, *states.shape[1:])
 
     def _at_runs(self, values: dict[int, Tensor], summary: Summary) -> Tensor | None:
         """[B*R, *state_shape]: the values at their runs, zero elsewhere; None for no values."""
         if not values:
             return None
-        if self._num_runs == 1:
+        if self.places.num_runs == 1:
             return values[0].contiguous()
         states = torch.zeros_like(summary.state)
         for run, value in values.items():
@@ -273,7 +239,7 @@ class RankPart:
 
     def _link_state(self, summary: Summary | None, link: int) -> LinkState:
         """What a whole link does to a state: its last run's S and G."""
-        return self._run_state(summary, self._last_run[link])
+        return self._run_state(summary, self.places.last_run[link])
 
     def _scan(self, inputs: Inputs, chain: StateChain, own: dict[int, LinkState]) -> Scan:
         shape = (inputs[0].shape[0], *self.mixer.state_shape(inputs))
@@ -287,12 +253,16 @@ class RankPart:
             like=LinkState(state, transition),
             device=inputs[0].device,
             known=self._known(chain),
+            host_log_decay=self.mixer.host_log_decay(),
         )
 
-    def _known(self, chain: StateChain) -> list[Tensor | None] | None:
+    def _known(self, chain: StateChain) -> Callable[[int], Tensor | None] | None:
         if self.mixer.transition_dims() is None:
-            return [None] * len(chain.links)
-        transitions = [self.mixer.known_log_transition(link.num_tokens) for link in chain.links]
-        if any(transition is None for transition in transitions):
+            return lambda link: None
+        if not self.mixer.knows_transitions:
             return None
-        return [None if transition is None else transition[None] for transition in transitions]
+
+        def of_link(link: int) -> Tensor:
+            return self.mixer.known_log_transition(chain.links[link].num_tokens)[None]
+
+        return of_link

@@ -13,18 +13,24 @@ on the CPU, [S + 1]), B = 1 and the row is S sequences packed end to end, each o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from seqpar.kernels import lightning
+from seqpar.kernels.entry_product import add_entry_product, reached_tokens
 from seqpar.ops.state_chain import decayed
 
-__all__ = ["AutogradMixer", "LightningMixer", "Mixer", "Summary"]
+__all__ = ["AutogradMixer", "LightningMixer", "Mixer", "Summary", "fixed_on_host"]
 
 Inputs = tuple[Tensor, ...]
+
+_LATER_SHARE = 0.125
+"""Adding later reads and writes the reached tokens once more: worth it while they are few."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Mixer(ABC):
 
     @abstractmethod
     def empty_output(self, inputs: Inputs) -> Tensor:
-        """The output for inputs of no token."""
+        """Uninitialised memory of the output's shape and dtype."""
 
     @abstractmethod
     def summarize(self, inputs: Inputs, cu_seqlens: Tensor | None) -> Summary:
@@ -89,11 +95,60 @@ class Mixer(ABC):
     ) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs through o and through the states X that leave."""
 
-    def known_log_transition(self, num_tokens: int) -> Tensor | None:
-        """G of a sequence of so many tokens, [leading part of state_shape], if it depends on
-        nothing else: then it need not be sent. None: it depends on the tokens."""
+    def can_add_later(self, num_tokens: int) -> bool:
+        """Whether to add a state's part to tokens afterwards (`add_entry`, `add_exit_grad`), so
+        that it may arrive late, instead of waiting for it before `output` and `backward`."""
         del num_tokens
+        return False
+
+    def add_entry(self, o: Tensor, inputs: Inputs, entry: Tensor) -> None:
+        """Add to o [B, n, ...], in place, what states entering before its first token give it."""
+        raise NotImplementedError("a mixer that can add later says how")
+
+    def add_exit_grad(
+        self, grads: tuple[Tensor | None, ...], inputs: Inputs, exit_grad: Tensor
+    ) -> None:
+        """Add to the inputs' gradients [B, n, ...], in place, the part through the state that
+        leaves after the last token."""
+        raise NotImplementedError("a mixer that can add later says how")
+
+    def host_log_decay(self) -> tuple[float, ...] | None:
+        """Fixed log decay of each head (the state's first dim) on the host, if states that have
+        decayed under 2^-24 are to be left out; else None."""
         return None
+
+    @property
+    def knows_transitions(self) -> bool:
+        """Whether G depends on the number of tokens alone: then it need not be sent."""
+        return False
+
+    def known_log_transition(self, num_tokens: int) -> Tensor:
+        """G of a sequence of so many tokens, [leading part of state_shape], where it is known."""
+        raise NotImplementedError("a mixer that knows its transitions says them")
+
+    def of_heads(self, heads: slice) -> Mixer | None:
+        """The same mixer for some heads, dim 2 of every input, alone; None: heads are not apart."""
+        del heads
+        return None
+
+
+_HOST_COPIES: MutableMapping[Tensor, tuple[int, tuple[float, ...]]] = WeakIdKeyDictionary()
+
+
+def fixed_on_host(log_decay: Tensor) -> tuple[float, ...] | None:
+    """A fixed decay [H] as floats; None for decay per token.
+
+    A copy from a CUDA device waits for the device, so it is made once for each tensor and version.
+    """
+    if log_decay.ndim != 1:
+        return None
+    if log_decay in _HOST_COPIES:
+        version, values = _HOST_COPIES[log_decay]
+        if version == log_decay._version:
+            return values
+    values = tuple(log_decay.detach().cpu().tolist())
+    _HOST_COPIES[log_decay] = (log_decay._version, values)
+    return values
 
 
 @dataclass(frozen=True)
@@ -104,6 +159,8 @@ class LightningMixer(Mixer):
     """Fixed decay [H], float32."""
     per_token: bool = False
     """A fourth input gives log decays [B, T, H]."""
+    on_host: tuple[float, ...] | None = None
+    """The fixed decay on the host: given, what has decayed under 2^-24 is left out."""
 
     def state_shape(self, inputs: Inputs) -> tuple[int, ...]:
         return (inputs[0].shape[2], inputs[0].shape[3], inputs[2].shape[3])
@@ -111,8 +168,43 @@ class LightningMixer(Mixer):
     def transition_dims(self) -> int | None:
         return None if self.log_decay is None and not self.per_token else 1
 
-    def known_log_transition(self, num_tokens: int) -> Tensor | None:
-        return None if self.log_decay is None else self.log_decay.double() * num_tokens
+    @property
+    def knows_transitions(self) -> bool:
+        return self.log_decay is not None
+
+    def known_log_transition(self, num_tokens: int) -> Tensor:
+        assert self.log_decay is not None
+        return self.log_decay.double() * num_tokens
+
+    def of_heads(self, heads: slice) -> LightningMixer:
+        return LightningMixer(
+            log_decay=None if self.log_decay is None else self.log_decay[heads],
+            per_token=self.per_token,
+        )
+
+    def host_log_decay(self) -> tuple[float, ...] | None:
+        return self.on_host
+
+    def can_add_later(self, num_tokens: int) -> bool:
+        if self.on_host is None:
+            return False
+        reached = sum(reached_tokens(g, num_tokens) for g in self.on_host)
+        return reached <= _LATER_SHARE * num_tokens * len(self.on_host)
+
+    def add_entry(self, o: Tensor, inputs: Inputs, entry: Tensor) -> None:
+        assert self.on_host is not None
+        add_entry_product(o, inputs[0], entry, log_decay=self.on_host, from_end=False)
+
+    def add_exit_grad(
+        self, grads: tuple[Tensor | None, ...], inputs: Inputs, exit_grad: Tensor
+    ) -> None:
+        assert self.on_host is not None
+        _, dk, dv = grads
+        assert dk is not None
+        assert dv is not None
+        _, k, v = inputs
+        add_entry_product(dk, v, exit_grad.mT, log_decay=self.on_host, from_end=True)
+        add_entry_product(dv, k, exit_grad, log_decay=self.on_host, from_end=True)
 
     def empty_output(self, inputs: Inputs) -> Tensor:
         return torch.empty_like(inputs[2])

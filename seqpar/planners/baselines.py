@@ -1,46 +1,62 @@
 """Other ways to plan a step: what a plan is compared with, and what it falls back to.
 
-- fixed degree: one degree for every group of every step (DeepSpeed-Ulysses style), the one that
+- `fixed_degree`: one degree for every group of every step (DeepSpeed-Ulysses style), the one that
   is best over all steps given and holds their longest context;
-- best degree per batch (FlexSP's BatchAda): the best single degree for this step alone;
-- Megatron's dynamic rule: each sequence at the smallest degree that holds it, groups balanced by
+- `best_degree_per_batch`: the best single degree for this step alone (FlexSP's BatchAda);
+- `megatron_dynamic`: each sequence at the smallest degree that holds it, groups balanced by
   squared length alone.
+
+Each is planned exactly and at its best: several numbers of micro-batches are tried, sequences are
+balanced longest first with the full cost model (the rule apart, which has its own).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from seqpar.errors import PlanError
 from seqpar.planners.batch import SortedBatch
-from seqpar.planners.packing import Packing, spread
-from seqpar.planners.plan import ScatterPlan, build_plan
+from seqpar.planners.packing import Packing, makespan, spread
+from seqpar.planners.plan import ScatterPlan, to_plan
 from seqpar.planners.problem import ScatterProblem
 
 __all__ = [
-    "baseline_plans",
+    "baseline_packings",
     "best_degree_per_batch",
     "best_fixed_degree",
     "fixed_degree",
     "megatron_dynamic",
+    "step_ms",
 ]
 
+EXTRA_MICRO_BATCHES = 4
 
-def baseline_plans(problem: ScatterProblem) -> dict[str, ScatterPlan]:
-    """Every baseline's plan for the step, by name."""
-    by_degree = _by_degree(problem)
-    found = {}
-    if by_degree:
-        holding = {d: plan for d, plan in by_degree.items() if _holds_context(problem, d)}
-        batch = min(by_degree.values(), key=lambda plan: plan.makespan_ms)
-        found["best_degree_per_batch"] = batch
-        if holding:
-            found["fixed_degree"] = min(holding.values(), key=lambda plan: plan.makespan_ms)
-    rule = megatron_dynamic(problem)
-    if rule is not None:
-        found["megatron_dynamic"] = rule
-    return found
+
+def step_ms(batch: SortedBatch, packings: Sequence[Packing]) -> float:
+    """ms of micro-batches run one after the other."""
+    return math.fsum(makespan(batch, packing) for packing in packings)
+
+
+def baseline_packings(
+    batch: SortedBatch, *, context_tokens: int = 0
+) -> dict[str, tuple[float, list[Packing]]]:
+    """Every baseline's (ms, packings) for the step, by name; those that cannot run are left out."""
+    best: tuple[float, list[Packing]] | None = None
+    holding: tuple[float, list[Packing]] | None = None
+    for ms_bound, d in sorted(_homogeneous_bounds(batch)):
+        holds = batch.degree_lines[d].capacity >= context_tokens
+        if best is not None and ms_bound >= best[0] and (not holds or holding is not None):
+            continue
+        packings = _homogeneous(batch, d)
+        found = (step_ms(batch, packings), packings)
+        best = found if best is None or found[0] < best[0] else best
+        if holds and (holding is None or found[0] < holding[0]):
+            holding = found
+    results = {"best_degree_per_batch": best, "fixed_degree": holding}
+    rule = _megatron(batch)
+    results["megatron_dynamic"] = None if rule is None else (step_ms(batch, rule), rule)
+    return {name: found for name, found in results.items() if found is not None}
 
 
 def best_fixed_degree(problems: ScatterProblem | Sequence[ScatterProblem]) -> list[ScatterPlan]:
@@ -54,12 +70,12 @@ def best_fixed_degree(problems: ScatterProblem | Sequence[ScatterProblem]) -> li
     steps = [problems] if isinstance(problems, ScatterProblem) else list(problems)
     if not steps:
         raise PlanError("best_fixed_degree needs at least one problem")
-    by_step = [_by_degree(problem) for problem in steps]
+    context = max(problem.context_tokens or 0 for problem in steps)
+    by_step = [_by_degree(problem, context) for problem in steps]
     totals = {
         degree: math.fsum(plans[degree].makespan_ms for plans in by_step)
         for degree in sorted(by_step[0])
         if all(degree in plans for plans in by_step)
-        and all(_holds_context(problem, degree) for problem in steps)
     }
     if not totals:
         raise PlanError("no single degree holds every sequence of these steps")
@@ -73,45 +89,116 @@ def best_degree_per_batch(problem: ScatterProblem) -> ScatterPlan:
     Raises:
         PlanError: no single degree holds every sequence.
     """
-    by_degree = _by_degree(problem)
+    by_degree = _by_degree(problem, 0)
     if not by_degree:
         raise PlanError("no single degree holds every sequence of this step")
     return min(by_degree.values(), key=lambda plan: plan.makespan_ms)
 
 
-def fixed_degree(problem: ScatterProblem, degree: int) -> ScatterPlan | None:
-    """The step with every group of this degree; None if a sequence does not fit such a group.
+def fixed_degree(problem: ScatterProblem, degree: int) -> ScatterPlan:
+    """The step with every group of this degree.
 
-    Sequences are sorted and cut into micro-batches, spread over the groups longest first; the
-    number of micro-batches is the best of the smallest few that hold the tokens.
+    Raises:
+        PlanError: the degree is not allowed, or does not hold the longest sequence.
     """
-    batch = SortedBatch.of(problem)
-    line = next(i for i, line in enumerate(batch.degree_lines) if line.degree == degree)
-    if batch.tokens[0] > batch.degree_lines[line].capacity:
-        return None
-    groups = batch.devices // degree
-    capacity = groups * batch.degree_lines[line].capacity
-    smallest = -(-sum(batch.tokens) // capacity)
-    best: tuple[float, list[Packing]] | None = None
-    for count in _counts(smallest):
-        found = _cut_evenly(batch, line, groups, capacity, count)
-        if found is not None and (best is None or found[0] < best[0]):
-            best = found
-    if best is None:
-        best = _first_fit(batch, line, groups)
-    return _plan(problem, batch, best[1], f"fixed_degree_{degree}")
+    plans = _by_degree(problem, 0)
+    if degree not in plans:
+        raise PlanError(f"degree {degree} cannot run this step: choose one of {sorted(plans)}")
+    return plans[degree]
 
 
-def megatron_dynamic(problem: ScatterProblem) -> ScatterPlan | None:
-    """Megatron-LM's dynamic context-parallel rule, modelled; None if it leaves a sequence over.
+def megatron_dynamic(problem: ScatterProblem) -> ScatterPlan:
+    """Megatron-LM's dynamic context-parallel rule, modelled.
 
     After `BalancedCPScheduler` (megatron/core/pipeline_parallel/hybrid_cp_schedule.py): from the
-    longest down, each sequence goes to the group that has the least Σs²/degree among those of
-    its smallest sufficient degree with room, or opens such a group while devices remain; when
-    neither is left the micro-batch closes. Its cost knows neither linear nor exchange terms; the
-    plan's time here is that of the full cost model.
+    longest down, each sequence opens a group of its smallest sufficient degree while devices
+    remain, then joins the group with the least Σs²/degree that has room; what finds none waits
+    for the next micro-batch. Its own cost knows neither linear nor exchange terms; the plan's
+    time is that of the full cost model.
     """
     batch = SortedBatch.of(problem)
+    packings = _megatron(batch)
+    if packings is None:
+        raise PlanError("Megatron's rule leaves a sequence over: no degree holds it alone")
+    return to_plan(problem, batch, packings, source="megatron_dynamic")
+
+
+def _by_degree(problem: ScatterProblem, context_tokens: int) -> dict[int, ScatterPlan]:
+    batch = SortedBatch.of(problem)
+    return {
+        line.degree: to_plan(
+            problem, batch, _homogeneous(batch, d), source=f"fixed_degree_{line.degree}"
+        )
+        for d, line in enumerate(batch.degree_lines)
+        if line.capacity >= max(batch.tokens[0], context_tokens)
+    }
+
+
+def _homogeneous_bounds(batch: SortedBatch) -> Iterator[tuple[float, int]]:
+    """(a lower bound in ms, degree line) for each degree that holds the longest sequence."""
+    for d, line in enumerate(batch.degree_lines):
+        if line.capacity >= batch.tokens[0]:
+            groups = batch.devices // line.degree
+            count = -(-sum(batch.tokens) // (groups * line.capacity))
+            yield count * line.fixed + sum(batch.weights[d]) / groups, d
+
+
+def _homogeneous(batch: SortedBatch, d: int) -> list[Packing]:
+    """The step with one degree: sorted, cut into micro-batches, spread over the groups.
+
+    The number of micro-batches is the best of the smallest few that hold the tokens; if memory
+    cannot be divided so, groups are filled one after the other.
+    """
+    line, weights = batch.degree_lines[d], batch.weights[d]
+    groups = batch.devices // line.degree
+    smallest = -(-sum(batch.tokens) // (groups * line.capacity))
+    best, best_ms = _first_fit(batch, d, groups), float("inf")
+    for count in range(smallest, smallest + EXTRA_MICRO_BATCHES):
+        if count * line.fixed + sum(weights) / groups >= best_ms:
+            break
+        packings = _cut_evenly(batch, d, groups, count)
+        if packings is not None and step_ms(batch, packings) < best_ms:
+            best, best_ms = packings, step_ms(batch, packings)
+    return best
+
+
+def _cut_evenly(batch: SortedBatch, d: int, groups: int, count: int) -> list[Packing] | None:
+    """Contiguous pieces of about equal device time, each spread over its groups."""
+    weights, capacity = batch.weights[d], groups * batch.degree_lines[d].capacity
+    share = sum(weights) / count
+    bounds, done, tokens = [0], 0.0, 0
+    for k, ms in enumerate(weights):
+        due = done + ms / 2 >= share * len(bounds) and len(bounds) < count
+        if k > bounds[-1] and (due or tokens + batch.tokens[k] > capacity):
+            bounds.append(k)
+            tokens = 0
+        done += ms
+        tokens += batch.tokens[k]
+    bounds.append(len(weights))
+    packings = []
+    for first, stop in zip(bounds, bounds[1:], strict=False):  # noqa: RUF007
+        packing = spread(batch, range(first, stop), [d] * groups)
+        if packing is None:
+            return None
+        packings.append(packing)
+    return packings
+
+
+def _first_fit(batch: SortedBatch, d: int, groups: int) -> list[Packing]:
+    """One group after the other, filled in order: always fits."""
+    filled: list[list[int]] = []
+    room = 0
+    for k, tokens in enumerate(batch.tokens):
+        if not filled or tokens > room:
+            filled.append([])
+            room = batch.degree_lines[d].capacity
+        filled[-1].append(k)
+        room -= tokens
+    pieces = [filled[i : i + groups] for i in range(0, len(filled), groups)]
+    return [[(d, members) for members in piece] for piece in pieces]
+
+
+def _megatron(batch: SortedBatch) -> list[Packing] | None:
     packings: list[Packing] = []
     waiting = list(range(len(batch.tokens)))
     while waiting:
@@ -119,7 +206,7 @@ def megatron_dynamic(problem: ScatterProblem) -> ScatterPlan | None:
         if not packing:
             return None
         packings.append(packing)
-    return _plan(problem, batch, packings, "megatron_dynamic")
+    return packings
 
 
 def _megatron_batch(batch: SortedBatch, waiting: list[int]) -> tuple[Packing, list[int]]:
@@ -130,97 +217,21 @@ def _megatron_batch(batch: SortedBatch, waiting: list[int]) -> tuple[Packing, li
     later = []
     for k in waiting:
         d = batch.smallest[k]
-        line = batch.degree_lines[d]
+        line, tokens = batch.degree_lines[d], batch.tokens[k]
         if line.degree <= left:
             packing.append((d, [k]))
-            work.append(batch.tokens[k] ** 2 / line.degree)
-            room.append(line.capacity - batch.tokens[k])
+            work.append(tokens**2 / line.degree)
+            room.append(line.capacity - tokens)
             left -= line.degree
             continue
-        fits = [g for g in range(len(packing)) if packing[g][0] >= d and room[g] >= batch.tokens[k]]
-        if not fits:
+        best, best_work = -1, float("inf")
+        for g, free in enumerate(room):
+            if free >= tokens and work[g] < best_work and packing[g][0] >= d:
+                best, best_work = g, work[g]
+        if best < 0:
             later.append(k)
             continue
-        g = min(fits, key=lambda g: (work[g], g))
-        packing[g][1].append(k)
-        work[g] += batch.tokens[k] ** 2 / batch.degree_lines[packing[g][0]].degree
-        room[g] -= batch.tokens[k]
+        packing[best][1].append(k)
+        work[best] += tokens**2 / batch.degree_lines[packing[best][0]].degree
+        room[best] -= tokens
     return packing, later
-
-
-def _by_degree(problem: ScatterProblem) -> dict[int, ScatterPlan]:
-    plans = {line.degree: fixed_degree(problem, line.degree) for line in problem.degree_costs}
-    return {degree: plan for degree, plan in plans.items() if plan is not None}
-
-
-def _holds_context(problem: ScatterProblem, degree: int) -> bool:
-    capacity = next(line.capacity for line in problem.degree_costs if line.degree == degree)
-    return capacity >= (problem.context_tokens or 0)
-
-
-def _counts(smallest: int) -> range:
-    return range(smallest, smallest + 4)
-
-
-def _cut_evenly(
-    batch: SortedBatch, line: int, groups: int, capacity: int, count: int
-) -> tuple[float, list[Packing]] | None:
-    """Contiguous pieces of about equal device time, each spread over its groups."""
-    weights = batch.weights[line]
-    share = sum(weights) / count
-    packings: list[Packing] = []
-    total, first, done = 0.0, 0, 0.0
-    tokens = 0
-    for k, ms in enumerate(weights):
-        full = done + ms / 2 >= share * (len(packings) + 1) and len(packings) < count - 1
-        if k > first and (full or tokens + batch.tokens[k] > capacity):
-            piece = _spread_piece(batch, line, groups, first, k)
-            if piece is None:
-                return None
-            packings.append(piece[1])
-            total += piece[0]
-            first, tokens = k, 0
-        done += ms
-        tokens += batch.tokens[k]
-    piece = _spread_piece(batch, line, groups, first, len(weights))
-    if piece is None:
-        return None
-    return total + piece[0], [*packings, piece[1]]
-
-
-def _spread_piece(
-    batch: SortedBatch, line: int, groups: int, first: int, stop: int
-) -> tuple[float, Packing] | None:
-    packing = spread(batch, range(first, stop), [line] * groups)
-    if packing is None:
-        return None
-    slowest = max(sum(batch.weights[line][k] for k in members) for _, members in packing)
-    return slowest + batch.degree_lines[line].fixed, packing
-
-
-def _first_fit(batch: SortedBatch, line: int, groups: int) -> tuple[float, list[Packing]]:
-    """One group after the other, filled in order: always fits."""
-    filled: list[list[int]] = []
-    room = 0
-    for k, tokens in enumerate(batch.tokens):
-        if not filled or tokens > room:
-            filled.append([])
-            room = batch.degree_lines[line].capacity
-        filled[-1].append(k)
-        room -= tokens
-    pieces = [filled[i : i + groups] for i in range(0, len(filled), groups)]
-    return 0.0, [[(line, members) for members in piece] for piece in pieces]
-
-
-def _plan(
-    problem: ScatterProblem, batch: SortedBatch, packings: Sequence[Packing], source: str
-) -> ScatterPlan:
-    groups = [
-        [
-            (batch.degree_lines[d].degree, [batch.order[k] for k in members])
-            for d, members in packing
-            if members
-        ]
-        for packing in packings
-    ]
-    return build_plan(problem, groups, source=source)

@@ -33,17 +33,22 @@ PRECISION = 1e-7
 
 def bound_plan(problem: ScatterProblem, plan: ScatterPlan, *, kind: str = "degree") -> ScatterPlan:
     """The plan with a lower bound of that kind for each micro-batch, and the step's bound."""
+    from seqpar.planners.configuration import configuration_bound
+
     start = time.perf_counter()
     bounds = []
     for batch in plan.micro_batches:
         members = [index for group in batch.groups for index in group.sequences]
-        bounds.append(degree_bound(problem, members, upper_ms=batch.makespan_ms))
+        if kind == "configuration":
+            bounds.append(configuration_bound(problem, batch))
+        else:
+            bounds.append(degree_bound(problem, members, upper_ms=batch.makespan_ms))
     step = step_bound(problem)
     elapsed = (time.perf_counter() - start) * 1e3
     return with_bounds(plan, bounds=bounds, step_bound=step, kind=kind, bound_ms=elapsed)
 
 
-class _Relaxation:
+class Relaxation:
     """Weights of some sequences at each degree, the cheapest strategy term by term."""
 
     def __init__(self, problem: ScatterProblem, members: Sequence[int]) -> None:
@@ -90,7 +95,7 @@ def degree_bound(
 
     `upper_ms`: a makespan that is known to be reachable; the search stops there.
     """
-    relaxed = _Relaxation(problem, members)
+    relaxed = Relaxation(problem, members)
     low = float(relaxed.least_end().max())
     if relaxed.devices_needed(low) <= relaxed.devices:
         return low
@@ -109,7 +114,7 @@ def degree_bound(
 
 def step_bound(problem: ScatterProblem) -> float:
     """ms that no plan of these sequences can beat, whatever its micro-batches."""
-    relaxed = _Relaxation(problem, range(len(problem.lengths)))
+    relaxed = Relaxation(problem, range(len(problem.lengths)))
     capacity = problem.tokens_per_device * problem.cluster.devices
     fewest = -(-sum(problem.lengths) // capacity)
     fixed = float(relaxed.fixed.min())

@@ -10,8 +10,8 @@ from seqpar.planners.packing import Packing
 __all__ = ["improve"]
 
 
-def improve(batch: SortedBatch, packing: Packing, *, max_steps: int) -> tuple[Packing, int]:
-    """Shorten the slowest group by the best move or swap until none helps; counts its steps.
+def improve(batch: SortedBatch, packing: Packing, *, max_steps: int) -> Packing:
+    """Shorten the slowest group by the best move or swap until none helps.
 
     Each step looks at every sequence of the slowest group against every group (move) and every
     sequence outside it (swap), memory respected, and takes what leaves the smaller maximum of the
@@ -19,8 +19,8 @@ def improve(batch: SortedBatch, packing: Packing, *, max_steps: int) -> tuple[Pa
     """
     lines = batch.degree_lines
     members = [k for _, group in packing for k in group]
-    if len(packing) < 2 or not members:
-        return packing, 0
+    if len(packing) < 2:
+        return packing
     ks = np.asarray(members)
     tokens = batch.token_array[ks]
     weights = batch.weight_array[:, ks]
@@ -31,9 +31,7 @@ def improve(batch: SortedBatch, packing: Packing, *, max_steps: int) -> tuple[Pa
     np.add.at(ends, home, weights[degree[home], np.arange(len(ks))])
     room = capacity.copy()
     np.subtract.at(room, home, tokens)
-    steps = 0
-    while steps < max_steps:
-        steps += 1
+    for _ in range(max_steps):
         slow = int(np.argmax(ends))
         inside = np.flatnonzero(home == slow)
         outside = np.flatnonzero(home != slow)
@@ -76,4 +74,4 @@ def improve(batch: SortedBatch, packing: Packing, *, max_steps: int) -> tuple[Pa
     groups: Packing = [(int(d), []) for d in degree]
     for k, group in zip(members, home.tolist(), strict=True):
         groups[group][1].append(k)
-    return groups, steps
+    return groups

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from seqpar.planners.batch import SortedBatch
 
-__all__ = ["best_cuts", "safe_cuts"]
+__all__ = ["best_cuts", "likely_counts", "safe_packings"]
 
 MAX_CUT_POSITIONS = 640
 
@@ -42,7 +42,17 @@ def best_cuts(batch: SortedBatch, *, fill: float) -> list[int] | None:
     return [0, *reversed(cuts)]
 
 
-def safe_cuts(batch: SortedBatch) -> list[list[tuple[int, list[int]]]]:
+def likely_counts(batch: SortedBatch) -> list[int]:
+    """Numbers of micro-batches worth trying, the likeliest first."""
+    capacity = batch.devices * batch.device_token_capacity
+    fewest = -(-sum(batch.tokens) // capacity)
+    cuts = best_cuts(batch, fill=1.0)
+    estimated = len(cuts) - 1 if cuts else fewest
+    counts = [max(estimated, fewest), fewest, fewest + 1, estimated + 1]
+    return list(dict.fromkeys(counts))
+
+
+def safe_packings(batch: SortedBatch) -> list[list[tuple[int, list[int]]]]:
     """Micro-batches that always fit: groups of the largest degree, filled one after the other."""
     d = len(batch.degree_lines) - 1
     line = batch.degree_lines[d]

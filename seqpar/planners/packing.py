@@ -1,20 +1,35 @@
-"""Groups for one micro-batch: pack to a target makespan, or spread over given degrees.
+"""Groups for one micro-batch: as much as ends by a target makespan, or spread over given degrees.
 
 A packing is a list of (degree line, members): indices into `SortedBatch.degree_lines`, and into
-its sequences. Both routines take memory as a hard limit and answer None when they fail.
+its sequences. Memory is a hard limit throughout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from heapq import heappop, heappush, heapreplace
+from typing import NamedTuple
 
 from seqpar.planners.batch import SortedBatch
 
-__all__ = ["Packing", "makespan", "pack_to_target", "spread"]
+__all__ = ["Packed", "Packing", "makespan", "pack_most", "spread"]
 
 Packing = list[tuple[int, list[int]]]
 _Heap = list[tuple[float, int]]
+
+
+class Packed(NamedTuple):
+    """A packing, when its slowest group ends, and the sequences that found no place.
+
+    `complete` is False if packing stopped early, too much being left over; `steps` is how many
+    sequences were looked at.
+    """
+
+    packing: Packing
+    makespan_ms: float
+    left_over: list[int]
+    complete: bool
+    steps: int
 
 
 def makespan(batch: SortedBatch, packing: Packing) -> float:
@@ -25,44 +40,77 @@ def makespan(batch: SortedBatch, packing: Packing) -> float:
     )
 
 
-def pack_to_target(
-    batch: SortedBatch, members: Sequence[int], target_ms: float, *, fill_first: bool
-) -> Packing | None:
-    """Groups that all end by the target, opened as they are needed, longest sequence first.
+def pack_most(
+    batch: SortedBatch, members: Sequence[int], target_ms: float, *, max_left_tokens: float
+) -> Packed:
+    """Fill groups that all end by the target; stop once more tokens are left over than allowed.
 
-    A sequence goes to the smallest degree that can end in time. `fill_first` prefers the room
-    left in open groups to a new group; otherwise new groups open while devices remain.
+    From the longest sequence down, each goes to the least full group of the smallest degree that
+    can take it in time and memory (fullness is the larger of both shares), else to a new group of
+    the smallest degree that ends it in time while devices last; else it is left over.
     """
-    lines, weights = batch.degree_lines, batch.weights
-    groups: Packing = []
-    room: list[int] = []
+    lines, weights, tokens, smallest = (
+        batch.degree_lines,
+        batch.weights,
+        batch.tokens,
+        batch.smallest,
+    )
+    time_share = [1 / max(target_ms - line.fixed, 1e-9) for line in lines]
+    token_share = [1 / line.capacity for line in lines]
     heaps: list[_Heap] = [[] for _ in lines]
-    left = batch.devices
-    for k in members:
-        fresh = _new_degree(batch, k, target_ms, left)
-        placed = False
-        if fill_first or fresh < 0:
-            for d in range(batch.smallest[k], len(lines)):
-                if _add(heaps[d], groups, room, k, weights[d][k], batch.tokens[k], target_ms):
-                    placed = True
+    packing: Packing = []
+    ends: list[float] = []
+    room: list[int] = []
+    left_over: list[int] = []
+    left_tokens, devices = 0, batch.devices
+    for step, k in enumerate(members):
+        size = tokens[k]
+        chosen = -1
+        for d in range(smallest[k], len(lines)):
+            heap = heaps[d]
+            if heap:
+                group = heap[0][1]
+                end = ends[group] + weights[d][k]
+                if size <= room[group] and end <= target_ms:
+                    chosen = d
                     break
-        if not placed and fresh < 0:
-            return None
-        if not placed:
-            heappush(heaps[fresh], (lines[fresh].fixed + weights[fresh][k], len(groups)))
-            room.append(lines[fresh].capacity - batch.tokens[k])
-            groups.append((fresh, [k]))
-            left -= lines[fresh].degree
-    return groups
+        if chosen >= 0:
+            d = chosen
+            packing[group][1].append(k)
+            ends[group] = end
+            room[group] -= size
+        else:
+            d = _new_degree(batch, k, target_ms, devices)
+            if d < 0:
+                left_over.append(k)
+                left_tokens += size
+                if left_tokens > max_left_tokens:
+                    return Packed(packing, max(ends, default=0.0), left_over, False, step + 1)
+                continue
+            group = len(packing)
+            end = lines[d].fixed + weights[d][k]
+            packing.append((d, [k]))
+            ends.append(end)
+            room.append(lines[d].capacity - size)
+            devices -= lines[d].degree
+        by_time = (end - lines[d].fixed) * time_share[d]
+        by_tokens = 1 - room[group] * token_share[d]
+        entry = (by_time if by_time > by_tokens else by_tokens, group)
+        if chosen >= 0:
+            heapreplace(heaps[d], entry)
+        else:
+            heappush(heaps[d], entry)
+    return Packed(packing, max(ends, default=0.0), left_over, True, len(members))
 
 
 def spread(batch: SortedBatch, members: Sequence[int], degrees: Sequence[int]) -> Packing | None:
     """Longest sequence first, each to the group that would end it first and has the memory.
 
-    `degrees` are degree lines, one a group. Longest-processing-time order on related machines.
+    `degrees` are degree lines, one a group. Longest-processing-time order on related machines;
+    None if a sequence finds no room.
     """
     lines, weights = batch.degree_lines, batch.weights
-    groups: Packing = [(d, []) for d in degrees]
+    packing: Packing = [(d, []) for d in degrees]
     room = [lines[d].capacity for d in degrees]
     heaps: list[_Heap] = [[] for _ in lines]
     for group, d in enumerate(degrees):
@@ -82,39 +130,23 @@ def spread(batch: SortedBatch, members: Sequence[int], degrees: Sequence[int]) -
             return None
         group = heaps[best_d][0][1]
         heapreplace(heaps[best_d], (best, group))
-        groups[group][1].append(k)
+        packing[group][1].append(k)
         room[group] -= tokens
         for d, skipped in full:
             for entry in skipped:
                 heappush(heaps[d], entry)
-    return groups
+    return packing
 
 
-def _new_degree(batch: SortedBatch, k: int, target_ms: float, left: int) -> int:
+def _new_degree(batch: SortedBatch, k: int, target_ms: float, devices: int) -> int:
     """The smallest degree line that would end the sequence in time in a new group; -1 if none."""
     for d in range(batch.smallest[k], len(batch.degree_lines)):
         line = batch.degree_lines[d]
-        if line.degree > left:
+        if line.degree > devices:
             return -1
         if line.fixed + batch.weights[d][k] <= target_ms:
             return d
     return -1
-
-
-def _add(
-    heap: _Heap, groups: Packing, room: list[int], k: int, ms: float, tokens: int, target_ms: float
-) -> bool:
-    """Put the sequence into the group that ends first of those with the memory, if in time."""
-    skipped = _pop_full(heap, room, tokens) if heap and room[heap[0][1]] < tokens else []
-    fits = bool(heap) and heap[0][0] + ms <= target_ms
-    if fits:
-        end, group = heap[0]
-        heapreplace(heap, (end + ms, group))
-        groups[group][1].append(k)
-        room[group] -= tokens
-    for entry in skipped:
-        heappush(heap, entry)
-    return fits
 
 
 def _pop_full(heap: _Heap, room: list[int], tokens: int) -> list[tuple[float, int]]:

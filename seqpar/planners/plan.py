@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from seqpar.errors import PlanError
+from seqpar.planners.batch import SortedBatch
 from seqpar.planners.problem import Cluster, ScatterProblem
 
-__all__ = ["Group", "MicroBatch", "ScatterPlan", "build_plan", "place_groups"]
+__all__ = ["Group", "MicroBatch", "ScatterPlan", "build_plan", "place_groups", "to_plan"]
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,22 @@ def build_plan(
         built.append(MicroBatch(max(group.predicted_ms for group in made), made))
     built.sort(key=lambda batch: (-batch.makespan_ms, batch.groups[0].sequences))
     return ScatterPlan(micro_batches=tuple(built), source=source)
+
+
+def to_plan(
+    problem: ScatterProblem,
+    batch: SortedBatch,
+    packings: Sequence[Sequence[tuple[int, Sequence[int]]]],
+    *,
+    source: str = "anytime",
+) -> ScatterPlan:
+    """A plan from packings of the problem's sorted batch: (degree line, members) a group."""
+    lines, order = batch.degree_lines, batch.order
+    groups = [
+        [(lines[d].degree, [order[k] for k in members]) for d, members in packing if members]
+        for packing in packings
+    ]
+    return build_plan(problem, groups, source=source)
 
 
 def place_groups(degrees: Sequence[int], cluster: Cluster) -> list[tuple[int, ...]] | None:

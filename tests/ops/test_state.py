@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,37 +10,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from seqpar import comm
 from seqpar.layout import SequenceLayout
 from seqpar.mesh import GroupPool
 from seqpar.ops.state import state_attention
 from seqpar.ops.state_exchange import EXCHANGES
+from seqpar.ops.state_job import StateJob
 from seqpar.ops.state_local import RankPart
-from seqpar.ops.state_mixer import LightningMixer
-from seqpar.ops.state_steps import StateJob, backward_steps, forward_steps
+from seqpar.ops.state_mixer import LightningMixer, fixed_on_host
+from seqpar.ops.state_steps import backward_steps, forward_steps
 from tests.ops.cases import BOUNDS, DECAYS, Stream, Truth, layouts, make_stream, truth
 from tests.ranks import run_ranks
 from tests.simulator import simulate
 from tests.tolerances import assert_close
 
+NAMES = [*sorted(EXCHANGES), "all_to_all"]
 
-def _simulated(stream: Stream, layout: SequenceLayout, exchange: str) -> Truth:
+
+def _simulated(
+    stream: Stream, layout: SequenceLayout, exchange: str, *, truncate: bool = False
+) -> Truth:
     """The plain functions of all ranks in one process, put together to the whole stream."""
     per_token = stream.log_decay is not None and stream.log_decay.ndim == 3
     mixer = LightningMixer(None if per_token else stream.log_decay, per_token)
+    if truncate and stream.log_decay is not None:
+        mixer = replace(mixer, on_host=fixed_on_host(stream.log_decay))
     ranks = range(layout.world_size)
     jobs = [StateJob(RankPart(mixer, layout, rank), exchange, True) for rank in ranks]
     inputs = [tuple(layout.shard(x, rank) for x in stream.tensors) for rank in ranks]
     done = simulate([forward_steps(jobs[r], inputs[r], stream.initial) for r in ranks])
     dfinals = stream.dfinals.view(stream.q.shape[0], layout.num_documents, 3, 4, 5)
+    zeros = torch.zeros_like(dfinals)
     back = simulate(
         [
             backward_steps(
-                jobs[r],
-                inputs[r],
-                done[r].summary,
-                done[r].entries,
-                layout.shard(stream.do, r),
-                dfinals if r == 0 else None,
+                jobs[r], done[r].kept, layout.shard(stream.do, r), dfinals if r == 0 else zeros
             )
             for r in ranks
         ]
@@ -49,7 +54,8 @@ def _simulated(stream: Stream, layout: SequenceLayout, exchange: str) -> Truth:
     grads = tuple(
         layout.unshard([back[r][0][index] for r in ranks]) for index in range(len(stream.tensors))
     )
-    dinitial = torch.stack([back[r][1] for r in ranks]).sum(0)
+    parts = [back[r][1] for r in ranks if back[r][1] is not None]
+    dinitial = torch.stack(parts).sum(0) if parts else None
     o = layout.unshard([done[r].o for r in ranks])
     return Truth(o, done[0].final_states.flatten(0, 1), grads, dinitial)
 
@@ -68,7 +74,7 @@ def _check(found: Truth, expected: Truth, what: str, dtype: torch.dtype | None =
         )
 
 
-@pytest.mark.parametrize("exchange", sorted(EXCHANGES))
+@pytest.mark.parametrize("exchange", NAMES)
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("name", BOUNDS)
 def test_every_layout_gives_the_one_device_result(name: str, decay: str, exchange: str) -> None:
@@ -76,10 +82,37 @@ def test_every_layout_gives_the_one_device_result(name: str, decay: str, exchang
     for batch, initial in ((1, False), (2, True)):
         stream = make_stream(bounds, decay, batch=batch, initial=initial)
         expected = truth(stream, bounds)
-        for world_size in range(1, 9):
+        for world_size in range(1, 9) if exchange == "all_gather" else (2, 3, 5, 8):
             for kind, layout in layouts(bounds, world_size).items():
                 found = _simulated(stream, layout, exchange)
                 _check(found, expected, f"{name}, {decay}, {kind}, W={world_size}, B={batch}")
+
+
+LONG = (0, 230, 231, 400)
+
+
+@pytest.mark.parametrize("exchange", NAMES)
+@pytest.mark.parametrize(
+    "decay",
+    [
+        pytest.param((-4.0, -5.0, -6.0), id="every head forgets: added later"),
+        pytest.param((-0.08, -3.0, -6.0), id="one head reaches on"),
+        pytest.param((-6.0, 0.0, -9.0), id="the middle head never forgets"),
+    ],
+)
+def test_what_has_decayed_is_left_out_exactly(decay: tuple[float, ...], exchange: str) -> None:
+    stream = make_stream(LONG, "none", batch=2, initial=True, dtype=torch.float32)
+    stream = replace(stream, log_decay=torch.tensor(decay))
+    expected = truth(stream, LONG)
+    for world_size in (2, 3, 7):
+        for kind, layout in layouts(LONG, world_size).items():
+            part = RankPart(LightningMixer(stream.log_decay, on_host=decay), layout, 1)
+            assert part.adds_later == (max(decay) < -1)
+            with comm.count_traffic() as traffic:
+                found = _simulated(stream, layout, exchange, truncate=True)
+            _check(found, expected, f"{decay}, {kind}, W={world_size}")
+            if world_size == 7 and exchange in ("all_gather", "log_step"):
+                assert traffic[exchange].saved_bytes > 0
 
 
 def _on_ranks(rank: int, cases: list[Any]) -> dict[str, Any]:
@@ -127,7 +160,7 @@ def test_process_groups_of_1_to_8_ranks_give_the_one_device_result() -> None:
             decay = DECAYS[len(cases) % 3]
             batch, initial = (2, True) if len(cases) % 2 else (1, False)
             stream = make_stream(bounds, decay, batch=batch, initial=initial, dtype=torch.float32)
-            for exchange in sorted(EXCHANGES):
+            for exchange in NAMES:
                 label = f"W={world_size}, {kind}, {decay}, {exchange}"
                 cases.append((label, stream, layout, exchange))
                 expected[label] = (stream, layout, truth(stream, bounds))

@@ -1,0 +1,394 @@
+"""Chunked-state sequence parallelism against the local kernel, its exchanges and its peers.
+
+    torchrun --nproc-per-node 2 benchmarks/bench_state.py --tokens 8192 65536
+    torchrun ... benchmarks/bench_state.py --lasp CHECKOUT   # also OpenNLPLab/LASP, from a checkout
+
+First the results are checked against one device; then the exchanges are timed alone; then forward
+and backward of one layer, H = 32, D = 128, bfloat16. A time is the slowest rank's, the median of
+rounds in which all forms take turns, so that their ratios are of one run.
+
+Legend: T tokens of one rank, W ranks, H heads, D key and value dim.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from seqpar import comm
+from seqpar.kernels.lightning import lightning_attention
+from seqpar.layout import SequenceLayout
+from seqpar.mesh import init_mesh
+from seqpar.ops.state import explain_exchange, state_attention
+from seqpar.ops.state_exchange import EXCHANGES
+from seqpar.ops.state_local import RankPart
+from seqpar.ops.state_mixer import LightningMixer
+from seqpar.ops.steps import run_steps
+
+TOLERANCE = 8e-3
+"""Relative error of bfloat16 results, as in the tests."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where and what is measured."""
+
+    group: Any
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    dim: int
+    rounds: int
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def stream(self, tokens: int, count: int = 4) -> list[Tensor]:
+        """The same [1, tokens, H, D] tensors on every rank, scaled like normalised features."""
+        generator = torch.Generator(self.device).manual_seed(7)
+        shape = (1, tokens, self.heads, self.dim)
+        options = {"generator": generator, "device": self.device}
+        return [
+            (torch.randn(shape, **options) * self.dim**-0.25).to(self.dtype) for _ in range(count)
+        ]
+
+    def slopes(self) -> Tensor:
+        """log decay of each head: the ALiBi slopes that lightning models use, negative."""
+        steps = torch.arange(1, self.heads + 1, device=self.device)
+        return -torch.exp2(-8.0 * steps / self.heads)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 65536], help="per rank")
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--lasp", type=Path, help="a checkout of OpenNLPLab/LASP to measure too")
+    parser.add_argument("--out", type=Path, help="folder for state.json")
+    options = parser.parse_args(arguments)
+    setup = _setup(options)
+    results: dict[str, Any] = {"hardware": _hardware(setup), "world_size": setup.world_size}
+    results["errors"] = check(setup)
+    results["exchange_ms"] = time_exchanges(setup)
+    results["layer"] = []
+    for tokens in options.tokens:
+        for name, decay in (("slopes", setup.slopes()), ("no decay", None)):
+            results["layer"] += time_layer(setup, tokens, name, decay, options.lasp)
+    if setup.rank == 0:
+        folder = options.out or Path("benchmarks/results") / results["hardware"]["folder"]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "state.json").write_text(json.dumps(results, indent=1) + "\n")
+    dist.destroy_process_group()
+    return 0
+
+
+def _setup(options: argparse.Namespace) -> Setup:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    group = init_mesh(sp=world_size)["sp"].get_group()
+    cuda = torch.cuda.is_available()
+    return Setup(
+        group=group,
+        rank=dist.get_rank(group),
+        world_size=world_size,
+        device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
+        dtype=torch.bfloat16,
+        heads=options.heads,
+        dim=options.dim,
+        rounds=options.rounds,
+    )
+
+
+def _hardware(setup: Setup) -> dict[str, Any]:
+    cuda = setup.device.type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else "cpu"
+    return {
+        "folder": f"{setup.world_size}x-{name.lower().replace(' ', '-')}",
+        "device": name,
+        "torch": torch.__version__,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
+    }
+
+
+# -- correctness ------------------------------------------------------------------------------
+
+
+def check(setup: Setup) -> dict[str, float]:
+    """Relative errors of o and the gradients against one device; raises above the tolerance."""
+    errors = {}
+    bounds = (0, 700, 701, 3000, 4099)
+    layouts = {
+        "contiguous": SequenceLayout.contiguous(bounds, setup.world_size),
+        "zigzag": SequenceLayout.zigzag(bounds, setup.world_size),
+    }
+    per_token = -torch.rand(1, bounds[-1], setup.heads, device=setup.device)
+    fast = setup.slopes().clamp(max=-0.5) * 4
+    decays = {"none": None, "slopes": setup.slopes(), "fast": fast, "per token": per_token * 0.1}
+    for kind, layout in layouts.items():
+        for name, decay in decays.items():
+            expected = _one_device(setup, layout, decay)
+            for exchange in ("auto", *EXCHANGES, "all_to_all"):
+                found = _scattered(setup, layout, decay, exchange)
+                worst = max(
+                    _relative(x, layout.shard(r, setup.rank))
+                    for x, r in zip(found, expected, strict=True)
+                )
+                worst = float(
+                    comm.all_gather(torch.tensor(worst, device=setup.device), setup.group).max()
+                )
+                errors[f"{kind}, {name}, {exchange}"] = worst
+                if not worst <= TOLERANCE:
+                    setup.say(f"FAILED {kind}, decay {name}, {exchange}: {worst:.2e}")
+    setup.say(
+        f"correct: {sum(e <= TOLERANCE for e in errors.values())} of {len(errors)} cases, "
+        f"worst relative error {max(errors.values()):.2e}"
+    )
+    return errors
+
+
+def _one_device(setup: Setup, layout: SequenceLayout, decay: Tensor | None) -> list[Tensor]:
+    *inputs, do = setup.stream(layout.num_tokens)
+    leaves = [x.float().requires_grad_() for x in inputs]
+    bounds = torch.tensor(layout.cu_seqlens, dtype=torch.int32)
+    o, _ = lightning_attention(*leaves, log_decay=decay, cu_seqlens=bounds)
+    return [o.detach(), *torch.autograd.grad(o, leaves, do.float())]
+
+
+def _scattered(
+    setup: Setup, layout: SequenceLayout, decay: Tensor | None, exchange: str
+) -> list[Tensor]:
+    *inputs, do = (layout.shard(x, setup.rank) for x in setup.stream(layout.num_tokens))
+    leaves = [x.requires_grad_() for x in inputs]
+    if decay is not None and decay.ndim == 3:
+        decay = layout.shard(decay, setup.rank)
+    o, _ = state_attention(
+        *leaves, log_decay=decay, layout=layout, group=setup.group, exchange=exchange
+    )
+    return [o.detach(), *torch.autograd.grad(o, leaves, do)]
+
+
+def _relative(out: Tensor, ref: Tensor) -> float:
+    difference = (out.double() - ref.double()).norm() / ref.double().norm()
+    return float(difference) if torch.isfinite(difference) else float("inf")
+
+
+# -- the exchanges alone ----------------------------------------------------------------------
+
+
+def time_exchanges(setup: Setup) -> list[dict[str, Any]]:
+    """Each exchange of one state a rank, nothing beside it."""
+    rows = []
+    for heads in (8, 32, 128, 512) if setup.device.type == "cuda" else (8,):
+        layout = SequenceLayout.contiguous((0, 64 * setup.world_size), setup.world_size)
+        tokens = torch.zeros(1, 64, heads, setup.dim, device=setup.device, dtype=setup.dtype)
+        part = RankPart(LightningMixer(), layout, setup.rank)
+        inputs = (tokens,) * 3
+        summary = part.summarize(inputs)
+        forms = {
+            name: _exchange_form(setup, part, inputs, summary, name) for name in sorted(EXCHANGES)
+        }
+        row = {"state_bytes": heads * setup.dim**2 * 4, **_take_turns(setup, forms, inner=20)}
+        rows.append(row)
+        setup.say(
+            f"exchange of {row['state_bytes'] / 2**20:6.1f} MiB a rank, ms: "
+            + ", ".join(f"{name} {row[name]:.3f}" for name in forms)
+        )
+    return rows
+
+
+def _exchange_form(
+    setup: Setup, part: RankPart, inputs: tuple[Tensor, ...], summary: Any, name: str
+) -> Callable[[], None]:
+    def run() -> None:
+        run_steps(EXCHANGES[name](part.forward_scan(inputs, summary, None)), setup.group)
+
+    return run
+
+
+# -- one layer, forward and backward ----------------------------------------------------------
+
+
+def time_layer(
+    setup: Setup, tokens: int, decay_name: str, decay: Tensor | None, lasp: Path | None
+) -> list[dict[str, Any]]:
+    """Forward and backward of every form, and its ratio to the local kernel."""
+    layout = SequenceLayout.contiguous((0, tokens * setup.world_size), setup.world_size)
+    *inputs, do = setup.stream(tokens)
+    leaves = [x.requires_grad_() for x in inputs]
+    q, k, v = leaves
+
+    def scattered(exchange: str, **options: Any) -> Callable[[], Tensor]:
+        common = {"log_decay": decay, "layout": layout, "group": setup.group}
+        return lambda: state_attention(q, k, v, **common, exchange=exchange, **options)[0]
+
+    outputs: dict[str, Callable[[], Tensor]] = {
+        "local kernel": lambda: lightning_attention(q, k, v, log_decay=decay)[0],
+        "auto": scattered("auto", check=False),
+        "auto, checked": scattered("auto"),
+        "all_gather": scattered("all_gather", check=False),
+        "all_gather, nothing left out": scattered("all_gather", check=False, truncate=False),
+        "chain": scattered("chain", check=False),
+        "pipelined_chain": scattered("pipelined_chain", check=False),
+        "log_step": scattered("log_step", check=False),
+        "all_to_all": scattered("all_to_all", check=False),
+        "gather, then compute": _gather_then_compute(setup, leaves, decay),
+    }
+    forms = {name: _forward_backward(output, leaves, do) for name, output in outputs.items()}
+    if lasp is not None and decay is not None:
+        forms |= _lasp_forms(setup, lasp, leaves, do, decay)
+    setup.say(
+        f"\n{tokens} tokens a rank, {setup.world_size} ranks, decay: {decay_name}; "
+        f"forward and backward, ms (ratio to the local kernel)"
+    )
+    setup.say(str(explain_exchange(q, k, v, log_decay=decay, layout=layout, group=setup.group)))
+    times = _take_turns(setup, forms, inner=4)
+    rows = []
+    for name, ms in times.items():
+        with comm.count_traffic() as traffic:
+            forms[name]()
+        row = {
+            "tokens": tokens,
+            "decay": decay_name,
+            "form": name,
+            "ms": ms,
+            "ratio": ms / times["local kernel"],
+            "received_bytes": traffic.received_bytes,
+            "saved_bytes": traffic.saved_bytes,
+        }
+        rows.append(row)
+        setup.say(
+            f"  {name:30} {ms:9.3f} ({row['ratio']:.3f})  rank 0 received "
+            f"{traffic.received_bytes / 2**20:.1f} MiB"
+        )
+    return rows
+
+
+def _forward_backward(
+    output: Callable[[], Tensor], leaves: list[Tensor], do: Tensor
+) -> Callable[[], None]:
+    def run() -> None:
+        torch.autograd.grad(output(), leaves, do)
+
+    return run
+
+
+class _GatherTokens(torch.autograd.Function):
+    """[1, T, H, D] of every rank to [1, N, H, D]; backward sums over ranks and takes its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return comm.all_gather(x, group).transpose(0, 1).flatten(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        own = torch.empty_like(dx.chunk(ctx.group.size(), 1)[0])
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        scatter(own, dx.contiguous(), group=ctx.group)
+        return own, None
+
+
+def _gather_then_compute(
+    setup: Setup, leaves: list[Tensor], decay: Tensor | None
+) -> Callable[[], Tensor]:
+    """The plain form: every rank gathers the stream, computes all of it and keeps its tokens."""
+
+    def run() -> Tensor:
+        whole = [_GatherTokens.apply(x, setup.group) for x in leaves]
+        o, _ = lightning_attention(*whole, log_decay=decay)
+        return o.chunk(setup.world_size, 1)[setup.rank]
+
+    return run
+
+
+def _lasp_forms(
+    setup: Setup, checkout: Path, leaves: list[Tensor], do: Tensor, decay: Tensor
+) -> dict[str, Callable[[], None]]:
+    """The public LASP kernels' rings, those that run here; its layout is [B, H, T, D]."""
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+    try:
+        import lasp
+        from lasp.utils import initialize_lasp, sequence_parallel_is_initialized
+
+        if not sequence_parallel_is_initialized():
+            initialize_lasp(1, setup.world_size)
+    except Exception as error:
+        setup.say(f"LASP cannot be loaded: {error!r}")
+        return {}
+    q, k, v, do_ = (x.detach().transpose(1, 2).contiguous() for x in (*leaves, do))
+    heads_first = [x.requires_grad_() for x in (q, k, v)]
+    slopes = -decay.view(-1, 1, 1)
+    state = (1, setup.heads, setup.dim, setup.dim)
+
+    def form(name: str) -> Callable[[], None]:
+        function = getattr(lasp, name)
+
+        def output() -> Tensor:
+            buffers = [torch.empty(state, device=setup.device) for _ in range(2)]
+            return function(*heads_first, slopes, *buffers)
+
+        return _forward_backward(output, heads_first, do_)
+
+    found = {}
+    for name in ("lasp_fuse", "lasp_fuse_parallel"):
+        try:
+            form(name)()
+            found[f"{name} (OpenNLPLab)"] = form(name)
+        except Exception as error:
+            setup.say(f"{name} does not run here: {str(error)[:300]!r}")
+    return found
+
+
+# -- timing -----------------------------------------------------------------------------------
+
+
+def _take_turns(
+    setup: Setup, forms: dict[str, Callable[[], None]], *, inner: int
+) -> dict[str, float]:
+    """ms of each form: the slowest rank, the median of rounds in which the forms take turns."""
+    for form in forms.values():
+        for _ in range(2):
+            form()
+    samples: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(setup.rounds):
+        for name, form in forms.items():
+            samples[name].append(_timed(setup, form, inner))
+    mine = torch.tensor([statistics.median(samples[name]) for name in forms], device=setup.device)
+    slowest = comm.all_gather(mine, setup.group).amax(0).tolist()
+    return dict(zip(forms, slowest, strict=True))
+
+
+def _timed(setup: Setup, form: Callable[[], None], inner: int) -> float:
+    """ms of one call: `inner` calls back to back, from a common start to the device's end."""
+    dist.barrier(setup.group)
+    _synchronize(setup)
+    start = time.perf_counter()
+    for _ in range(inner):
+        form()
+    _synchronize(setup)
+    return (time.perf_counter() - start) * 1e3 / inner
+
+
+def _synchronize(setup: Setup) -> None:
+    if setup.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
