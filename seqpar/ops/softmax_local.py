@@ -52,7 +52,7 @@ class Backend(Protocol):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], *, scale: float
     ) -> list[tuple[int, Tensor, Tensor]]:
-        """(first row, out [B, n, H, V], lse [B, n, H]) of each launch."""
+        """(first row, out [B, n, H, V], lse [B, n, H])."""
 
     def backward(
         self,
@@ -65,8 +65,8 @@ class Backend(Protocol):
         tiles: Sequence[Tile],
         *,
         scale: float,
-    ) -> list[tuple[int, int, Tensor, Tensor, Tensor]]:
-        """(first row, first key, dq [B, n, H, K], dk [B, m, G, K], dv [B, m, G, V]) of each."""
+    ) -> tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor, Tensor]]]:
+        """(first row, dq [B, n, H, K]) and (first key, dk [B, m, G, K], dv [B, m, G, V])."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,10 @@ def attend_backward(
     backend = backend or choose_backend(q, k, v, tiles)
     key_dim, value_dim, per_group = q.shape[-1], v.shape[-1], q.shape[2] // k.shape[2]
     q, k, v, dout, out = _padded(backend.head_dim_multiple, q, k, v, dout, out)
-    for row, key, dq, dk, dv in backend.backward(dout, q, k, v, out, lse, tiles, scale=scale):
+    by_row, by_key = backend.backward(dout, q, k, v, out, lse, tiles, scale=scale)
+    for row, dq in by_row:
         grads.dq.add(dq[..., :key_dim], start=row, head_start=head_start * per_group)
+    for key, dk, dv in by_key:
         grads.dk.add(dk[..., :key_dim], start=key, head_start=head_start)
         grads.dv.add(dv[..., :value_dim], start=key, head_start=head_start)
 
