@@ -309,12 +309,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/h200-x2"))
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--compare-only", action="store_true", help="correctness, no timing")
     arguments = parser.parse_args()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
     torch.manual_seed(dist.get_rank())
     bench = Bench()
     compare_with_float64(bench)
+    if arguments.compare_only:
+        dist.destroy_process_group()
+        return
     one = {size: one_gpu(bench, size) for size in arguments.sizes}
     for size in arguments.sizes:
         long_document(bench, size, one[size])
