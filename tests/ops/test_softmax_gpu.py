@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from seqpar.errors import KernelInputError
 from seqpar.layout import SequenceLayout
 from seqpar.ops.softmax_dense import DenseBackend, cut
 from seqpar.ops.softmax_kernels import Cudnn, Efficient
@@ -12,6 +13,7 @@ from seqpar.ops.softmax_local import Backend, Gradients, attend, attend_backward
 from seqpar.ops.softmax_merge import merge_lse_, merge_lse_torch_
 from seqpar.ops.softmax_packed import FlashPacked
 from seqpar.ops.softmax_partial import PartialOutput
+from seqpar.ops.softmax_split import SplitBackend
 from seqpar.ops.softmax_tiles import Mask, Tile, block_tiles
 from tests.ops.test_softmax_local import TILES, conforms
 from tests.tolerances import assert_close
@@ -64,19 +66,31 @@ def test_cuda_conforms(backend: str, name: str, batch: int) -> None:
 
 
 def test_choice() -> None:
-    def choose(dtype: torch.dtype, tiles: list[Tile], dim: int = 128) -> str:
-        x = torch.empty(1, 4096, 2, dim, dtype=dtype, device="cuda")
-        return choose_backend(x, x, x, tiles).name
+    def choose(dtype: torch.dtype, dim: int = 128) -> str:
+        x = torch.empty(1, 8, 2, dim, dtype=dtype, device="cuda")
+        return choose_backend(x, x).name
 
-    square, window = Tile(0, 4096, 0, 4096, None, 0), Tile(0, 4096, 0, 4096, 1023, 0)
-    documents = [Tile(i, i + 64, i, i + 64, None, 0) for i in range(0, 4096, 64)]
     on_hopper = torch.cuda.get_device_capability() >= (9, 0)
-    assert choose(torch.bfloat16, [square]) == ("cudnn" if on_hopper else "flash")
-    assert choose(torch.bfloat16, [window]) == "flash"
-    assert choose(torch.bfloat16, documents) == "flash"
-    assert choose(torch.float32, [square]) == "efficient"
+    assert choose(torch.bfloat16) == ("cudnn+flash" if on_hopper else "flash")
+    assert choose(torch.bfloat16, 192) == "flash"
+    assert choose(torch.float32) == choose(torch.bfloat16, 320) == "efficient"
+    with pytest.raises(KernelInputError, match="float64"):
+        choose(torch.float64)
     torch.use_deterministic_algorithms(True)
-    assert choose(torch.bfloat16, [square]) == "flash"
+    assert choose(torch.bfloat16) == "flash"
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_large_and_small_tiles_together(batch: int) -> None:
+    """Documents on both kernels, one of them cut; a rectangle whose rest meets the same rows."""
+    split = SplitBackend(DenseBackend(Cudnn()), FlashPacked())
+    documents = [(0, 100), (100, 2900), (2900, 5300), (5300, 5400)]
+    causal = [Tile(a, b, a, b, None, 0) for a, b in documents]
+    for tiles in (causal, [Tile(0, 3000, 0, 2500), Tile(3000, 5400, 2500, 5400)]):
+        conforms(
+            tiles, (2, 1, 64, 64), torch.bfloat16, "cuda", num_tokens=5400, batch=batch,
+            backend=split,
+        )  # fmt: skip
 
 
 def _gradients(backend: Backend | None) -> list[torch.Tensor]:
