@@ -190,7 +190,7 @@ def group_rank(group: ProcessGroup | None) -> int:
 
 
 def backend_of(group: ProcessGroup | None) -> str:
-    """"nccl" if the group moves CUDA tensors itself, else "gloo"; "none" for None."""
+    """ "nccl" if the group moves CUDA tensors itself, else "gloo"; "none" for None."""
     if group is None:
         return "none"
     return "nccl" if "nccl" in dist.get_backend(group) else "gloo"
