@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -151,6 +152,13 @@ def fixed_on_host(log_decay: Tensor) -> tuple[float, ...] | None:
     return values
 
 
+@lru_cache(maxsize=1024)
+def _reaches_few(log_decay: tuple[float, ...], num_tokens: int) -> bool:
+    """Whether a state reaches so few tokens, over all heads, that they can be added to later."""
+    reached = sum(reached_tokens(g, num_tokens) for g in log_decay)
+    return reached <= _LATER_SHARE * num_tokens * len(log_decay)
+
+
 @dataclass(frozen=True)
 class LightningMixer(Mixer):
     """Lightning attention by the package's kernels; inputs q, k, v and, if per token, log_decay."""
@@ -186,10 +194,7 @@ class LightningMixer(Mixer):
         return self.on_host
 
     def can_add_later(self, num_tokens: int) -> bool:
-        if self.on_host is None:
-            return False
-        reached = sum(reached_tokens(g, num_tokens) for g in self.on_host)
-        return reached <= _LATER_SHARE * num_tokens * len(self.on_host)
+        return self.on_host is not None and _reaches_few(self.on_host, num_tokens)
 
     def add_entry(self, o: Tensor, inputs: Inputs, entry: Tensor) -> None:
         assert self.on_host is not None
