@@ -25,8 +25,9 @@ from seqpar.layout import SequenceLayout
 from seqpar.ops.state_auto import choose_for, default_link
 from seqpar.ops.state_exchange import EXCHANGES
 from seqpar.ops.state_job import Kept, StateJob
+from seqpar.ops.state_lightning import LightningMixer, fixed_on_host
 from seqpar.ops.state_local import RankPart
-from seqpar.ops.state_mixer import LightningMixer, Mixer, fixed_on_host
+from seqpar.ops.state_mixer import Mixer
 from seqpar.ops.state_steps import backward_steps, forward_steps
 from seqpar.ops.steps import run_steps
 from seqpar.planners.exchange import ExchangeChoice, Link

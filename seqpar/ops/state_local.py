@@ -17,9 +17,9 @@ from torch import Tensor
 
 from seqpar.layout import SequenceLayout
 from seqpar.ops.state_chain import LinkState, StateChain, decayed
-from seqpar.ops.state_exchange import Entries, Scan
 from seqpar.ops.state_mixer import Inputs, Mixer, Summary
 from seqpar.ops.state_places import RankPlaces, places_of
+from seqpar.ops.state_scan import Entries, Scan
 
 __all__ = ["RankPart"]
 

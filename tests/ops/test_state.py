@@ -16,8 +16,8 @@ from seqpar.mesh import GroupPool
 from seqpar.ops.state import state_attention
 from seqpar.ops.state_exchange import EXCHANGES
 from seqpar.ops.state_job import StateJob
+from seqpar.ops.state_lightning import LightningMixer, fixed_on_host
 from seqpar.ops.state_local import RankPart
-from seqpar.ops.state_mixer import LightningMixer, fixed_on_host
 from seqpar.ops.state_steps import backward_steps, forward_steps
 from tests.ops.cases import BOUNDS, DECAYS, Stream, Truth, layouts, make_stream, truth
 from tests.ranks import run_ranks
