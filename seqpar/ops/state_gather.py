@@ -93,7 +93,8 @@ def _prefix(chain: StateChain, link: int, summary: Callable[[int], LinkState]) -
     first = link - 1
     while chain.links[first].passes:
         first -= 1
-    entry = summary(first).state
+    # A copy: a view would hold every rank's states in memory for as long as this one is wanted.
+    entry = summary(first).state.clone()
     for index in range(first + 1, link):
         item = summary(index)
         entry = item.state + decayed(entry, item.log_transition)

@@ -86,19 +86,24 @@ class LightningMixer(Mixer):
         return self.on_host is not None and _reaches_few(self.on_host, num_tokens)
 
     def add_entry(self, o: Tensor, inputs: Inputs, entry: Tensor) -> None:
-        assert self.on_host is not None
-        add_entry_product(o, inputs[0], entry, log_decay=self.on_host, from_end=False)
+        self._add_product(o, inputs[0], entry, from_end=False)
 
     def add_exit_grad(
         self, grads: tuple[Tensor | None, ...], inputs: Inputs, exit_grad: Tensor
     ) -> None:
-        assert self.on_host is not None
         _, dk, dv = grads
         assert dk is not None
         assert dv is not None
         _, k, v = inputs
-        add_entry_product(dk, v, exit_grad.mT, log_decay=self.on_host, from_end=True)
-        add_entry_product(dv, k, exit_grad, log_decay=self.on_host, from_end=True)
+        self._add_product(dk, v, exit_grad.mT, from_end=True)
+        self._add_product(dv, k, exit_grad, from_end=True)
+
+    def _add_product(self, out: Tensor, x: Tensor, matrix: Tensor, *, from_end: bool) -> None:
+        assert self.log_decay is not None
+        assert self.on_host is not None
+        add_entry_product(
+            out, x, matrix, log_decay=self.log_decay, on_host=self.on_host, from_end=from_end
+        )
 
     def empty_output(self, inputs: Inputs) -> Tensor:
         return torch.empty_like(inputs[2])
