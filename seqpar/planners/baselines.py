@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from seqpar.errors import PlanError
 from seqpar.planners.batch import SortedBatch
 from seqpar.planners.packing import Packing, makespan, spread
@@ -211,24 +213,23 @@ def _megatron(batch: SortedBatch) -> list[Packing] | None:
 
 def _megatron_batch(batch: SortedBatch, waiting: list[int]) -> tuple[Packing, list[int]]:
     packing: Packing = []
-    work: list[float] = []
-    room: list[int] = []
+    work = np.zeros(batch.devices)
+    room, degree = np.zeros(batch.devices), np.full(batch.devices, -1)
     left = batch.devices
     later = []
     for k in waiting:
         d = batch.smallest[k]
         line, tokens = batch.degree_lines[d], batch.tokens[k]
         if line.degree <= left:
+            group = len(packing)
             packing.append((d, [k]))
-            work.append(tokens**2 / line.degree)
-            room.append(line.capacity - tokens)
+            work[group] = tokens**2 / line.degree
+            room[group], degree[group] = line.capacity - tokens, d
             left -= line.degree
             continue
-        best, best_work = -1, float("inf")
-        for g, free in enumerate(room):
-            if free >= tokens and work[g] < best_work and packing[g][0] >= d:
-                best, best_work = g, work[g]
-        if best < 0:
+        fitting = np.where((room >= tokens) & (degree >= d), work, np.inf)
+        best = int(np.argmin(fitting))
+        if fitting[best] == np.inf:
             later.append(k)
             continue
         packing[best][1].append(k)

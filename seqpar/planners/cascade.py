@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from itertools import chain
 
 from seqpar.planners.batch import SortedBatch
-from seqpar.planners.packing import Packed, Packing, pack_most
+from seqpar.planners.packing import Packed, Packing, Waiting, pack_most
 
 __all__ = ["CascadeSearch", "least_target"]
 
@@ -34,15 +34,12 @@ class CascadeSearch:
         self.max_steps = max_steps
         self.steps = 0
         self._prefixes: dict[_Key, Packed | None] = {}
-        longest_first = range(len(batch.degree_lines))
-        self._least_end = [
-            min(
-                batch.degree_lines[d].fixed + batch.weights[d][k]
-                for d in longest_first
-                if d >= batch.smallest[k]
-            )
-            for k in range(len(batch.tokens))
-        ]
+        self._least_end: list[float] = batch.least(
+            batch.weight_array + batch.fixed_array[:, None]
+        ).tolist()
+        device_ms = batch.least(batch.weight_array * batch.degree_array[:, None])
+        self._share_ms: list[float] = (device_ms / batch.devices).tolist()
+        self._fixed_ms = float(batch.fixed_array.min())
 
     def run(self, counts: list[int]) -> Iterator[tuple[float, list[Packing]]]:
         """Better and better (ms, packings), from cascades of these numbers of micro-batches."""
@@ -90,13 +87,19 @@ class CascadeSearch:
             if stage is None:
                 return None
             total += stage.makespan_ms
-            if total >= below_ms:
-                return None
             packings.append(stage.packing)
             waiting = stage.left_over
+            if total + self._rest_bound(waiting) >= below_ms:
+                return None
             if not waiting:
                 return total, packings
         return None
+
+    def _rest_bound(self, waiting: list[int]) -> float:
+        """ms that the micro-batches still to come cannot beat."""
+        tokens = sum(self.batch.tokens[k] for k in waiting)
+        count = -(-tokens // (self.batch.devices * self.batch.device_token_capacity))
+        return count * self._fixed_ms + sum(self._share_ms[k] for k in waiting)
 
     def _stage(self, shares: tuple[float, ...], m: int, waiting: list[int]) -> Packed | None:
         """Micro-batch m of a cascade, from the earlier ones with the same shares if known."""
@@ -124,12 +127,12 @@ def least_target(
     low = least_end[members[0]] * (1 + 1e-9)
     capacity = batch.devices * batch.device_token_capacity
     if sum(batch.tokens[k] for k in members) - capacity > max_left_tokens:
-        return None, len(members) // 8
-    steps = 0
+        return None, 1
+    steps, waiting = 0, Waiting(batch, members)
 
     def attempt(target_ms: float) -> Packed | None:
         nonlocal steps
-        packed = pack_most(batch, members, target_ms, max_left_tokens=max_left_tokens)
+        packed = pack_most(batch, waiting, target_ms, max_left_tokens=max_left_tokens)
         steps += packed.steps
         if not packed.complete or (packed.left_over and packed.left_over[0] == members[0]):
             return None

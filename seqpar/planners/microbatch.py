@@ -80,12 +80,9 @@ def _estimates(
     batch: SortedBatch, positions: NDArray[np.int64], fill: float
 ) -> NDArray[np.float64]:
     """[i, j]: estimated makespan of sequences positions[i] to positions[j]; inf if too large."""
-    lines = batch.degree_lines
-    fixed = min(line.fixed for line in lines)
-    degree = np.asarray([line.degree for line in lines], dtype=np.float64)
-    device_ms = _least(batch, batch.weight_array * degree[:, None])
-    ends = batch.weight_array + np.asarray([line.fixed for line in lines])[:, None]
-    least_end = _least(batch, ends)
+    fixed = float(batch.fixed_array.min())
+    device_ms = batch.least(batch.weight_array * batch.degree_array[:, None])
+    least_end = batch.least(batch.weight_array + batch.fixed_array[:, None])
     work = np.concatenate([[0.0], np.cumsum(device_ms)])[positions]
     tokens = np.concatenate([[0.0], np.cumsum(batch.token_array)])[positions]
     first_end = least_end[np.minimum(positions, len(batch.tokens) - 1)]
@@ -94,11 +91,3 @@ def _estimates(
     limit = fill * batch.devices * batch.device_token_capacity
     estimate[tokens[None, :] - tokens[:, None] > limit] = np.inf
     return estimate
-
-
-def _least(batch: SortedBatch, values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[K]: the least of each column over the degrees that hold the sequence."""
-    lines = np.arange(len(batch.degree_lines))[:, None]
-    holds = lines >= np.asarray(batch.smallest)[None, :]
-    least: NDArray[np.float64] = np.where(holds, values, np.inf).min(axis=0)
-    return least
