@@ -27,7 +27,7 @@ from seqpar.planners.problem import ScatterProblem
 
 __all__ = ["Planner"]
 
-PLACEMENTS_PER_MS = 400
+PLACEMENTS_PER_MS = 300
 """Search work that a millisecond of the limit buys; the rest of it goes to everything else."""
 
 POLISH_STEPS = 40

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -178,7 +179,7 @@ def _cut_evenly(batch: SortedBatch, d: int, groups: int, count: int) -> list[Pac
         tokens += batch.tokens[k]
     bounds.append(len(weights))
     packings = []
-    for first, stop in zip(bounds, bounds[1:], strict=False):  # noqa: RUF007
+    for first, stop in pairwise(bounds):
         packing = spread(batch, range(first, stop), [d] * groups)
         if packing is None:
             return None

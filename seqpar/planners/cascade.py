@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from itertools import chain
 
 from seqpar.planners.batch import SortedBatch
+from seqpar.planners.improve import improve
 from seqpar.planners.packing import Packed, Packing, Waiting, pack_most
 
-__all__ = ["CascadeSearch", "least_target"]
+__all__ = ["CascadeSearch", "least_target", "pack_micro_batch"]
 
 SHARES = (0.97, 1.0, 0.92)
 TARGET_PRECISION = 0.006
@@ -158,6 +159,13 @@ def least_target(
         else:
             best, high = packed, packed.makespan_ms
     return best, steps
+
+
+def pack_micro_batch(batch: SortedBatch, members: list[int]) -> Packing | None:
+    """Groups for these sequences in one micro-batch; None if memory was not found to hold them."""
+    least_end = batch.least(batch.weight_array + batch.fixed_array[:, None]).tolist()
+    found, _ = least_target(batch, members, least_end, 0.0)
+    return improve(batch, found.packing, max_steps=100) if found else None
 
 
 def _equal_shares(counts: list[int]) -> Iterator[tuple[float, ...]]:
