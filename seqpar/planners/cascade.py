@@ -13,6 +13,7 @@ found. Cascades that agree in their first shares reuse each other's first micro-
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from itertools import chain
 
@@ -28,11 +29,17 @@ _Key = tuple[int, tuple[float, ...]]
 
 
 class CascadeSearch:
-    """Searches cascades of one batch; `steps` counts the placements that it has tried."""
+    """Searches cascades of one batch; `steps` counts the placements that it has tried.
 
-    def __init__(self, batch: SortedBatch, *, max_steps: int) -> None:
+    `deadline_s` (of `time.perf_counter`) stops it on a machine that is far too slow.
+    """
+
+    def __init__(
+        self, batch: SortedBatch, *, max_steps: int, deadline_s: float = float("inf")
+    ) -> None:
         self.batch = batch
         self.max_steps = max_steps
+        self.deadline_s = deadline_s
         self.steps = 0
         self._prefixes: dict[_Key, Packed | None] = {}
         self._least_end: list[float] = batch.least(
@@ -46,7 +53,8 @@ class CascadeSearch:
         """Better and better (ms, packings), from cascades of these numbers of micro-batches."""
         best_ms, best_shares = float("inf"), tuple[float, ...]()
         for shares in chain(_equal_shares(counts), self._changes()):
-            if self.steps > self.max_steps and best_shares:
+            spent = self.steps > self.max_steps or time.perf_counter() > self.deadline_s
+            if spent and best_shares:
                 return
             if shares is None:
                 if not best_shares:
