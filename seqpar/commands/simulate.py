@@ -33,6 +33,9 @@ def command(
     ] = 0.0,
     batches: Annotated[int, typer.Option(help="Batches to play at each size.")] = 4,
     sequences_per_device: Annotated[float, typer.Option(help="Sets the batch size.")] = 8.0,
+    context_tokens: Annotated[
+        int, typer.Option(help="Longest document of the run: longer ones are dropped.")
+    ] = 0,
     noise: Annotated[
         float, typer.Option(help="How far group times are off their prediction: 0.1 for 10%.")
     ] = 0.0,
@@ -61,6 +64,7 @@ def command(
         model,
         devices=sizes,
         sequences_per_device=sequences_per_device,
+        context_tokens=context_tokens or None,
         noise=noise,
         planner=Planner(time_limit_ms=time_limit_ms),
     )

@@ -57,7 +57,8 @@ def plot_plan(plan: ScatterPlan, problem: ScatterProblem, path: str) -> None:
     if plan.step_lower_bound_ms:
         axes.axvline(plan.step_lower_bound_ms, color="tab:red", linestyle="--", linewidth=1)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours[degree]) for degree in degrees]
-    axes.legend(handles, [f"degree {degree}" for degree in degrees], loc="upper right")
+    names = [f"degree {degree}" for degree in degrees]
+    axes.legend(handles, names, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axes.set(
         xlim=(0, start),
         ylim=(devices, 0),
@@ -82,7 +83,9 @@ def plot_simulation(simulation: Simulation, path: str) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     rates = [row.forecast.tokens_per_second for row in rows]
     means = [rate.mean for rate in rates]
-    left.errorbar(sizes, means, yerr=_widths(rates), marker="o", label="planned")
+    left.errorbar(
+        sizes, means, yerr=_widths(rates), elinewidth=0.8, capsize=2, marker="o", label="planned"
+    )
     for name, label in _LABELS.items():
         known = [(row, row.forecast.speedup[name]) for row in rows if name in row.forecast.speedup]
         if not known:
@@ -92,7 +95,15 @@ def plot_simulation(simulation: Simulation, path: str) -> None:
         left.plot(xs, slower, marker=".", linestyle="--", label=label)
         speedups = [speedup for _, speedup in known]
         values = [speedup.mean for speedup in speedups]
-        right.errorbar(xs, values, yerr=_widths(speedups), marker="o", label=f"over {label}")
+        right.errorbar(
+            xs,
+            values,
+            yerr=_widths(speedups),
+            elinewidth=0.8,
+            capsize=2,
+            marker="o",
+            label=f"over {label}",
+        )
     left.set(xscale="log", yscale="log", xlabel="devices", ylabel="tokens a second")
     right.axhline(1.0, color="0.5", linewidth=0.8)
     right.set(xscale="log", xlabel="devices", ylabel="speed-up of the plan")

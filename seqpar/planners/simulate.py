@@ -104,6 +104,7 @@ def simulate(
     *,
     devices: Sequence[int],
     sequences_per_device: float = 8.0,
+    context_tokens: int | None = None,
     noise: float = 0.0,
     planner: Planner | None = None,
     seed: int = 0,
@@ -115,6 +116,8 @@ def simulate(
         cluster: memory, and devices a node; its own size does not matter.
         devices: cluster sizes, to 4,096.
         sequences_per_device: sets the batch: more devices train on more sequences a step.
+        context_tokens: longest document of the run: longer ones are dropped, and the fixed-degree
+            baseline has to hold it where the cluster can.
         noise: standard deviation of the logarithm of each group's time about its prediction.
 
     Raises:
@@ -133,11 +136,14 @@ def simulate(
             memory_bytes=cluster.memory_bytes,
         )
         longest = longest_document(sized, cost)
+        context = min(longest, context_tokens or longest)
         count = max(1, round(sequences_per_device * size))
-        drawn = batches(count, longest)
+        drawn = batches(count, context)
         found = []
         for lengths in drawn:
-            problem = ScatterProblem(tuple(lengths), sized, cost)
+            problem = ScatterProblem(
+                tuple(lengths), sized, cost, context if context_tokens else None
+            )
             found.append((problem, planner.plan(problem)))
         plans = [plan for _, plan in found]
         noisy = [ms for ms in _noisy(plans, noise, seed)] if noise else []

@@ -99,9 +99,7 @@ def test_simulation_and_plots(tmp_path: Path) -> None:
     problem = flexsp_problem(0, count=64)
     plot_plan(Planner(time_limit_ms=5).plan(problem), problem, str(tmp_path / "plan.svg"))
     assert (tmp_path / "simulation.png").read_bytes().startswith(b"\x89PNG")
-    assert (
-        "degree 1" in (tmp_path / "plan.svg").read_text() or (tmp_path / "plan.svg").stat().st_size
-    )
+    assert (tmp_path / "plan.svg").read_text().count("<path") > 64
     with pytest.raises(PlanError, match="cannot write the plot"):
         plot_simulation(result, str(tmp_path / "no" / "where.png"))
 
