@@ -106,7 +106,8 @@ def triton_summary(
     from seqpar.kernels.lightning.forward import prepare, summarize
 
     prepared = prepare(y, z, log_decay=log_decay, cu_seqlens=cu_seqlens)
-    states, final = summarize(*prepared.tensors, prepared, reverse=reverse, return_final=True)
+    first, second = prepared.tensors
+    states, final = summarize(first, second, prepared, reverse=reverse, return_final=True)
     assert final is not None
     return _trimmed(final, y.shape[3], z.shape[3]), states
 
@@ -181,39 +182,32 @@ def triton_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """`backward` on the Triton kernels, whatever the device."""
     from seqpar.kernels.lightning.backward import backward_triton
+    from seqpar.kernels.lightning.decay_gradient import backward_with_decay
     from seqpar.kernels.lightning.forward import prepare, summarize
 
     prepared = prepare(*inputs, log_decay=log_decay, cu_seqlens=cu_seqlens)
     q, k, v, do = prepared.tensors
-    if grad_states is None:
-        grad_states, _ = summarize(q, do, prepared, reverse=True, return_final=False)
-    dq, dk, dv, dentry = backward_triton(
-        prepared,
-        states,
-        grad_states,
-        entry_state=_state_for(entry_state, k, v),
-        exit_state_grad=_state_for(exit_state_grad, k, v),
-        return_entry_grad=needs.entry_grad,
-    )
     key_dim, value_dim = inputs[1].shape[3], inputs[2].shape[3]
-    dlog_decay = None
+    entry_state, exit_state_grad = (_state_for(x, k, v) for x in (entry_state, exit_state_grad))
+    dlog_decay: Tensor | None = None
+    dentry: Tensor | None
     if needs.decay_grad and log_decay is not None and log_decay.ndim == 3:
-        dlog_decay = chunked.attend_backward_chunked(
-            *inputs,
-            log_decay=log_decay,
-            cu_seqlens=cu_seqlens,
+        dq, dk, dv, dlog_decay, dentry = backward_with_decay(prepared, entry_state, exit_state_grad)
+    else:
+        if grad_states is None:
+            grad_states, _ = summarize(q, do, prepared, reverse=True, return_final=False)
+        dq, dk, dv, dentry = backward_triton(
+            prepared,
+            states,
+            grad_states,
             entry_state=entry_state,
             exit_state_grad=exit_state_grad,
-        )[3]
+            return_entry_grad=needs.entry_grad,
+        )
     if dentry is not None:
         dentry = _trimmed(dentry, key_dim, value_dim)
-    return (
-        _trimmed(dq, key_dim),
-        _trimmed(dk, key_dim),
-        _trimmed(dv, value_dim),
-        dlog_decay,
-        dentry,
-    )
+    trimmed = (_trimmed(dq, key_dim), _trimmed(dk, key_dim), _trimmed(dv, value_dim))
+    return *trimmed, dlog_decay, dentry
 
 
 def _state_for(state: Tensor | None, keys: Tensor, values: Tensor) -> Tensor | None:

@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from seqpar.kernels.lightning.output_pass import output_pass
+from seqpar.kernels.lightning.decays import Decays, prepare_decays
+from seqpar.kernels.lightning.launch_output import output_pass
 from seqpar.kernels.lightning.segments import Segments, cut
-from seqpar.kernels.lightning.state_pass import enter_segments, segment_decays, segment_states
+from seqpar.kernels.lightning.state_pass import enter_segments, segment_states
 from seqpar.kernels.lightning.tuning import Config, configuration
 
 __all__ = ["Prepared", "SegmentStates", "attend_triton", "prepare", "summarize"]
 
 _log = logging.getLogger(__name__)
-_MAX_GRAD_SEGMENT_CHUNKS = 32
+MAX_GRAD_SEGMENT_CHUNKS = 32
+"""A decay's gradient sums rounding errors from a token to the end of its segment."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,9 @@ class SegmentStates:
     """States that enter the segments of one call, for zero into each sequence."""
 
     segments: Segments
+    decays: Decays
     entries: Tensor | None
     """[M, H, K, V] float32, or None if no sequence is cut."""
-    totals: Tensor | None
-    """[M, H] float32 log2 decays of the segments, if the decay is per token."""
 
 
 @dataclass(frozen=True)
@@ -90,38 +91,34 @@ def segments_of(prepared: Prepared, config: Config, value_dim: int, *, fine: boo
     """The cut of these inputs; `fine` bounds segments as the decays' gradient needs."""
     x = prepared.tensors[0]
     lanes = x.shape[2] * -(-value_dim // config.value_tile)
-    num_sms = 4
-    if x.is_cuda:
-        num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count
-    longest = _MAX_GRAD_SEGMENT_CHUNKS * config.chunk if fine else 0
-    slots = num_sms * config.programs_per_sm
+    longest = MAX_GRAD_SEGMENT_CHUNKS * config.chunk if fine else 0
+    slots = num_sms(x) * config.programs_per_sm
     return cut(prepared.bounds, lanes, slots, config.chunk, str(x.device), longest)
 
 
+def num_sms(x: Tensor) -> int:
+    """Multiprocessors of the tensor's device; 4 where the interpreter stands in for one."""
+    if not x.is_cuda:
+        return 4
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
 def summarize(
-    y: Tensor,
-    z: Tensor,
-    prepared: Prepared,
-    *,
-    reverse: bool,
-    return_final: bool,
-    fine: bool = False,
+    y: Tensor, z: Tensor, prepared: Prepared, *, reverse: bool, return_final: bool
 ) -> tuple[SegmentStates, Tensor | None]:
     """States that enter the segments, and what leaves the sequences, for zero in."""
     config = configuration(y.shape[3], z.shape[3], y.dtype)
-    segments = segments_of(prepared, config, z.shape[3], fine=fine)
-    log_decay = prepared.log_decay
-    per_token = log_decay is not None and log_decay.ndim == 3
+    segments = segments_of(prepared, config, z.shape[3], fine=False)
+    decays = prepare_decays(prepared.log_decay, segments, config.chunk)
     if segments.num_cut == 0 and not return_final:
-        return SegmentStates(segments, None, None), None
-    totals = segment_decays(log_decay, segments) if per_token and log_decay is not None else None
-    states = segment_states(y, z, log_decay, segments, config, reverse=reverse, every=return_final)
+        return SegmentStates(segments, decays, None), None
+    states = segment_states(y, z, decays, segments, config, reverse=reverse, every=return_final)
     if segments.num_cut == 0:
-        return SegmentStates(segments, None, totals), states
+        return SegmentStates(segments, decays, None), states
     entries, final = enter_segments(
-        states, log_decay, totals, segments, reverse=reverse, return_final=return_final
+        states, decays, segments, reverse=reverse, return_final=return_final
     )
-    return SegmentStates(segments, entries, totals), final
+    return SegmentStates(segments, decays, entries), final
 
 
 def attend_triton(
@@ -139,12 +136,9 @@ def attend_triton(
         shape = (len(prepared.bounds) - 1, q.shape[2], q.shape[3], v.shape[3])
         final = torch.empty(shape, dtype=torch.float32, device=q.device)
     output_pass(
-        q,
-        k,
-        v,
+        (q, k, v),
         o,
-        prepared.log_decay,
-        states.totals,
+        states.decays,
         states.segments,
         configuration(q.shape[3], v.shape[3], q.dtype),
         entries=states.entries,

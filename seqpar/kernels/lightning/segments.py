@@ -29,6 +29,9 @@ class Segments:
     count: int
     num_sequences: int
     num_cut: int
+    """Segments that another one of their sequence follows."""
+    longest: int
+    """Tokens of the longest segment."""
     bounds: Tensor
     """[M + 1]: segment i holds rows bounds[i] to bounds[i + 1] of the flattened [B * T]."""
     sequence: Tensor
@@ -88,7 +91,9 @@ def _segment_tokens(bounds: tuple[int, ...], lanes: int, slots: int, chunk: int)
 
 
 def _tables(bounds: tuple[int, ...], tokens: int, device: str) -> Segments:
-    starts, sequence, first = [], [], [0]
+    starts: list[int] = []
+    sequence: list[int] = []
+    first = [0]
     for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
         starts.extend(range(start, stop, tokens))
         sequence.extend([index] * (len(starts) - len(sequence)))
@@ -99,5 +104,6 @@ def _tables(bounds: tuple[int, ...], tokens: int, device: str) -> Segments:
     predecessor = [i for i in by_length if i > 0 and sequence[i - 1] == sequence[i]]
     parts = (edges, sequence, first, by_length, successor, predecessor)
     table = torch.tensor([x for part in parts for x in part], dtype=torch.int32)
-    views = table.to(device).split([len(part) for part in parts])
-    return Segments(len(starts), len(bounds) - 1, len(successor), *views)
+    views = torch.split(table.to(device), [len(part) for part in parts])
+    longest = max((stop - start for start, stop in itertools.pairwise(edges)), default=0)
+    return Segments(len(starts), len(bounds) - 1, len(successor), longest, *views)

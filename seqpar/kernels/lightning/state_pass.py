@@ -10,7 +10,7 @@ with G the running sum of log decays. Under a fixed decay only tokens that are n
 2^-32 are read: what lies further back is lost in float32 anyway.
 """
 
-# ruff: noqa: SIM102, SIM108
+# ruff: noqa: SIM102
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from seqpar.kernels.lightning.decays import Decays, head_decay, load_reach
 from seqpar.kernels.lightning.segments import Segments
 from seqpar.kernels.lightning.tuning import Config, padded
 
-__all__ = ["LOG2E", "descriptor", "enter_segments", "segment_decays", "segment_states"]
+__all__ = ["decayed", "descriptor", "enter_segments", "precision", "segment_states"]
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST_LOG_DECAY = tl.constexpr(-100.0)
 REACH_BITS = tl.constexpr(32.0)
 
 
@@ -47,36 +46,23 @@ def decayed(b_y, b_factor):
 
 
 @triton.jit
-def load_decay(p_decay, row, stop, i_h, H, C: tl.constexpr):
-    """[C] log2 decays of the rows from `row`; 0 from `stop` on."""
-    o_row = row + tl.arange(0, C)
-    m_row = o_row < stop
-    b_decay = tl.load(p_decay + o_row.to(tl.int64) * H + i_h, mask=m_row, other=0.0)
-    return tl.maximum(b_decay.to(tl.float32), LOWEST_LOG_DECAY) * LOG2E
-
-
-@triton.jit
 def _add_chunk(
-    b_U, b_y, b_z, distance, num_tokens, log2_decay,
+    b_U, b_y, b_z, distance, num_tokens, log2_decay, b_reach, last,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, TAIL: tl.constexpr,
     C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """U plus the chunk's yᵀ z, decayed to the segment's near end.
 
-    `distance` is how much log2 decay lies between the chunk and that end (tokens, if fixed).
+    `distance` is how much log2 decay lies between the chunk and that end.
     """
     o_c = tl.arange(0, C)
-    if DECAY == 1:
-        o_far = (num_tokens - 1 - o_c) if not REVERSE else (o_c + 1)
-        b_reach = (distance + o_far).to(tl.float32) * log2_decay
-    elif DECAY == 2:
-        b_run = tl.cumsum(log2_decay, 0)
-        b_reach = distance + (b_run if REVERSE else tl.sum(log2_decay, 0) - b_run)
     if TAIL:
         b_z = tl.where((o_c < num_tokens)[:, None], b_z, 0.0).to(b_z.dtype)
         b_y = tl.where((o_c < num_tokens)[:, None], b_y, 0.0).to(b_y.dtype)
     if DECAY > 0:
-        b_factor = tl.exp2(tl.minimum(b_reach, 0.0))
+        if DECAY == 1:
+            b_reach = tl.minimum(o_c + 1, num_tokens).to(tl.float32) * log2_decay
+        b_factor = tl.exp2(distance + (b_reach if REVERSE else last - b_reach))
         if TAIL:
             b_factor = tl.where(o_c < num_tokens, b_factor, 0.0)
         b_y = decayed(b_y, b_factor)
@@ -84,8 +70,26 @@ def _add_chunk(
 
 
 @triton.jit
+def _add_tail(
+    b_U, d_y, d_z, d_reach, row, slot, num_tokens, distance, log2_decay, i_h, i_v,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, C: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """U plus the last chunk of a segment, which has fewer than C tokens, and its log2 decay."""
+    b_y = d_y.load([row, i_h, 0]).reshape(C, BK)
+    b_z = d_z.load([row, i_h, i_v * BV]).reshape(C, BV)
+    b_reach = load_reach(d_reach, slot, i_h, C, DECAY)
+    last = tl.min(b_reach, 0) if DECAY == 2 else num_tokens * log2_decay
+    b_U = _add_chunk(
+        b_U, b_y, b_z, distance, num_tokens, log2_decay, b_reach, last,
+        DECAY, REVERSE, True, C, PRECISION,
+    )  # fmt: skip
+    return b_U, last
+
+
+@triton.jit
 def segment_states_kernel(
-    d_y, d_z, p_decay, p_states, p_list, p_bounds, H, K, V,
+    d_y, d_z, p_decay, d_reach, p_windows, p_states, p_list, p_bounds, H, K, V,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -98,51 +102,42 @@ def segment_states_kernel(
     i_m = tl.load(p_list + tl.program_id(0) // H)
     start, stop = tl.load(p_bounds + i_m), tl.load(p_bounds + i_m + 1)
     num_full = (stop - start) // C
-    num_tail = (stop - start) - num_full * C
-    b_U = tl.zeros([BK, BV], tl.float32)
+    row_tail = start + num_full * C
+    first_slot = start // C + i_m
+    log2_decay = head_decay(p_decay, i_h, DECAY)
     num_chunks = num_full
-    log2_decay = 0.0
     if DECAY == 1:
-        log2_decay = tl.maximum(tl.load(p_decay + i_h).to(tl.float32), LOWEST_LOG_DECAY) * LOG2E
         span = REACH_BITS / tl.maximum(-log2_decay, 1e-6)
         num_chunks = tl.minimum(num_full, (span / C).to(tl.int32) + 1)
-    distance = 0.0 if DECAY == 2 else 0
-    row_tail = start + num_full * C
+    elif DECAY == 2:
+        num_chunks = tl.minimum(num_full, tl.load(p_windows + i_m * H + i_h))
+    b_U = tl.zeros([BK, BV], tl.float32)
+    distance = 0.0
     if not REVERSE:
-        if num_tail > 0:
-            b_y = d_y.load([row_tail, i_h, 0]).reshape(C, BK)
-            b_z = d_z.load([row_tail, i_h, i_v * BV]).reshape(C, BV)
-            b_log2 = log2_decay
-            if DECAY == 2:
-                b_log2 = load_decay(p_decay, row_tail, stop, i_h, H, C)
-            b_U = _add_chunk(
-                b_U, b_y, b_z, distance, num_tail, b_log2, DECAY, REVERSE, True, C, PRECISION
-            )
-            distance += tl.sum(b_log2, 0) if DECAY == 2 else num_tail
-    if DECAY == 2:
-        row_next = start if REVERSE else row_tail - C
-        b_next = load_decay(p_decay, row_next, stop, i_h, H, C)
+        if row_tail < stop:
+            b_U, last = _add_tail(
+                b_U, d_y, d_z, d_reach, row_tail, first_slot + num_full, stop - row_tail, distance,
+                log2_decay, i_h, i_v, DECAY, REVERSE, C, BK, BV, PRECISION,
+            )  # fmt: skip
+            distance += last
     for i in tl.range(0, num_chunks, num_stages=STAGES):
-        row = start + (i if REVERSE else num_full - 1 - i) * C
+        i_c = i if REVERSE else num_full - 1 - i
+        row = start + i_c * C
         b_y = d_y.load([row, i_h, 0]).reshape(C, BK)
         b_z = d_z.load([row, i_h, i_v * BV]).reshape(C, BV)
-        b_log2 = log2_decay
-        if DECAY == 2:
-            b_log2 = b_next
-            row_next = row + C if REVERSE else tl.maximum(row - C, start)
-            b_next = load_decay(p_decay, row_next, stop, i_h, H, C)
-        b_U = _add_chunk(b_U, b_y, b_z, distance, C, b_log2, DECAY, REVERSE, False, C, PRECISION)
-        distance += tl.sum(b_log2, 0) if DECAY == 2 else C
+        b_reach = load_reach(d_reach, first_slot + i_c, i_h, C, DECAY)
+        last = tl.min(b_reach, 0) if DECAY == 2 else C * log2_decay
+        b_U = _add_chunk(
+            b_U, b_y, b_z, distance, C, log2_decay, b_reach, last,
+            DECAY, REVERSE, False, C, PRECISION,
+        )  # fmt: skip
+        distance += last
     if REVERSE:
-        if (num_tail > 0) & (num_chunks == num_full):
-            b_y = d_y.load([row_tail, i_h, 0]).reshape(C, BK)
-            b_z = d_z.load([row_tail, i_h, i_v * BV]).reshape(C, BV)
-            b_log2 = log2_decay
-            if DECAY == 2:
-                b_log2 = load_decay(p_decay, row_tail, stop, i_h, H, C)
-            b_U = _add_chunk(
-                b_U, b_y, b_z, distance, num_tail, b_log2, DECAY, REVERSE, True, C, PRECISION
-            )
+        if (row_tail < stop) & (num_chunks == num_full):
+            b_U, last = _add_tail(
+                b_U, d_y, d_z, d_reach, row_tail, first_slot + num_full, stop - row_tail, distance,
+                log2_decay, i_h, i_v, DECAY, REVERSE, C, BK, BV, PRECISION,
+            )  # fmt: skip
     o_k = tl.arange(0, BK)[:, None]
     o_v = i_v * BV + tl.arange(0, BV)[None, :]
     p_U = p_states + (i_m * H + i_h).to(tl.int64) * K * V + o_k * V + o_v
@@ -150,29 +145,11 @@ def segment_states_kernel(
 
 
 @triton.jit
-def segment_decays_kernel(
-    p_decay, p_totals, p_bounds, H, C: tl.constexpr, BH: tl.constexpr
-):  # fmt: skip
-    """totals[m, h] = sum of log2 decays of segment m. Grid: (M, head tiles)."""
-    i_m = tl.program_id(0)
-    start, stop = tl.load(p_bounds + i_m), tl.load(p_bounds + i_m + 1)
-    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
-    b_total = tl.zeros([BH], tl.float32)
-    for row in tl.range(start, stop, C, num_stages=3):
-        o_row = row + tl.arange(0, C)
-        m_block = (o_row < stop)[:, None] & (o_h < H)[None, :]
-        p_block = p_decay + o_row.to(tl.int64)[:, None] * H + o_h[None, :]
-        b_decay = tl.load(p_block, mask=m_block, other=0.0).to(tl.float32)
-        b_total += tl.sum(tl.maximum(b_decay, LOWEST_LOG_DECAY), 0)
-    tl.store(p_totals + i_m * H + o_h, b_total * LOG2E, mask=o_h < H)
-
-
-@triton.jit
 def enter_segments_kernel(
-    p_states, p_entries, p_final, p_decay, p_totals, p_bounds, p_first, H, KV,
+    p_states, p_entries, p_initial, p_final, p_decay, p_totals, p_bounds, p_first, H, KV,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """entries[m] = the state that enters segment m when zero enters its sequence.
+    """entries[m] = the state that enters segment m when `initial`, or zero, enters its sequence.
 
     final[s], if asked for, is what leaves the last segment (backward in time: the first).
     Grid: (tiles of K * V, H, S).
@@ -181,10 +158,11 @@ def enter_segments_kernel(
     o_kv = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_kv = o_kv < KV
     first, end = tl.load(p_first + i_s), tl.load(p_first + i_s + 1)
+    o_sequence = (i_s * H + i_h).to(tl.int64) * KV + o_kv
     b_state = tl.zeros([BLOCK], tl.float32)
-    log2_decay = 0.0
-    if DECAY == 1:
-        log2_decay = tl.maximum(tl.load(p_decay + i_h).to(tl.float32), LOWEST_LOG_DECAY) * LOG2E
+    if p_initial is not None:
+        b_state += tl.load(p_initial + o_sequence, mask=m_kv, other=0.0)
+    log2_decay = head_decay(p_decay, i_h, DECAY)
     for i in tl.range(0, end - first, num_stages=4):
         i_m = end - 1 - i if REVERSE else first + i
         o_m = (i_m * H + i_h).to(tl.int64) * KV
@@ -200,12 +178,7 @@ def enter_segments_kernel(
             b_state = b_state * tl.exp2(tl.load(p_totals + i_m * H + i_h))
         b_state += b_U
     if p_final is not None:
-        tl.store(p_final + (i_s * H + i_h).to(tl.int64) * KV + o_kv, b_state, mask=m_kv)
-
-
-def decay_kind(log_decay: Tensor | None) -> int:
-    """0: none, 1: fixed per head, 2: per token."""
-    return 0 if log_decay is None else 1 if log_decay.ndim == 1 else 2
+        tl.store(p_final + o_sequence, b_state, mask=m_kv)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -220,19 +193,10 @@ def descriptor(x: Tensor, chunk: int, columns: int) -> Any:
     return TensorDescriptor(x, [batch * tokens, heads, dim], strides, [chunk, 1, columns])
 
 
-def segment_decays(log_decay: Tensor, segments: Segments) -> Tensor:
-    """[M, H] float32: the total log2 decay of each segment."""
-    heads = log_decay.shape[-1]
-    totals = log_decay.new_empty(segments.count, heads, dtype=torch.float32)
-    grid = (segments.count, triton.cdiv(heads, 32))
-    segment_decays_kernel[grid](log_decay, totals, segments.bounds, heads, C=64, BH=32)
-    return totals
-
-
 def segment_states(
     y: Tensor,
     z: Tensor,
-    log_decay: Tensor | None,
+    decays: Decays,
     segments: Segments,
     config: Config,
     *,
@@ -251,19 +215,21 @@ def segment_states(
     segment_states_kernel[(len(needed) * heads, triton.cdiv(value_dim, tile_v))](
         descriptor(y, config.chunk, tile_k),
         descriptor(z, config.chunk, tile_v),
-        log_decay,
+        decays.per_head,
+        decays.descriptor(config.chunk),
+        decays.windows_back if reverse else decays.windows_ahead,
         states,
         needed,
         segments.bounds,
         heads,
         key_dim,
         value_dim,
-        DECAY=decay_kind(log_decay),
+        DECAY=decays.kind,
         REVERSE=reverse,
         C=config.chunk,
         BK=tile_k,
         BV=tile_v,
-        STAGES=config.num_stages,
+        STAGES=min(config.num_stages, 3),
         PRECISION=precision(y.dtype),
         num_warps=config.num_warps,
     )
@@ -272,14 +238,14 @@ def segment_states(
 
 def enter_segments(
     states: Tensor,
-    log_decay: Tensor | None,
-    totals: Tensor | None,
+    decays: Decays,
     segments: Segments,
     *,
+    initial: Tensor | None = None,
     reverse: bool,
     return_final: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Entry states [M, H, K, V] for zero in, and the exit states [S, H, K, V] if asked for."""
+    """Entry states [M, H, K, V] for `initial` or zero in; the exit states [S, H, K, V] if asked."""
     _, heads, key_dim, value_dim = states.shape
     entries = torch.empty_like(states)
     final = None
@@ -290,14 +256,15 @@ def enter_segments(
     enter_segments_kernel[grid](
         states,
         entries,
+        initial,
         final,
-        log_decay,
-        totals,
+        decays.per_head,
+        decays.totals,
         segments.bounds,
         segments.first,
         heads,
         key_dim * value_dim,
-        DECAY=decay_kind(log_decay),
+        DECAY=decays.kind,
         REVERSE=reverse,
         BLOCK=block,
         num_warps=4,

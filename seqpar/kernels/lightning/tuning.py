@@ -5,11 +5,11 @@ Every line was earned by a measurement on one H200 (docs/lightning.md, "What was
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ["Config", "configuration", "padded"]
+__all__ = ["Config", "configuration", "padded", "with_gradient"]
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,16 @@ def configuration(key_dim: int, value_dim: int, dtype: torch.dtype) -> Config:
     """The configuration for states of [key_dim, value_dim] and inputs of the dtype."""
     key, value = padded(key_dim), padded(value_dim)
     if dtype == torch.float32:
-        return Config(32 if key <= 128 else 16, min(value, 32), 4, 2, 2)
+        return Config(32 if max(key, value) <= 128 else 16, min(value, 32), 4, 2, 2)
     if key > 128:
         return Config(64, min(value, 64), 8, 2, 1)
     if max(key, value) > 64:
         return Config(64, min(value, 128), 8, 4, 1)
     return Config(64, value, 4, 3, 2)
+
+
+def with_gradient(config: Config) -> Config:
+    """The configuration of a pass that also carries the gradient of the decays: half the tile."""
+    if config.value_tile < 128:
+        return config
+    return replace(config, value_tile=64, num_stages=2)
