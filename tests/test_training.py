@@ -78,8 +78,10 @@ def _parity(rank: int, planted: str) -> tuple[Parity, float, float]:
         with torch.no_grad():
             executor.model.head.weight[0, 0] += 1.0
     parity = executor.check_parity(MIXED, _documents())
-    return parity, executor.forward_backward(MIXED, _documents()).loss, executor.mean_loss(
-        _documents()
+    return (
+        parity,
+        executor.forward_backward(MIXED, _documents()).loss,
+        executor.mean_loss(_documents()),
     )
 
 
