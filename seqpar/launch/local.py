@@ -173,7 +173,7 @@ def _agent(placement: Placement, logs: RankLogs) -> RecordingAgent:
         local_addr=LOOPBACK,
     )
     if "shutdown_timeout" not in inspect.signature(LocalElasticAgent).parameters:
-        return LocalElasticAgent(spec, logs)  # torch 2.11: always 30 s
+        return RecordingAgent(spec, logs, grace_s)  # torch 2.11: always 30 s
     grace_s = max(1, round(placement.spec.stop_grace_s))
     return RecordingAgent(spec, logs, grace_s)
 
