@@ -34,8 +34,8 @@ from seqpar.layout import SequenceLayout
 from seqpar.mesh import init_mesh
 from seqpar.ops.state import explain_exchange, state_attention
 from seqpar.ops.state_exchange import EXCHANGES
+from seqpar.ops.state_lightning import LightningMixer
 from seqpar.ops.state_local import RankPart
-from seqpar.ops.state_mixer import LightningMixer
 from seqpar.ops.steps import run_steps
 
 SAMPLE_MS = 12.0

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent / "seqpar"
 ALLOWED = {
     "errors": set(),
     "layout": {"errors"},
+    "balance": {"errors", "layout"},
     "comm": {"errors", "layout"},
     "mesh": {"errors", "layout", "comm"},
     "kernels": {"errors", "layout"},
@@ -24,8 +25,8 @@ ALLOWED = {
     "adapters": {"errors", "layout", "comm", "mesh", "ops", "kernels", "models", "batch", "loss"},
     "launch": {"errors"},
 }
-TOP = {"errors", "layout", "comm", "mesh", "kernels", "ops", "batch", "loss", "models", "adapters",
-       "planners", "launch", "data", "training", "calibration", "comparison", "report",
+TOP = {"errors", "layout", "balance", "comm", "mesh", "kernels", "ops", "batch", "loss", "models",
+       "adapters", "planners", "launch", "data", "training", "calibration", "comparison", "report",
        "report_html", "console", "parallelize", "parity", "commands"}  # fmt: skip
 
 

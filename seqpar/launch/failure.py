@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass
+from typing import Any
 
 from seqpar.errors import RankFailedError
 from seqpar.launch.placement import Placement
@@ -24,6 +25,22 @@ def exit_words(exit_code: int) -> str:
         return f"was killed by {signal.Signals(-exit_code).name}"
     except ValueError:
         return f"was killed by signal {-exit_code}"
+
+
+def place_words(progress: dict[str, Any]) -> str:
+    """Where in its training a rank was, in its own last report: step, micro-batch, group."""
+    if not progress:
+        return ""
+    words = f", at step {progress['step']}"
+    if progress["micro_batch"] is not None:
+        words += f", micro-batch {progress['micro_batch']}"
+    if progress["group"]:
+        words += f", group {progress['group']}"
+    if progress["documents"]:
+        shown = progress["documents"][:8]
+        more = len(progress["documents"]) - len(shown)
+        words += f", documents {shown}" + (f" and {more} more" if more else "")
+    return words
 
 
 @dataclass(frozen=True)
@@ -63,9 +80,10 @@ class Failure:
         """The failure as the error that ends the job."""
         budget = placement.spec.restarts
         spent = f"; its {budget} restarts are spent" if budget else "; it had no restarts"
+        where = place_words(run_dir.progress().get(self.rank, {}))
         error = RankFailedError(
-            f"job {placement.spec.name}: {self.words()}, of {placement.num_ranks} ranks{spent}; "
-            f"its log is {run_dir.log(self.rank)}",
+            f"job {placement.spec.name}: {self.words()}, of {placement.num_ranks} ranks{where}"
+            f"{spent}; its log is {run_dir.log(self.rank)}",
             global_rank=self.rank,
             exit_code=self.exit_code,
         )

@@ -8,6 +8,7 @@ held from the moment it is chosen; rank 0's output on the terminal; and who fail
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import signal
@@ -16,7 +17,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
@@ -29,10 +29,10 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
 )
 
-from seqpar.errors import LaunchError
 from seqpar.launch.failure import Failure
 from seqpar.launch.placement import LOOPBACK, Placement
 from seqpar.launch.rundir import RunDir
+from seqpar.launch.stopping import stop_error
 from seqpar.launch.supervise import Supervisor
 from seqpar.launch.terminal import Relay
 
@@ -124,13 +124,14 @@ def run_local(placement: Placement) -> None:
     """
     run_dir = RunDir(placement.run_dir)
     relay = Relay(run_dir.log(0))
-    supervisor = Supervisor(placement, run_dir)
+    supervisor = Supervisor(placement, run_dir, holds_ranks=True)
     agent = _agent(placement, RankLogs(run_dir, relay))
     try:
         with _environment(placement), _quiet_agent(), supervisor:
             result = agent.run()
     except SignalException as received:
-        raise _stopped(placement, supervisor, received) from None
+        number = int(received.sigval)
+        raise stop_error(placement, number, out_of_time=supervisor.out_of_time) from None
     finally:
         for pid in supervisor.pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -153,6 +154,8 @@ def _agent(placement: Placement, logs: LogsSpecs) -> LocalElasticAgent:
         monitor_interval=0.1,
         local_addr=LOOPBACK,
     )
+    if "shutdown_timeout" not in inspect.signature(LocalElasticAgent).parameters:
+        return LocalElasticAgent(spec, logs)  # torch 2.11: always 30 s
     grace_s = max(1, round(placement.spec.stop_grace_s))
     return LocalElasticAgent(spec, logs, shutdown_timeout=grace_s)
 
@@ -186,20 +189,6 @@ def _quiet_agent() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _stopped(placement: Placement, supervisor: Supervisor, received: Any) -> LaunchError:
-    if supervisor.out_of_time:
-        error = LaunchError(
-            f"job {placement.spec.name} was stopped: it ran for its timeout_s of "
-            f"{placement.spec.timeout_s:g}; raise timeout_s, or resume with --resume"
-        )
-        error.exit_code = 124  # type: ignore[attr-defined]
-        return error
-    number = int(received.sigval)
-    error = LaunchError(f"job {placement.spec.name} was stopped by {signal.Signals(number).name}")
-    error.exit_code = 128 + number  # type: ignore[attr-defined]
-    return error
 
 
 def first_failure(result: RunResult) -> Failure:

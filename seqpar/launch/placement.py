@@ -16,7 +16,7 @@ from typing import Any
 from seqpar.errors import JobSpecError
 from seqpar.launch.spec import JobSpec
 
-__all__ = ["Placement", "count_cuda_devices", "place"]
+__all__ = ["Placement", "count_cuda_devices", "place", "rank_command"]
 
 WORKER = Path(__file__).with_name("worker.py")
 LOOPBACK = "127.0.0.1"
@@ -34,8 +34,8 @@ class Placement:
     run_id: str
 
     def worker_command(self) -> list[str]:
-        """The command of every rank; `-P` keeps the worker's own folder off the path."""
-        return [sys.executable, "-u", "-P", str(WORKER), *self.spec.command()]
+        """The command of every rank."""
+        return rank_command(self.spec.command())
 
     def environment(self) -> dict[str, str]:
         """What every rank finds set besides torchrun's own variables; the job's `env` wins."""
@@ -79,6 +79,11 @@ class Placement:
     def with_ranks(self, num_ranks: int) -> Placement:
         """The same job on fewer ranks."""
         return replace(self, num_ranks=num_ranks)
+
+
+def rank_command(script: list[str]) -> list[str]:
+    """How this machine runs a rank; `-P` keeps the worker's own folder off the path."""
+    return [sys.executable, "-u", "-P", str(WORKER), *script]
 
 
 def count_cuda_devices() -> int:

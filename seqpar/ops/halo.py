@@ -10,6 +10,7 @@ make it several. Nothing is gathered, so bytes do not grow with the number of ra
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def short_convolution(
     rank = comm.group_rank(group)
     taps_left = taps - 1
     extended = _extended(x, taps_left, layout, rank, group, check)
-    place = layout.position_ids(rank).to(x.device)
+    place = _position_ids(layout, rank, x.device)
     y = x.float() * weight[:, -1].float()
     for distance in range(1, taps):
         tap = weight[:, taps_left - distance].float()
@@ -117,6 +118,12 @@ def _extended(
         for distance in range(width + 1):
             shifted[distance].append(whole[:, width - distance :][:, : span.num_tokens])
     return [torch.cat(parts, dim=1) if parts else x for parts in shifted]
+
+
+@lru_cache(maxsize=64)
+def _position_ids(layout: SequenceLayout, rank: int, device: torch.device) -> Tensor:
+    """Copied to the device once for the layers that share a layout."""
+    return layout.position_ids(rank).to(device)
 
 
 # -- the exchange -----------------------------------------------------------------------------

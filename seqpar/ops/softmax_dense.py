@@ -64,8 +64,8 @@ class DenseBackend:
         tiles: Sequence[Tile],
         *,
         scale: float,
-    ) -> list[tuple[int, int, Tensor, Tensor, Tensor]]:
-        results = []
+    ) -> tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor, Tensor]]]:
+        by_row, by_key = [], []
         for tile in _pieces(tiles):
             rows, keys = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
             bias = _bias(tile, q)
@@ -80,8 +80,9 @@ class DenseBackend:
                 bias=bias,
                 scale=scale,
             )
-            results.append((tile.q_start, tile.k_start, dq, dk, dv))
-        return results
+            by_row.append((tile.q_start, dq))
+            by_key.append((tile.k_start, dk, dv))
+        return by_row, by_key
 
 
 def _pieces(tiles: Sequence[Tile]) -> Iterator[Tile]:

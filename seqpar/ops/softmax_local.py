@@ -24,19 +24,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from seqpar.errors import KernelInputError
-from seqpar.ops.softmax_dense import DenseBackend, cut
+from seqpar.ops.softmax_dense import DenseBackend
 from seqpar.ops.softmax_kernels import CpuFlash, Cudnn, Efficient
 from seqpar.ops.softmax_packed import FlashPacked
 from seqpar.ops.softmax_partial import PartialOutput, RowSum
+from seqpar.ops.softmax_split import SplitBackend
 from seqpar.ops.softmax_tiles import Tile
 
 __all__ = ["Backend", "Gradients", "attend", "attend_backward", "choose_backend"]
-
-CUDNN_MIN_TOKENS = 256
-"""Rows and keys of a piece under which FlashAttention-2's packed call is used."""
-
-CUDNN_MAX_CALLS = 4
-"""Pieces over which one packed call is used: documents in a stream."""
 
 
 class Backend(Protocol):
@@ -52,7 +47,7 @@ class Backend(Protocol):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], *, scale: float
     ) -> list[tuple[int, Tensor, Tensor]]:
-        """(first row, out [B, n, H, V], lse [B, n, H]) of each launch."""
+        """(first row, out [B, n, H, V], lse [B, n, H])."""
 
     def backward(
         self,
@@ -65,8 +60,8 @@ class Backend(Protocol):
         tiles: Sequence[Tile],
         *,
         scale: float,
-    ) -> list[tuple[int, int, Tensor, Tensor, Tensor]]:
-        """(first row, first key, dq [B, n, H, K], dk [B, m, G, K], dv [B, m, G, V]) of each."""
+    ) -> tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor, Tensor]]]:
+        """(first row, dq [B, n, H, K]) and (first key, dk [B, m, G, K], dv [B, m, G, V])."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,7 @@ def attend(
     """
     if not tiles or not q.numel():
         return
-    backend = backend or choose_backend(q, k, v, tiles)
+    backend = backend or choose_backend(q, v)
     value_dim = v.shape[-1]
     q, k, v = _padded(backend.head_dim_multiple, q, k, v)
     for start, out, lse in backend.forward(q, k, v, tiles, scale=scale):
@@ -135,32 +130,30 @@ def attend_backward(
     """
     if not tiles or not q.numel():
         return
-    backend = backend or choose_backend(q, k, v, tiles)
+    backend = backend or choose_backend(q, v)
     key_dim, value_dim, per_group = q.shape[-1], v.shape[-1], q.shape[2] // k.shape[2]
     q, k, v, dout, out = _padded(backend.head_dim_multiple, q, k, v, dout, out)
-    for row, key, dq, dk, dv in backend.backward(dout, q, k, v, out, lse, tiles, scale=scale):
+    by_row, by_key = backend.backward(dout, q, k, v, out, lse, tiles, scale=scale)
+    for row, dq in by_row:
         grads.dq.add(dq[..., :key_dim], start=row, head_start=head_start * per_group)
+    for key, dk, dv in by_key:
         grads.dk.add(dk[..., :key_dim], start=key, head_start=head_start)
         grads.dv.add(dv[..., :value_dim], start=key, head_start=head_start)
 
 
-def choose_backend(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile]) -> Backend:
-    """The fastest backend that is exact for these tensors and tiles.
+def choose_backend(q: Tensor, v: Tensor) -> Backend:
+    """The fastest backend that is exact for these tensors, chosen once for their kind.
 
     Raises:
         KernelInputError: a device or dtype that no fused kernel of torch takes.
     """
     key = (q.device, q.dtype, max(q.shape[-1], v.shape[-1]), _is_deterministic())
-    return _choose(*key, tuple(tiles))
+    return _choose(*key)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def _choose(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    deterministic: bool,
-    tiles: tuple[Tile, ...],
+    device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool
 ) -> Backend:
     if device.type == "cpu":
         return DenseBackend(CpuFlash())
@@ -172,19 +165,9 @@ def _choose(
     if dtype == torch.float32 or head_dim > 256:
         return DenseBackend(Efficient())
     on_hopper = torch.cuda.get_device_capability(device) >= (9, 0)
-    if on_hopper and not deterministic and head_dim <= 128 and _suits_cudnn(tiles):
-        return DenseBackend(Cudnn())
+    if on_hopper and head_dim <= 128 and not deterministic:
+        return SplitBackend(DenseBackend(Cudnn()), FlashPacked())
     return FlashPacked()
-
-
-def _suits_cudnn(tiles: tuple[Tile, ...]) -> bool:
-    """Few, large, and neither windows nor single rows: a call costs launches and a plan a shape."""
-    pieces = [piece for tile in tiles for piece in cut(tile)]
-    return len(pieces) <= CUDNN_MAX_CALLS and all(
-        (piece.is_full or (piece.is_causal and piece.is_square))
-        and min(piece.num_queries, piece.num_keys) >= CUDNN_MIN_TOKENS
-        for piece in pieces
-    )
 
 
 def _is_deterministic() -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["merge_lse_"]
+__all__ = ["merge_lse_", "merge_lse_torch_"]
 
 
 def merge_lse_(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> None:
@@ -31,6 +31,11 @@ def merge_lse_(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> No
         from seqpar.ops.softmax_merge_kernel import merge_lse_triton_
 
         return merge_lse_triton_(out, lse, new_out, new_lse)
+    return merge_lse_torch_(out, lse, new_out, new_lse)
+
+
+def merge_lse_torch_(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> None:
+    """`merge_lse_` in plain PyTorch: any device, any strides, float64 too."""
     top, low = torch.maximum(lse, new_lse), torch.minimum(lse, new_lse)
     merged = torch.where(torch.isneginf(low), top, top + torch.log1p(torch.exp(low - top)))
     weight, new_weight = _weight(lse, merged), _weight(new_lse, merged)

@@ -13,7 +13,7 @@ two tiles become segments without a partner.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -36,7 +36,8 @@ class Wave(NamedTuple):
         rows, keys: the ranges of local tokens that the call covers.
         cu_q, cu_k: segment bounds, from 0, within those ranges.
         max_q, max_k: the longest segment.
-        has_empty_rows: some rows have no keys in this call.
+        has_empty_rows: some rows of a tile have no keys.
+        row_parts, key_parts: (start, stop) within those ranges of what belongs to some tile.
     """
 
     bounds: Bounds
@@ -47,6 +48,8 @@ class Wave(NamedTuple):
     max_q: int
     max_k: int
     has_empty_rows: bool
+    row_parts: tuple[tuple[int, int], ...]
+    key_parts: tuple[tuple[int, int], ...]
 
 
 class FlashPacked:
@@ -68,7 +71,11 @@ class FlashPacked:
             lse = lse.T.reshape(q.shape[0], -1, q.shape[2])
             if wave.has_empty_rows:
                 lse = torch.where(torch.isposinf(lse), -torch.inf, lse)
-            results.append((wave.rows[0], out.view(*lse.shape, -1), lse))
+            out = out.view(*lse.shape, -1)
+            results += [
+                (wave.rows[0] + start, out[:, start:stop], lse[:, start:stop])
+                for start, stop in wave.row_parts
+            ]
         return results
 
     def backward(
@@ -82,8 +89,8 @@ class FlashPacked:
         tiles: Sequence[Tile],
         *,
         scale: float,
-    ) -> list[tuple[int, int, Tensor, Tensor, Tensor]]:
-        results = []
+    ) -> tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor, Tensor]]]:
+        by_row, by_key = [], []
         unused = torch.zeros(2, dtype=torch.int64, device=q.device)  # the state of a dropout
         for wave in waves(tuple(tiles), q.shape[0], q.shape[1], k.shape[1]):
             dq, dk, dv = _aten._flash_attention_backward(
@@ -93,9 +100,10 @@ class FlashPacked:
                 wave.max_q, wave.max_k, 0.0, wave.bounds == (None, 0), unused, unused,
                 scale=scale, **_window(wave),
             )  # fmt: skip
-            by_batch = (x.unflatten(0, (q.shape[0], -1)) for x in (dq, dk, dv))
-            results.append((wave.rows[0], wave.keys[0], *by_batch))
-        return results
+            dq, dk, dv = (x.unflatten(0, (q.shape[0], -1)) for x in (dq, dk, dv))
+            by_row += [(wave.rows[0] + a, dq[:, a:b]) for a, b in wave.row_parts]
+            by_key += [(wave.keys[0] + a, dk[:, a:b], dv[:, a:b]) for a, b in wave.key_parts]
+        return by_row, by_key
 
 
 @lru_cache(maxsize=1024)
@@ -139,7 +147,7 @@ def _wave(bounds: Bounds, tiles: list[Tile], batch: int, num_rows: int, num_keys
         rows = (tiles[0].q_start, tiles[-1].q_stop)
         keys = (tiles[0].k_start, tiles[-1].k_stop)
     pairs: list[tuple[int, int]] = []  # (row, key) at which each segment stops
-    empty_rows = False
+    right = bounds[1]
     for b in range(batch):
         row, key = b * num_rows, b * num_keys
         ends = [*tiles, Tile(rows[1], rows[1], keys[1], keys[1])]
@@ -148,7 +156,6 @@ def _wave(bounds: Bounds, tiles: list[Tile], batch: int, num_rows: int, num_keys
             k_start = b * num_keys + tile.k_start - keys[0]
             if q_start > row:
                 pairs.append((q_start, key))
-                empty_rows = True
             if k_start > key:
                 pairs.append((q_start, k_start))
             row, key = q_start + tile.num_queries, k_start + tile.num_keys
@@ -163,8 +170,21 @@ def _wave(bounds: Bounds, tiles: list[Tile], batch: int, num_rows: int, num_keys
         cu_k=cu_k,
         max_q=max(stop - start for start, stop in itertools.pairwise(cu_q)),
         max_k=max(stop - start for start, stop in itertools.pairwise(cu_k)),
-        has_empty_rows=empty_rows,
+        has_empty_rows=right is not None and any(t.num_queries - right > t.num_keys for t in tiles),
+        row_parts=_stretches((t.q_start - rows[0], t.q_stop - rows[0]) for t in tiles),
+        key_parts=_stretches((t.k_start - keys[0], t.k_stop - keys[0]) for t in tiles),
     )
+
+
+def _stretches(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Ascending ranges, neighbours joined."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = joined[-1][0], stop
+        else:
+            joined.append((start, stop))
+    return tuple(joined)
 
 
 @lru_cache(maxsize=256)

@@ -41,16 +41,26 @@ class _Region(NamedTuple):
             and other.head_start < self.head_stop
         )
 
-    def hull(self, other: _Region) -> _Region:
-        return _Region(
-            min(self.start, other.start),
-            max(self.stop, other.stop),
-            min(self.head_start, other.head_start),
-            max(self.head_stop, other.head_stop),
-        )
-
     def of(self, x: Tensor) -> Tensor:
         return x[:, self.start : self.stop, self.head_start : self.head_stop]
+
+
+class _Written:
+    """The regions that hold a value already; neighbours are joined."""
+
+    def __init__(self) -> None:
+        self._regions: list[_Region] = []
+
+    def overlaps(self, region: _Region) -> bool:
+        return any(region.overlaps(other) for other in self._regions)
+
+    def add(self, region: _Region) -> None:
+        if self._regions:
+            last = self._regions[-1]
+            if last.stop == region.start and last[2:] == region[2:]:
+                self._regions[-1] = last._replace(stop=region.stop)
+                return
+        self._regions.append(region)
 
 
 class RowSum:
@@ -63,7 +73,7 @@ class RowSum:
     def __init__(self, like: Tensor) -> None:
         self._like = like
         self._sum: Tensor | None = None
-        self._written: _Region | None = None
+        self._written = _Written()
         self._waiting: tuple[_Region, Tensor] | None = None
 
     def add(self, part: Tensor, *, start: int = 0, head_start: int = 0) -> None:
@@ -72,13 +82,14 @@ class RowSum:
             return
         region = _Region(start, start + part.shape[1], head_start, head_start + part.shape[2])
         if self._sum is None and part.shape == self._like.shape:
-            self._sum, self._written = part, region
+            self._sum = part
+            self._written.add(region)
             return
         if self._sum is None:
             self._sum = torch.zeros_like(self._like, dtype=part.dtype).contiguous()
-        if self._written is None or not self._written.overlaps(region):
+        if not self._written.overlaps(region):
             region.of(self._sum).copy_(part)
-            self._written = region.hull(self._written) if self._written else region
+            self._written.add(region)
         elif self._waiting is None and self._sum.dtype == self._like.dtype:
             self._waiting = region, part
         else:
@@ -104,9 +115,8 @@ class RowSum:
 
     def _add_now(self, region: _Region, part: Tensor) -> None:
         assert self._sum is not None
-        assert self._written is not None
         region.of(self._sum).add_(part)
-        self._written = self._written.hull(region)
+        self._written.add(region)
 
 
 class PartialOutput:
@@ -122,7 +132,7 @@ class PartialOutput:
         self._shape = torch.Size((*q.shape[:3], value_dim))
         self._out: Tensor | None = None
         self._lse: Tensor | None = None
-        self._written: _Region | None = None
+        self._written = _Written()
         self._waiting: tuple[_Region, Tensor, Tensor] | None = None
 
     def add(self, out: Tensor, lse: Tensor, *, start: int = 0) -> None:
@@ -131,15 +141,16 @@ class PartialOutput:
             return
         region = _Region(start, start + out.shape[1], 0, out.shape[2])
         if self._out is None and out.shape == self._shape:
-            self._out, self._lse, self._written = out, lse, region
+            self._out, self._lse = out, lse
+            self._written.add(region)
             return
         self._begin(out)
         assert self._out is not None
         assert self._lse is not None
-        if self._written is None or not self._written.overlaps(region):
+        if not self._written.overlaps(region):
             region.of(self._out).copy_(out)
             region.of(self._lse).copy_(lse)
-            self._written = region.hull(self._written) if self._written else region
+            self._written.add(region)
         elif self._waiting is None and self._out.dtype == self._q.dtype:
             self._waiting = region, out, lse
         else:
@@ -174,6 +185,5 @@ class PartialOutput:
     def _merge_now(self, region: _Region, out: Tensor, lse: Tensor) -> None:
         assert self._out is not None
         assert self._lse is not None
-        assert self._written is not None
         merge_lse_(region.of(self._out), region.of(self._lse), out, lse)
-        self._written = self._written.hull(region)
+        self._written.add(region)

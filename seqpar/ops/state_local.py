@@ -17,9 +17,9 @@ from torch import Tensor
 
 from seqpar.layout import SequenceLayout
 from seqpar.ops.state_chain import LinkState, StateChain, decayed
-from seqpar.ops.state_exchange import Entries, Scan
 from seqpar.ops.state_mixer import Inputs, Mixer, Summary
 from seqpar.ops.state_places import RankPlaces, places_of
+from seqpar.ops.state_scan import Entries, Scan
 
 __all__ = ["RankPart"]
 
@@ -87,8 +87,17 @@ class RankPart:
     @property
     def adds_later(self) -> bool:
         """Whether states may arrive after the local work, and be added then."""
-        tokens = self.places.link_tokens
-        return bool(tokens) and all(self.mixer.can_add_later(count) for count in tokens)
+        return all(self.mixer.can_add_later(count) for count in self.places.link_tokens)
+
+    @property
+    def waits_for_entries(self) -> bool:
+        """Whether the outputs need states that other ranks send."""
+        return self.places.takes and not self.adds_later
+
+    @property
+    def waits_for_exit_grads(self) -> bool:
+        """Whether the inputs' gradients need gradients of states that other ranks send."""
+        return self.places.gives and not self.adds_later
 
     def add_entries(self, o: Tensor, inputs: Inputs, received: Entries) -> None:
         """Add to o, in place, what states that arrived after the local work contribute."""

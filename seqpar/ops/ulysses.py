@@ -133,10 +133,10 @@ def expanded(x: Tensor, repeats: tuple[int, ...] | None) -> Tensor:
 class TokensToHeads(torch.autograd.Function):
     """All heads of this rank's tokens -> this rank's heads of the subgroup's tokens.
 
-    |          | reads                               | gives                  | sends to each member
-    |----------|-------------------------------------|------------------------|---------------------
-    | forward  | q [B,T,H,D], k, v [B,T,G,D]         | [B,S,h,D], [B,S,g,D]   | its heads of q, k, v
-    | backward | dq [B,S,h,D], dk, dv [B,S,g,D]      | dq, dk, dv as q, k, v  | its tokens' gradients
+    |          | reads                          | gives                 | sends to each member
+    |----------|--------------------------------|-----------------------|----------------------
+    | forward  | q [B,T,H,D], k, v [B,T,G,D]    | [B,S,h,D], [B,S,g,D]  | its heads of q, k, v
+    | backward | dq [B,S,h,D], dk, dv [B,S,g,D] | dq, dk, dv as q, k, v | its tokens' gradients
     """
 
     @staticmethod

@@ -38,7 +38,7 @@ def improve(batch: SortedBatch, packing: Packing, *, max_steps: int) -> Packing:
         out_ms, out_tokens = weights[degree[slow], inside], tokens[inside]
         limit = ends[slow] * (1 - 1e-12)
         # moves [inside, groups]
-        there = ends[None, :] + weights[degree][:, inside].T
+        there = ends[None, :] + weights[np.ix_(degree, inside)].T
         after = np.maximum(there, (ends[slow] - out_ms)[:, None])
         after[:, slow] = np.inf
         after[out_tokens[:, None] > room[None, :]] = np.inf
@@ -48,7 +48,7 @@ def improve(batch: SortedBatch, packing: Packing, *, max_steps: int) -> Packing:
             # swaps [inside, outside]
             other = home[outside]
             gone = weights[degree[other], outside]
-            there = (ends[other] - gone)[None, :] + weights[degree[other]][:, inside].T
+            there = (ends[other] - gone)[None, :] + weights[np.ix_(degree[other], inside)].T
             here = (ends[slow] - out_ms)[:, None] + weights[degree[slow], outside][None, :]
             after = np.maximum(there, here)
             delta = out_tokens[:, None] - tokens[outside][None, :]

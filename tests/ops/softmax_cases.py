@@ -42,9 +42,9 @@ class Case:
         docs = self.layout.num_documents
         return f"{self.strategy} {heads} {mask} docs={docs} tokens={spans} {self.options}"
 
-    def streams(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def streams(self, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v, dout of the whole stream, the same on every rank."""
-        generator = torch.Generator().manual_seed(len(str(self)))
+        generator = torch.Generator().manual_seed(seed)
         keys = (self.key_layout or self.layout).num_tokens
         shapes = (
             (self.layout.num_tokens, self.heads, self.key_dim),
@@ -59,12 +59,12 @@ class Case:
         return q, k, v, dout
 
 
-def run_case(rank: int, case: Case) -> tuple[Tensor, ...]:
-    """out, dq, dk, dv of this rank; ranks beyond the layout's world take no part."""
+def run_case(rank: int, case: Case, seed: int = 0) -> tuple[Tensor, ...]:
+    """out, dq, dk, dv of this rank."""
     world = case.layout.world_size
     group = dist.group.WORLD if world > 1 else None
     key_layout = case.key_layout or case.layout
-    q, k, v, dout = case.streams()
+    q, k, v, dout = case.streams(seed)
     q, dout = (case.layout.shard(x, rank) for x in (q, dout))
     k, v = (key_layout.shard(x, rank) for x in (k, v))
     for x in (q, k, v):

@@ -34,7 +34,12 @@ def painted(wave: Wave, batch: int, rows: int, columns: int) -> torch.Tensor:
         count[rows_, wave.keys[0] + k0 : wave.keys[0] + k1] += (distance <= left) & (
             distance >= -right
         )
-        assert wave.has_empty_rows or k1 > k0 or q1 == q0
+    in_parts = torch.zeros_like(count)
+    for b in range(batch):
+        for start, stop in wave.row_parts:
+            in_parts[b * rows + wave.rows[0] + start : b * rows + wave.rows[0] + stop] += 1
+    assert not (count.any(1) & ~in_parts.any(1)).any(), "a row that sees keys is no part"
+    assert wave.has_empty_rows or torch.equal(count.any(1), in_parts.any(1))
     return count
 
 

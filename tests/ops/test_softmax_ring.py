@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.utils._pytree as pytree
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqpar import comm
 from seqpar.layout import SequenceLayout
+from seqpar.ops.ring import ring_backward, ring_forward
+from seqpar.ops.ring_schedule import ring_schedule
+from seqpar.ops.softmax_tiles import Mask
 from tests.ops.softmax_cases import Case, assert_exact, layouts, run_case, run_cases
 from tests.ranks import run_ranks
 
@@ -59,3 +66,45 @@ def test_only_what_the_mask_lets_through_is_sent() -> None:
 def test_documents_on_one_rank_send_nothing() -> None:
     case = Case(SequenceLayout.contiguous((0, 16, 32, 40, 48), 3), options={"check": False})
     assert run_ranks(3, _traffic, case) == [(0, 0)] * 3
+
+
+class _PeakBytes(TorchDispatchMode):
+    """The most bytes that were alive at once in tensors made inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for x in pytree.tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self._alive[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self._alive = {p: entry for p, entry in self._alive.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return result
+
+
+def _peak_bytes(rank: int, case: Case) -> tuple[int, int]:
+    """Peak of forward, and of forward and backward, beside q, k, v and dout."""
+    q, k, v, dout = (case.layout.shard(x, rank) for x in case.streams())
+    schedule = ring_schedule(case.layout, case.layout, rank, Mask(), tuple(range(8)))
+    with _PeakBytes() as forward:
+        out, lse = ring_forward(q, k, v, schedule, dist.group.WORLD, 0.3)
+    with _PeakBytes() as backward:
+        ring_backward(dout, q, k, v, out, lse, schedule, dist.group.WORLD, 0.3)
+    return forward.peak, backward.peak
+
+
+def test_memory_of_a_rank_does_not_grow_with_the_ranks() -> None:
+    """A rank of eight holds no more than a rank of five: its own tokens and two blocks."""
+    peaks = []
+    for world_size in (5, 8):
+        layout = SequenceLayout.zigzag((0, 96 * world_size), world_size)
+        case = Case(layout, heads=4, kv_heads=4, key_dim=16, value_dim=16)
+        peaks.append(run_ranks(world_size, _peak_bytes, case))
+    tensor = 96 * 4 * 16 * 4  # bytes of one rank's q
+    for few, many in zip(zip(*peaks[0], strict=True), zip(*peaks[1], strict=True), strict=True):
+        assert max(many) <= max(few) + tensor, (few, many)

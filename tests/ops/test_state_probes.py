@@ -16,8 +16,8 @@ from seqpar.layout import SequenceLayout
 from seqpar.ops.state import explain_exchange, state_attention
 from seqpar.ops.state_exchange import EXCHANGES
 from seqpar.ops.state_job import StateJob
+from seqpar.ops.state_lightning import LightningMixer
 from seqpar.ops.state_local import RankPart
-from seqpar.ops.state_mixer import LightningMixer
 from seqpar.ops.state_steps import forward_steps
 from tests.ops.cases import HEADS, KEY_DIM, VALUE_DIM, Stream, layouts, make_stream
 from tests.ranks import run_ranks

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from seqpar.planners.exchange import (
     choose_exchange,
     exchange_ms,
 )
+from seqpar.planners.exchange_plot import main, plot_exchanges
 
 MIB = 2**20
 PROBLEM = ExchangeProblem(
@@ -74,3 +77,13 @@ def test_bad_problems_are_refused() -> None:
         replace(PROBLEM, world_size=0)
     with pytest.raises(PlanError, match="no exchange 'pigeon'"):
         exchange_ms("pigeon", PROBLEM, NVLINK_H200)
+
+
+def test_the_plot_shows_measured_points(tmp_path: Path) -> None:
+    measured = tmp_path / "state.json"
+    row = {"state_bytes": 2 * MIB, "all_gather": 0.05, "chain": 0.07}
+    measured.write_text(json.dumps({"exchange_ms": [row]}))
+    plain, dotted = tmp_path / "plain.svg", tmp_path / "dotted.svg"
+    plot_exchanges(plain)
+    main([str(dotted), "--measured", str(measured)])
+    assert dotted.read_text().count("<use ") == plain.read_text().count("<use ") + 2
