@@ -34,6 +34,7 @@ __all__ = [
     "mean_over_mesh",
     "token_loss",
     "token_loss_sum",
+    "trainer_loss",
 ]
 
 GradReduction = Literal["mean", "sum"]
@@ -103,6 +104,28 @@ def chunked_token_loss(
         num_targets=num_targets,
         grad_reduction=grad_reduction,
     )
+
+
+def trainer_loss(
+    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """transformers' `Trainer(compute_loss_func=trainer_loss)`: this rank's share of the mean.
+
+    The Trainer counts the step's targets over all ranks and micro-batches, and multiplies by the
+    ranks what DDP's average takes away (`average_tokens_across_devices`, on by default).
+
+    Args:
+        outputs: with `.logits` [1, T, V].
+        labels: [1, T] of this rank, as `TrainerLoader` gives them.
+        num_items_in_batch: the step's targets.
+
+    Raises:
+        DataError: the Trainer did not count them; the loss would depend on the split.
+    """
+    if num_items_in_batch is None:
+        raise DataError("the Trainer counted no targets: leave average_tokens_across_devices on")
+    nll_sum, _ = token_loss_sum(outputs.logits, labels)
+    return nll_sum / num_items_in_batch
 
 
 def token_loss_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

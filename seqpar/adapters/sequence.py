@@ -46,6 +46,7 @@ _HARMLESS = frozenset(
         "position_embeddings",
         "position_ids",
         "return_dict",
+        "shift_labels",
         "use_cache",
     }
 )
