@@ -399,7 +399,6 @@ def main() -> None:
     else:
         bench.attempt(compare_long)
         measure_all(bench)
-        bench.attempt(compare_with_float64)
     dist.destroy_process_group()
 
 
@@ -410,9 +409,10 @@ def measure_all(bench: Bench) -> None:
     for size in SIZES:
         bench.attempt(long_document, size, one[size])
     bench.attempt(context_parallel_of_torch, short, "cudnn", "allgather", one[short])
-    bench.attempt(packed_documents, long)
-    bench.attempt(windowed, long)
     bench.attempt(context_parallel_of_torch, long, "cudnn", "allgather", one[long])
+    bench.attempt(windowed, long)
+    bench.attempt(compare_with_float64)
+    bench.attempt(packed_documents, long)
     bench.attempt(context_parallel_of_torch, short, "cudnn", "alltoall", one[short])
     bench.attempt(context_parallel_of_torch, long, "cudnn", "alltoall", one[long])
     bench.attempt(context_parallel_of_torch, short, "flash", "allgather", one[short])
