@@ -21,6 +21,8 @@ type also derive from `ValueError`, `TypeError` or `ImportError`, so that generi
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "CheckpointError",
     "DataError",
@@ -40,7 +42,18 @@ __all__ = [
 
 
 class SeqparError(Exception):
-    """Base of every error that seqpar raises on purpose."""
+    """Base of every error that seqpar raises on purpose; it survives a trip between processes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[SeqparError], args: tuple[Any, ...], state: dict[str, Any]) -> SeqparError:
+    """Unpickle without calling __init__, whose arguments are not `args`."""
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class LayoutError(SeqparError, ValueError):

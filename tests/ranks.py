@@ -19,7 +19,10 @@ import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.functional"])
+_CONTEXT.set_forkserver_preload(
+    # transformers takes seconds to import: once here, and not once a rank.
+    ["torch", "torch.distributed", "torch.nn.functional", "transformers.modeling_utils"]
+)
 
 
 def run_ranks(

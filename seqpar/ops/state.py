@@ -202,8 +202,9 @@ class _ScatteredMixer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, dfinals: Tensor | None) -> Any:
-        count = len(ctx.saved_tensors) - len(ctx.links)
-        inputs, states = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them here
+        count = len(saved) - len(ctx.links)
+        inputs, states = saved[:count], saved[count:]
         kept = Kept(inputs, ctx.summary, dict(zip(ctx.links, states, strict=True)))
         with comm.count_into(ctx.traffic):
             steps = backward_steps(ctx.job, kept, do, dfinals)

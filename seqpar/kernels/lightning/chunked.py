@@ -192,8 +192,11 @@ def attend_backward_chunked(
     cu_seqlens: Tensor | None,
     entry_state: Tensor | None,
     exit_state_grad: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv in the inputs' dtype; dlog_decay [B, T, H] float32 if the decay is per token."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """dq, dk, dv in the inputs' dtype; dlog_decay [B, T, H] float32 if the decay is per token.
+
+    Last, the gradient of the entry states [S, H, K, V].
+    """
     decays = _Decays(log_decay, q)
     entries = _new_states(k, v, cu_seqlens, entry_state)
     exit_grads = _new_states(k, v, cu_seqlens, exit_state_grad)
@@ -207,7 +210,7 @@ def attend_backward_chunked(
             k_c, v_c = _heads_first(start, stop, k, v)
             chunk_states.append(state)
             state = _pass_on(state, k_c, v_c, decays.chunk(sequence.rows, start, stop))
-        grad = exit_grads[sequence.states]
+        grad = exit_grads[sequence.states].clone()
         crossing = (state * grad).sum((-2, -1))
         for (start, stop), entry in zip(
             reversed(sequence.chunks()), reversed(chunk_states), strict=True
@@ -220,10 +223,11 @@ def attend_backward_chunked(
             if dreach is not None and dreach_c is not None:
                 dreach[:, start:stop] = dreach_c.transpose(1, 2)
             grad = _pass_back(grad, inputs[0], inputs[3], decay)
+        exit_grads[sequence.states] = grad
         if dreach is not None and dlog is not None:
             tail = dreach[:, sequence.start : sequence.stop].double().flip(1).cumsum(1).flip(1)
             dlog[:, sequence.start : sequence.stop] = tail + crossing[:, None]
-    return dq, dk, dv, dlog
+    return dq, dk, dv, dlog, exit_grads
 
 
 def _chunk_gradients(

@@ -1,0 +1,180 @@
+"""Tiny random models of the families that can be wrapped: for tests and `seqpar check`.
+
+They are built from configurations; nothing is downloaded. The sizes are awkward on purpose:
+fewer key/value heads than ranks, a window shorter than the shards, an odd vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqpar.adapters.hf_models import FAMILIES
+from seqpar.batch import PackedStream, pack, pack_pairs
+from seqpar.errors import MissingExtraError, UnsupportedModelError
+
+__all__ = ["TINY_VOCABULARY", "check_family", "tiny_model", "tiny_stream"]
+
+TINY_VOCABULARY = 61
+
+_DECODER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+_WINDOWED = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+_ENCODER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
+
+_SIZES: dict[str, dict[str, Any]] = {
+    "bamba": {
+        **_DECODER,
+        "num_hidden_layers": 3,
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 2,
+        "mamba_chunk_size": 8,
+    },
+    "bert": {**_ENCODER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "gemma2": {**_DECODER, **_WINDOWED, "head_dim": 8, "attn_logit_softcapping": None},
+    "gemma3_text": {**_DECODER, **_WINDOWED, "head_dim": 8},
+    "gpt_neox": {k: v for k, v in _DECODER.items() if k != "num_key_value_heads"},
+    "llama": _DECODER,
+    "mamba2": {
+        "hidden_size": 32,
+        "num_heads": 4,
+        "head_dim": 16,
+        "state_size": 8,
+        "n_groups": 2,
+        "chunk_size": 8,
+        "num_hidden_layers": 2,
+    },
+    "nemotron_h": {
+        **_DECODER,
+        "head_dim": 8,
+        "layers_block_type": ["mamba", "moe", "attention", "mamba"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "chunk_size": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 16,
+        "attention_dropout": 0.0,
+    },
+    "minimax": {
+        **_DECODER,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "block_size": 8,
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
+    "mistral": {**_DECODER, "sliding_window": 7},
+    "modernbert": {
+        **_ENCODER,
+        "local_attention": 6,
+        "global_attn_every_n_layers": 2,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+    },
+    "t5": {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 16,
+        "dropout_rate": 0.0,
+        "decoder_start_token_id": 0,
+    },
+    "qwen3": {**_DECODER, "head_dim": 8},
+}
+_AUTO_CLASSES = {
+    "bert": "AutoModelForMaskedLM",
+    "modernbert": "AutoModelForMaskedLM",
+    "t5": "AutoModelForSeq2SeqLM",
+}
+
+
+def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> nn.Module:
+    """A random model of a family that `parallelize` takes, tens of thousands of parameters.
+
+    Args:
+        family: a `model_type` of transformers, one of `seqpar.adapters.hf_models.FAMILIES`.
+        seed: of the weights; the caller's random state is left alone.
+        overrides: options of the family's configuration.
+
+    Raises:
+        UnsupportedModelError: no such family.
+        MissingExtraError: transformers is not installed.
+    """
+    check_family(family)
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError("transformers", "hf", f"a tiny {family} model") from error
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.AutoConfig.for_model(
+        family, vocab_size=TINY_VOCABULARY, **{**special, **_SIZES[family], **overrides}
+    )
+    build = getattr(transformers, _AUTO_CLASSES.get(family, "AutoModelForCausalLM"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = build.from_config(config)
+        _spread(model)
+    return model
+
+
+def check_family(family: str) -> None:
+    """Refuse a family without a tiny model."""
+    if family not in _SIZES:
+        raise UnsupportedModelError(
+            family, "there is no tiny model of it", f"choose from {', '.join(sorted(FAMILIES))}"
+        )
+
+
+def tiny_stream(model: nn.Module, lengths: Sequence[int], *, seed: int = 0) -> PackedStream:
+    """Random documents of the given lengths, with the labels that the model's kind wants."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = _vocabulary(model)
+
+    def documents(counts: Sequence[int]) -> list[Tensor]:
+        low = min(3, vocabulary - 1)
+        return [torch.randint(low, vocabulary, (n,), generator=generator) for n in counts]
+
+    name = type(model).__name__
+    if name.endswith("ForConditionalGeneration"):
+        return pack_pairs(documents([n // 2 + 3 for n in lengths]), documents(lengths))
+    return pack(documents(lengths), shift_labels=not name.endswith("ForMaskedLM"))
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Rows of the first embedding: by convention the tokens'."""
+    tables = (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
+    return next(tables, TINY_VOCABULARY)
+
+
+@torch.no_grad()
+def _spread(model: nn.Module) -> None:
+    """Larger weights than the initial ones, so that attention is not nearly uniform."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2 and "embed" not in name:
+            parameter.mul_(4.0)

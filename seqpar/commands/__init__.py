@@ -1,0 +1,1 @@
+"""One module a command, loaded by `seqpar.cli` when it is called."""

@@ -1,0 +1,225 @@
+"""Documents -> planned steps, the same on every rank, resumable at any step.
+
+A step draws documents up to a token budget, rank 0 plans how they are scattered (in the background,
+while the step before trains), and one message carries the plan to all ranks. The position in the
+data is one integer, the number of documents drawn since the start, so that a checkpoint holds it
+and a resumed run neither loses nor repeats a document.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from seqpar import comm
+from seqpar.errors import DataError
+from seqpar.planners import ScatterPlan
+
+__all__ = ["DocumentSampler", "PlannedStep", "PlannedSteps", "limit_documents", "recorded_plans"]
+
+PlanDocuments = Callable[[int, Sequence[int]], ScatterPlan]
+"""(step, lengths of its documents) -> the plan: a planner, or a recording of one."""
+
+
+def limit_documents(
+    documents: Sequence[Tensor], *, context_tokens: int, over_limit: Literal["split", "drop"]
+) -> list[Tensor]:
+    """Documents of at most `context_tokens` tokens: longer ones split into pieces, or dropped.
+
+    Args:
+        documents: 1-D tensors of token ids. Empty ones are left out: they hold nothing to train on.
+        context_tokens: the limit, in tokens.
+        over_limit: "split" cuts a long document every `context_tokens`; "drop" leaves it out.
+
+    Raises:
+        DataError: a limit below 1, or nothing left.
+    """
+    if context_tokens < 1:
+        raise DataError(f"context_tokens must be at least 1, got {context_tokens}")
+    kept: list[Tensor] = []
+    for document in documents:
+        if over_limit == "drop" and len(document) > context_tokens:
+            continue
+        kept += [piece for piece in torch.split(document, context_tokens) if len(piece)]
+    if not kept:
+        raise DataError(
+            f"no document left of {len(documents)} under {context_tokens=} with {over_limit=}: "
+            "raise the limit or split"
+        )
+    return kept
+
+
+class DocumentSampler:
+    """Draws every document once an epoch, in an order that the seed decides.
+
+    Args:
+        lengths: tokens of each document.
+        budget_tokens: a draw takes documents, in order, while their total stays within it.
+        seed: epoch e is shuffled by (seed, e).
+        position: documents drawn before, from a checkpoint.
+
+    Raises:
+        DataError: no documents, an empty document, or one longer than the budget.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], *, budget_tokens: int, seed: int, position: int = 0
+    ) -> None:
+        if not len(lengths):
+            raise DataError("there are no documents to draw from")
+        if min(lengths) < 1:
+            raise DataError(f"document {int(np.argmin(lengths))} has no token: leave it out")
+        if max(lengths) > budget_tokens:
+            raise DataError(
+                f"a document of {max(lengths)} tokens can never be drawn with "
+                f"budget_tokens={budget_tokens}: raise the budget or split the document"
+            )
+        self.lengths = [int(length) for length in lengths]
+        self.budget_tokens = budget_tokens
+        self.seed = seed
+        self.position = position
+        self._epoch = -1
+        self._order = np.zeros(0, dtype=np.int64)
+
+    def draw(self) -> tuple[int, ...]:
+        """Indices of the next documents; `position` moves past them."""
+        drawn: list[int] = []
+        total = 0
+        while total + self.lengths[document := self._document_at(self.position)] <= (
+            self.budget_tokens
+        ):
+            drawn.append(document)
+            total += self.lengths[document]
+            self.position += 1
+        return tuple(drawn)
+
+    def _document_at(self, position: int) -> int:
+        epoch, index = divmod(position, len(self.lengths))
+        if epoch != self._epoch:
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths))
+            self._epoch = epoch
+        return int(self._order[index])
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """What every rank knows of one step before it trains.
+
+    `documents[i]` is the document that the plan calls sequence i. `position` is the sampler's
+    after this step: a checkpoint taken after the step stores it. `plan_ms` is what planning took
+    in the background, `wait_ms` the part of it that the step had to wait for.
+    """
+
+    step: int
+    documents: tuple[int, ...]
+    plan: ScatterPlan
+    position: int
+    plan_ms: float
+    wait_ms: float
+
+    def to_json(self) -> str:
+        fields = {**vars(self), "plan": self.plan.to_json()}
+        return json.dumps(fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> PlannedStep:
+        fields = json.loads(text)
+        fields["plan"] = ScatterPlan.from_json(fields["plan"])
+        fields["documents"] = tuple(fields["documents"])
+        return cls(**fields)
+
+
+class PlannedSteps(Iterator[PlannedStep]):
+    """An endless iterator of planned steps; rank 0 plans ahead, the others receive.
+
+    Args:
+        sampler: where documents come from; only rank 0's is drawn from.
+        plan_documents: plans one step; called on rank 0 only, in a thread of its own.
+        group: all ranks of the job; None for a job of one rank.
+        first_step: number of the next step, from a checkpoint.
+        lookahead: how many steps are planned ahead.
+        record: a JSON-lines file to which rank 0 appends every step, for `recorded_plans`.
+    """
+
+    def __init__(
+        self,
+        sampler: DocumentSampler,
+        plan_documents: PlanDocuments,
+        *,
+        group: ProcessGroup | None,
+        first_step: int = 0,
+        lookahead: int = 2,
+        record: Path | None = None,
+    ) -> None:
+        self.sampler = sampler
+        self.plan_documents = plan_documents
+        self.group = group
+        self.record = record
+        self._next_to_plan = first_step
+        self._lookahead = lookahead
+        self._is_source = comm.group_rank(group) == 0
+        self._worker = ThreadPoolExecutor(1, "seqpar-planner") if self._is_source else None
+        self._pending: list[Future[PlannedStep]] = []
+
+    def __next__(self) -> PlannedStep:
+        text = self._next_planned().to_json() if self._is_source else ""
+        text = comm.broadcast_object(text, group=self.group, source=0)
+        if self._is_source and self.record is not None:
+            with self.record.open("a") as lines:
+                lines.write(text + "\n")
+        return PlannedStep.from_json(text)
+
+    def close(self) -> None:
+        """Stop planning; the steps planned ahead are forgotten (their documents were not used)."""
+        if self._worker is not None:
+            self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def _next_planned(self) -> PlannedStep:
+        assert self._worker is not None
+        while len(self._pending) <= self._lookahead:
+            self._pending.append(self._worker.submit(self._plan, self._next_to_plan))
+            self._next_to_plan += 1
+        start = time.perf_counter()
+        planned = self._pending.pop(0).result()
+        wait_ms = (time.perf_counter() - start) * 1e3
+        return PlannedStep(**{**vars(planned), "wait_ms": wait_ms})
+
+    def _plan(self, step: int) -> PlannedStep:
+        documents = self.sampler.draw()
+        position = self.sampler.position
+        start = time.perf_counter()
+        plan = self.plan_documents(step, [self.sampler.lengths[index] for index in documents])
+        plan_ms = (time.perf_counter() - start) * 1e3
+        return PlannedStep(step, documents, plan, position, plan_ms, wait_ms=0.0)
+
+
+def recorded_plans(record: Path) -> PlanDocuments:
+    """Replays the plans that a run recorded: the same plans give the same bits on one hardware.
+
+    Raises:
+        DataError: on a step that the recording lacks, or whose documents had other lengths.
+    """
+    steps = [PlannedStep.from_json(line) for line in record.read_text().splitlines()]
+    plans = {planned.step: planned.plan for planned in steps}
+
+    def plan_documents(step: int, lengths: Sequence[int]) -> ScatterPlan:
+        if step not in plans:
+            raise DataError(f"{record} has no plan for step {step}: it holds {sorted(plans)[-1:]}")
+        planned = sum(len(g.sequences) for m in plans[step].micro_batches for g in m.groups)
+        if planned != len(lengths):
+            raise DataError(
+                f"step {step} of {record} plans {planned} documents, not {len(lengths)}"
+            )
+        return plans[step]
+
+    return plan_documents

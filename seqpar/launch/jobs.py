@@ -1,0 +1,90 @@
+"""Running a placed job from start to end, whichever engine carries it."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from typing import Any
+
+from seqpar.errors import JobSpecError, LaunchError, RankFailedError
+from seqpar.launch.placement import Placement
+from seqpar.launch.rundir import RunDir
+
+__all__ = ["run_job"]
+
+
+def run_job(placement: Placement, *, resume: bool = False) -> dict[str, Any]:
+    """Run the job on its engine; the outcome as run.json holds it.
+
+    `resume` keeps the run id of the folder's last run, so that its checkpoints are found.
+
+    Raises:
+        RankFailedError: a rank died and no restart is left.
+        LaunchError: the job could not be started, was stopped, or its time was up.
+    """
+    run_dir = RunDir(placement.run_dir)
+    if resume:
+        placement = replace(placement, run_id=_run_id(run_dir, placement))
+    run_dir.prepare()
+    started = time.time()
+    run_dir.write_state(
+        run_id=placement.run_id,
+        name=placement.spec.name,
+        engine=placement.spec.engine,
+        state="running",
+        launcher_pid=os.getpid(),
+        ranks=placement.num_ranks,
+        device=placement.device,
+        started=started,
+        exit_code=None,
+        error=None,
+    )
+    try:
+        _engine(placement.spec.engine)(placement)
+    except LaunchError as error:
+        _end(run_dir, started, "failed", getattr(error, "exit_code", 1), error)
+        raise
+    except BaseException as error:
+        _end(run_dir, started, "failed", 1, error)
+        raise
+    _end(run_dir, started, "succeeded", 0, None)
+    return run_dir.state()
+
+
+def _engine(name: str) -> Any:
+    if name == "local":
+        from seqpar.launch.local import run_local
+
+        return run_local
+    from seqpar.launch.security import enable_token_auth
+
+    enable_token_auth()
+    from seqpar.launch.ray import run_ray
+
+    return run_ray
+
+
+def _run_id(run_dir: RunDir, placement: Placement) -> str:
+    run_id = run_dir.state().get("run_id")
+    if not isinstance(run_id, str):
+        raise JobSpecError(
+            f"--resume: {run_dir.path} holds no earlier run of job {placement.spec.name}; "
+            "launch without --resume, or set run_dir to the earlier run's folder"
+        )
+    return run_id
+
+
+def _end(
+    run_dir: RunDir, started: float, state: str, code: int, error: BaseException | None
+) -> None:
+    rank = error.global_rank if isinstance(error, RankFailedError) else None
+    outcome = {
+        "state": state,
+        "exit_code": code,
+        "wall_s": round(time.time() - started, 3),
+        "error": str(error) if error else None,
+        "failed_rank": rank,
+    }
+    run_dir.write_state(**outcome)
+    run_dir.record("ended", **outcome)

@@ -1,0 +1,141 @@
+"""What a job file comes to on this machine: ranks, devices, environment, commands.
+
+`place` decides before anything is started, and `Placement.describe` is what `--dry-run` prints.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from seqpar.errors import JobSpecError
+from seqpar.launch.spec import JobSpec
+
+__all__ = ["Placement", "count_cuda_devices", "place", "rank_command"]
+
+WORKER = Path(__file__).with_name("worker.py")
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A job made definite: `num_ranks` ranks on `device` ("cpu" or "cuda")."""
+
+    spec: JobSpec
+    num_ranks: int
+    device: str
+    num_devices: int
+    run_dir: Path
+    run_id: str
+
+    def worker_command(self) -> list[str]:
+        """The command of every rank."""
+        return rank_command(self.spec.command())
+
+    def environment(self) -> dict[str, str]:
+        """What every rank finds set besides torchrun's own variables; the job's `env` wins."""
+        given = {
+            "SEQPAR_RUN_DIR": str(self.run_dir),
+            "SEQPAR_RUN_ID": self.run_id,
+            "SEQPAR_CHECKPOINT_DIR": str(self.spec.checkpoint_folder()),
+            "SEQPAR_HANG_TIMEOUT_S": f"{self.spec.hang_timeout_s:g}",
+        }
+        threads = max(1, (os.cpu_count() or 1) // self.num_ranks)
+        if "OMP_NUM_THREADS" not in os.environ:
+            given["OMP_NUM_THREADS"] = str(threads)
+        if self.device == "cpu":
+            given["CUDA_VISIBLE_DEVICES"] = ""
+        return given | self.spec.env
+
+    def describe(self) -> dict[str, Any]:
+        """The placement as plain values, for `--dry-run` and `--json`."""
+        return {
+            "name": self.spec.name,
+            "engine": self.spec.engine,
+            "address": self.spec.address,
+            "host": socket.gethostname(),
+            "device": self.device,
+            "devices_found": self.num_devices,
+            "ranks": [
+                {"rank": rank, "device": f"cuda:{rank}" if self.device == "cuda" else "cpu"}
+                for rank in range(self.num_ranks)
+            ],
+            "degrees": list(self.spec.degrees),
+            "command": self.worker_command(),
+            "environment": self.environment(),
+            "ports": "one, chosen free and held by the launcher until the ranks meet on it",
+            "run_dir": str(self.run_dir),
+            "checkpoint_dir": str(self.spec.checkpoint_folder()),
+            "restarts": self.spec.restarts,
+            "hang_timeout_s": self.spec.hang_timeout_s,
+            "timeout_s": self.spec.timeout_s,
+        }
+
+    def with_ranks(self, num_ranks: int) -> Placement:
+        """The same job on fewer ranks."""
+        return replace(self, num_ranks=num_ranks)
+
+
+def rank_command(script: list[str]) -> list[str]:
+    """How this machine runs a rank; `-P` keeps the worker's own folder off the path."""
+    return [sys.executable, "-u", "-P", str(WORKER), *script]
+
+
+def count_cuda_devices() -> int:
+    """CUDA devices that torch sees here; 0 without a CUDA build."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def place(spec: JobSpec, *, num_cuda: int | None = None, run_id: str | None = None) -> Placement:
+    """Decide the ranks and devices of a job; `num_cuda` overrides what the machine has.
+
+    Raises:
+        JobSpecError: CUDA is asked for and absent, or there are more ranks than devices and the
+            file neither allows that nor lets the number of ranks follow the devices.
+    """
+    if spec.devices == "cpu":
+        num_cuda = 0
+    elif num_cuda is None:
+        num_cuda = count_cuda_devices()
+    if num_cuda == 0:
+        if spec.devices == "cuda":
+            raise JobSpecError(
+                f"job {spec.name}: devices is cuda and this machine has no CUDA device: "
+                "set devices to auto or cpu"
+            )
+        return _placed(spec, spec.nproc, "cpu", os.cpu_count() or 1, run_id)
+    return _placed(spec, _ranks_on_cuda(spec, num_cuda), "cuda", num_cuda, run_id)
+
+
+def _ranks_on_cuda(spec: JobSpec, num_cuda: int) -> int:
+    if spec.nproc_on_cuda == "auto":
+        ranks = spec.largest_allowed(num_cuda)
+        if ranks < spec.min_nproc:
+            raise JobSpecError(
+                f"job {spec.name}: {num_cuda} CUDA devices allow {ranks} ranks of its geometry, "
+                f"and min_nproc is {spec.min_nproc}: set devices to cpu, or lower min_nproc or sp"
+            )
+        return ranks
+    ranks = spec.nproc_on_cuda or spec.nproc
+    if ranks > num_cuda and not spec.allow_oversubscribe:
+        raise JobSpecError(
+            f"job {spec.name}: {ranks} ranks on {num_cuda} CUDA devices: set nproc to {num_cuda}, "
+            "nproc_on_cuda to auto, or allow_oversubscribe to true"
+        )
+    if not spec.allows(ranks):
+        raise JobSpecError(
+            f"job {spec.name}: nproc_on_cuda {ranks} does not fit the degrees "
+            f"{list(spec.degrees)}; {spec.largest_allowed(ranks)} would fit"
+        )
+    return ranks
+
+
+def _placed(spec: JobSpec, ranks: int, device: str, found: int, run_id: str | None) -> Placement:
+    return Placement(spec, ranks, device, found, spec.run_folder(), run_id or uuid.uuid4().hex)

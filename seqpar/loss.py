@@ -1,0 +1,337 @@
+"""Token-weighted loss that equals one device's, however the tokens are split over ranks.
+
+A rank's mean is not the mean: ranks hold different numbers of target tokens. So every rank sums
+its negative log-likelihoods, and the sum is divided by the number of targets over the whole mesh.
+
+Both losses are computed in fp32 by blocks of tokens. `token_loss_sum` keeps the logits and their
+log-sum-exp; `lm_head_loss_sum` takes the hidden states instead and never holds whole logits: its
+forward computes each block's logits, loss and gradients, and keeps only the gradients of hidden
+states and weight (the scheme of Liger-Kernel's fused linear cross-entropy, arXiv 2410.10989).
+
+Shape letters: T tokens of this rank, E hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+
+from seqpar.batch import Batch
+from seqpar.comm import all_reduce_sum
+from seqpar.errors import DataError, LayoutError
+from seqpar.layout import IGNORE_INDEX
+
+__all__ = [
+    "chunked_token_loss",
+    "count_targets",
+    "lm_head_loss_sum",
+    "mean_over_mesh",
+    "token_loss",
+    "token_loss_sum",
+]
+
+GradReduction = Literal["mean", "sum"]
+_BLOCK_LOGITS = 1 << 27  # elements of a block's fp32 logits: 512 MiB, 1024 tokens of 131,072
+
+
+def token_loss(
+    logits: Tensor,
+    batch: Batch,
+    *,
+    mesh: DeviceMesh | None = None,
+    num_targets: int | None = None,
+    grad_reduction: GradReduction = "mean",
+) -> Tensor:
+    """The mean loss over all target tokens of the mesh, in nats a token.
+
+    Args:
+        logits: [1, T, V] (or [T, V]) of this rank's tokens.
+        batch: what the logits were computed from.
+        mesh: the whole mesh, dp and sp: every rank whose tokens count. None: the batch's group.
+        num_targets: what to divide by, if not this micro-batch's own number of targets over the
+            mesh: under gradient accumulation, `count_targets` of all the step's micro-batches.
+        grad_reduction: what is done to gradients over the mesh afterwards: "mean" where they are
+            averaged (fully_shard over all ranks of the mesh, DDP), "sum" where they are summed.
+
+    Returns:
+        0-dim float32, the same value on every rank. After the reduction named, each parameter's
+        gradient is that of the one-device mean. NaN if nothing is a target, as torch's own mean.
+
+    Raises:
+        LayoutError: logits of another number of tokens than the batch.
+    """
+    nll_sum, local_targets = token_loss_sum(logits, batch.labels)
+    return mean_over_mesh(
+        nll_sum,
+        local_targets,
+        mesh=batch.group if mesh is None else mesh,
+        num_targets=num_targets,
+        grad_reduction=grad_reduction,
+    )
+
+
+def chunked_token_loss(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    mesh: DeviceMesh | None = None,
+    num_targets: int | None = None,
+    grad_reduction: GradReduction = "mean",
+) -> Tensor:
+    """`token_loss` of a wrapped Hugging Face causal model that never holds whole logits.
+
+    Runs the model's forward with the head replaced by `lm_head_loss_sum`, final soft cap included.
+
+    Args:
+        model: wrapped by `parallelize`; `fully_shard` and DDP may be around it.
+        batch: this rank's. The other arguments are those of `token_loss`.
+
+    Raises:
+        UnsupportedModelError: the head is not one linear layer (the message says what to use).
+    """
+    nll_sum, local_targets = model(**batch.inputs, head_labels=batch.labels)
+    return mean_over_mesh(
+        nll_sum,
+        local_targets,
+        mesh=batch.group if mesh is None else mesh,
+        num_targets=num_targets,
+        grad_reduction=grad_reduction,
+    )
+
+
+def token_loss_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of -log p(label) over this rank's targets, and their number.
+
+    Args:
+        logits: [..., V], any float dtype; log-sum-exp and sum are fp32 (fp64 for fp64 logits).
+        labels: int64 [...], aligned with the logits; IGNORE_INDEX is no target.
+
+    Returns:
+        (0-dim fp32, differentiable in the logits; 0-dim int64). Zero tokens give a zero that is
+        still part of the graph, so that backward reaches every collective on every rank.
+
+    Raises:
+        LayoutError: labels of another shape than the logits' tokens.
+    """
+    _check_labels("logits", logits, labels)
+    nll_sum: Tensor = _LogitsLoss.apply(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))  # type: ignore[no-untyped-call]
+    return nll_sum, (labels != IGNORE_INDEX).sum()
+
+
+def lm_head_loss_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    block_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `token_loss_sum` of the logits hidden @ weight.T + bias, which are never held whole.
+
+    Args:
+        hidden: [..., E] this rank's last hidden states.
+        weight: [V, E] of the LM head; bias [V].
+        labels: int64 [...].
+        scale: the logits are multiplied by it.
+        softcap: if given, logits become softcap * tanh(logits / softcap), after the scale.
+        block_tokens: tokens whose logits exist at one time; by default 512 MiB of them in fp32.
+
+    Memory beyond its arguments: one block of fp32 logits, and when gradients are wanted one
+    tensor like `hidden` and an fp32 one like `weight`. Under autocast the matrix products run in
+    its dtype. Gradients are fp32 sums over blocks, returned in the arguments' dtypes.
+
+    Raises:
+        LayoutError: labels of another shape than the hidden states' tokens.
+    """
+    _check_labels("hidden states", hidden, labels)
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if block_tokens is None:
+        block_tokens = max(1, _BLOCK_LOGITS // weight.shape[0])
+    with torch.autocast(device_type, enabled=False):
+        nll_sum: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+            hidden.reshape(-1, hidden.shape[-1]),
+            weight,
+            bias,
+            labels.reshape(-1),
+            scale,
+            softcap,
+            block_tokens,
+            torch.is_grad_enabled(),
+        )
+    return nll_sum, (labels != IGNORE_INDEX).sum()
+
+
+def mean_over_mesh(
+    nll_sum: Tensor,
+    local_targets: Tensor,
+    *,
+    mesh: DeviceMesh | dist.ProcessGroup | None,
+    num_targets: int | None = None,
+    grad_reduction: GradReduction = "mean",
+) -> Tensor:
+    """Each rank's (sum, number of targets) -> the mean over the mesh; see `token_loss`."""
+    if grad_reduction not in ("mean", "sum"):
+        raise LayoutError(f"grad_reduction must be 'mean' or 'sum', got {grad_reduction!r}")
+    groups = groups_of(mesh)
+    totals = torch.stack([nll_sum.detach().double(), local_targets.double()])
+    for group in groups:
+        totals = all_reduce_sum(totals, group)
+    divisor = totals[1] if num_targets is None else totals.new_tensor(float(num_targets))
+    ranks = 1
+    for group in groups if grad_reduction == "mean" else ():
+        ranks *= group.size()
+    carrier = nll_sum * (ranks / divisor).to(nll_sum.dtype)
+    # The value is the mesh's mean, the gradient is this rank's share of it.
+    return (totals[0] / divisor).to(nll_sum.dtype) + (carrier - carrier.detach())
+
+
+def count_targets(batches: Iterable[Batch], *, mesh: DeviceMesh | None = None) -> int:
+    """Target tokens of all the micro-batches over the whole mesh: what a step divides by.
+
+    Raises:
+        DataError: there is none, so that the step's mean loss does not exist.
+    """
+    batches = list(batches)
+    groups = groups_of(mesh)
+    if mesh is None and batches and batches[0].group is not None:
+        groups = [batches[0].group]
+    device = batches[0].labels.device if batches else torch.device("cpu")
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for batch in batches:
+        total += (batch.labels != IGNORE_INDEX).sum()
+    for group in groups:
+        total = all_reduce_sum(total, group)
+    if not int(total):
+        raise DataError("no token of the step is a target: its mean loss does not exist")
+    return int(total)
+
+
+def groups_of(mesh: DeviceMesh | dist.ProcessGroup | None) -> list[dist.ProcessGroup]:
+    """Groups that, summed over one after the other, sum over the whole mesh."""
+    if mesh is None:
+        return []
+    groups = [mesh] if isinstance(mesh, dist.ProcessGroup) else mesh.get_all_groups()
+    return [group for group in groups if group.size() > 1]
+
+
+def _check_labels(what: str, values: Tensor, labels: Tensor) -> None:
+    if values.ndim < 2 or values.shape[:-1].numel() != labels.numel():
+        raise LayoutError(
+            f"{what} {tuple(values.shape)} and labels {tuple(labels.shape)} hold different "
+            "tokens: both must be this rank's shard of one batch"
+        )
+
+
+def _block_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 logits [T, V], labels [T] -> (sum over targets, log-sum-exp [T])."""
+    lse = logits.logsumexp(-1)
+    target = labels != IGNORE_INDEX
+    chosen = logits.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    return torch.where(target, lse - chosen, 0).sum(), lse
+
+
+def _block_gradient(logits: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
+    """softmax - one-hot, zero where no target; overwrites the logits."""
+    gradient = logits.sub_(lse[:, None]).exp_()
+    rows = torch.arange(len(labels), device=labels.device)
+    gradient[rows, labels.clamp(min=0)] -= 1
+    return gradient.masked_fill_((labels == IGNORE_INDEX)[:, None], 0)
+
+
+class _LogitsLoss(torch.autograd.Function):
+    """Keeps the logits (no fp32 copy) and lse [T]; backward writes one gradient in their dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        block = max(1, _BLOCK_LOGITS // logits.shape[1])
+        accumulate = torch.promote_types(logits.dtype, torch.float32)
+        total = logits.new_zeros((), dtype=accumulate)
+        lses = [total.new_zeros(0)]
+        for part, wanted in zip(
+            torch.split(logits, block), torch.split(labels, block), strict=True
+        ):
+            nll, lse = _block_nll(part.to(accumulate), wanted)
+            total += nll
+            lses.append(lse)
+        ctx.save_for_backward(logits, labels, torch.cat(lses))
+        ctx.block = block
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor, None]:
+        logits, labels, lse = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        parts = (torch.split(x, ctx.block) for x in (logits, labels, lse, gradient))
+        for part, wanted, part_lse, out in zip(*parts, strict=True):
+            fresh = part.to(lse.dtype, copy=True)
+            out.copy_(_block_gradient(fresh, wanted, part_lse).mul_(grad_sum))
+        return gradient, None
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Computes the gradients in forward, block by block, while a block's logits exist."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        scale: float,
+        softcap: float | None,
+        block_tokens: int,
+        with_gradients: bool,
+    ) -> Tensor:
+        accumulate = torch.promote_types(hidden.dtype, torch.float32)
+        total = hidden.new_zeros((), dtype=accumulate)
+        wanted = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
+        d_hidden = torch.empty_like(hidden) if wanted[0] else None
+        d_weight = torch.zeros_like(weight, dtype=accumulate) if wanted[1] else None
+        d_bias = None
+        if bias is not None and wanted[2]:
+            d_bias = torch.zeros_like(bias, dtype=accumulate)
+        for start in range(0, len(hidden), block_tokens):
+            part = hidden[start : start + block_tokens]
+            block_labels = labels[start : start + block_tokens]
+            raw = part @ weight.T if bias is None else torch.addmm(bias, part, weight.T)
+            logits = raw.to(accumulate).mul_(scale)
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            nll, lse = _block_nll(logits, block_labels)
+            total += nll
+            if not any(wanted):
+                continue
+            slope = scale if softcap is None else scale * (1 - (logits / softcap).square())
+            d_logits = (_block_gradient(logits, block_labels, lse) * slope).to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(d_logits, weight, out=d_hidden[start : start + block_tokens])
+            if d_weight is not None:
+                d_weight += d_logits.T @ part
+            if d_bias is not None:
+                d_bias += d_logits.sum(0, dtype=accumulate)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (
+            None if gradient is None else (gradient * grad_sum).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (*gradients, None, None, None, None, None)

@@ -1,0 +1,99 @@
+"""Tiles shared out by size: large ones to a dense kernel, what is left to packed calls.
+
+Legend: B batch, T query tokens, S key tokens, H query heads, G key/value heads, D head dim.
+
+cuDNN plans each new shape anew, for longer than a call takes, and the documents of a packed stream
+bring new lengths with every batch. So the dense kernel gets lengths that are multiples of `GRAIN`,
+few enough to be planned once, and the packed kernel gets the rest:
+
+    causal, 5000 rows      causal 4096 x 4096       |  causal rows 4096..5000 over all 5000 keys
+    full, 3000 x 2500      2048 x 2048              |  rows 2048..3000 over all keys, and
+                                                    |  rows 0..2048 over keys 2048..2500
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+from torch import Tensor
+
+from seqpar.ops.softmax_dense import DenseBackend, cut
+from seqpar.ops.softmax_packed import FlashPacked
+from seqpar.ops.softmax_tiles import Tile
+
+__all__ = ["GRAIN", "LEAST", "SplitBackend", "share_out"]
+
+GRAIN = 1024
+"""Rows and keys of the dense kernel's tiles are multiples of this."""
+
+LEAST = 2048
+"""Tiles with fewer rows or keys than this are not worth a call of their own."""
+
+
+class SplitBackend:
+    """Large tiles on the dense kernel, the rest packed."""
+
+    head_dim_multiple = 8
+
+    def __init__(self, dense: DenseBackend, packed: FlashPacked) -> None:
+        self.dense, self.packed = dense, packed
+        self.name = f"{dense.name}+{packed.name}"
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], *, scale: float
+    ) -> list[tuple[int, Tensor, Tensor]]:
+        large, small = share_out(tuple(tiles))
+        return [
+            *self.dense.forward(q, k, v, large, scale=scale),
+            *self.packed.forward(q, k, v, small, scale=scale),
+        ]
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        tiles: Sequence[Tile],
+        *,
+        scale: float,
+    ) -> tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor, Tensor]]]:
+        large, small = share_out(tuple(tiles))
+        by_row, by_key = self.dense.backward(dout, q, k, v, out, lse, large, scale=scale)
+        rows, keys = self.packed.backward(dout, q, k, v, out, lse, small, scale=scale)
+        return by_row + rows, by_key + keys
+
+
+@lru_cache(maxsize=1024)
+def share_out(tiles: tuple[Tile, ...]) -> tuple[tuple[Tile, ...], tuple[Tile, ...]]:
+    """(for the dense kernel, for the packed one); together they cover each pair once."""
+    large: list[Tile] = []
+    small: list[Tile] = []
+    for tile in tiles:
+        if tile.left is not None or tile.right not in (None, 0):
+            small.append(tile)
+            continue
+        pieces = [shared for piece in cut(tile) for shared in _shared(piece)]
+        if any(is_large for is_large, _ in pieces):
+            large += [piece for is_large, piece in pieces if is_large]
+            small += [piece for is_large, piece in pieces if not is_large]
+        else:
+            small.append(tile)  # whole: one segment, not several
+    return tuple(large), tuple(small)
+
+
+def _shared(piece: Tile) -> Iterator[tuple[bool, Tile]]:
+    """A full rectangle or causal square as (is large, part)."""
+    rows = piece.q_start + piece.num_queries // GRAIN * GRAIN
+    keys = piece.k_start + piece.num_keys // GRAIN * GRAIN
+    if min(rows - piece.q_start, keys - piece.k_start) < LEAST:
+        yield False, piece
+        return
+    yield True, piece._replace(q_stop=rows, k_stop=keys)
+    if rows < piece.q_stop:
+        yield False, piece._replace(q_start=rows)
+    if piece.is_full and keys < piece.k_stop:
+        yield False, piece._replace(q_stop=rows, k_start=keys)

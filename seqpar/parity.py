@@ -1,0 +1,415 @@
+"""The one call that compares a wrapped model with one device.
+
+The reference is the unwrapped model on whole documents, one after the other, each by itself: no
+packing, no layout, no exchange, torch's own cross-entropy. So a leak between documents, a wrong
+position, a lost key or a loss off by the group's size all show.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from seqpar.adapters.hf_models import hugging_face_model
+from seqpar.batch import Batch, PackedStream, unshard
+from seqpar.comm import all_reduce_sum
+from seqpar.errors import ParityError, UnsupportedModelError
+from seqpar.layout import IGNORE_INDEX, SequenceLayout
+from seqpar.loss import token_loss
+from seqpar.parallelize import is_parallelized, unparallelize
+
+__all__ = ["Divergence", "ParityReport", "check_parity"]
+
+_SMALL_GRADIENT = 1e-3
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first module that differs, in the order that one device runs them.
+
+    Attributes:
+        module: its name in the model.
+        kind: "output" if its forward output differs; "gradient" if every output agrees, and it is
+            the first in backward order whose parameters' gradients differ.
+        error: of the worst token (output), or of the worst parameter (gradient).
+    """
+
+    module: str
+    kind: str
+    error: float
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """How far a wrapped model is from one device; the same on every rank.
+
+    Attributes:
+        loss, reference_loss: nats a token, means over all target tokens of the mesh.
+        gradient_errors: by parameter, ‖gradient - reference‖ / ‖reference‖. Where a reference is
+            under 1e-3 of the model's root mean square gradient (a bias that softmax cancels), it
+            is relative to that instead: noise is not compared with noise.
+        loss_tolerance, gradient_tolerance: what was allowed.
+        divergence: the first module that differs, if the comparison failed.
+    """
+
+    loss: float
+    reference_loss: float
+    gradient_errors: dict[str, float] = field(repr=False)
+    loss_tolerance: float
+    gradient_tolerance: float
+    divergence: Divergence | None = None
+
+    @property
+    def loss_error(self) -> float:
+        """Relative error of the loss."""
+        if not math.isfinite(self.loss):
+            return math.inf
+        return abs(self.loss - self.reference_loss) / max(abs(self.reference_loss), 1e-30)
+
+    @property
+    def worst_parameter(self) -> str:
+        return max(self.gradient_errors, key=lambda name: self.gradient_errors[name], default="")
+
+    @property
+    def gradient_error(self) -> float:
+        """The largest of `gradient_errors`."""
+        return max(self.gradient_errors.values(), default=0.0)
+
+    @property
+    def ok(self) -> bool:
+        return (
+            self.loss_error <= self.loss_tolerance
+            and self.gradient_error <= self.gradient_tolerance
+        )
+
+    def summary(self) -> str:
+        """One line: both errors against their tolerances, and where they begin."""
+        text = (
+            f"loss {self.loss:.6f} against {self.reference_loss:.6f} on one device "
+            f"(relative error {self.loss_error:.1e}, allowed {self.loss_tolerance:.0e}); "
+            f"worst gradient {self.worst_parameter} "
+            f"({self.gradient_error:.1e}, allowed {self.gradient_tolerance:.0e})"
+        )
+        if self.divergence is None:
+            return text
+        where = self.divergence
+        return f"{text}; first to diverge: {where.kind} of {where.module} ({where.error:.1e})"
+
+
+def check_parity(
+    model: nn.Module,
+    batch: Batch,
+    mesh: DeviceMesh | None = None,
+    *,
+    loss_tolerance: float = 1e-5,
+    gradient_tolerance: float = 1e-4,
+) -> ParityReport:
+    """Compare loss and every parameter's gradient of a wrapped model with one device's.
+
+    Collective: every rank of the mesh calls it, with its own batch. Every rank computes the
+    reference, so the whole stream must fit one device. Parameters, gradients and the random
+    state stay as they were. The default tolerances are for float32.
+
+    Args:
+        model: wrapped by `parallelize`, before `fully_shard`.
+        batch: this rank's.
+        mesh: the whole mesh; None: the ranks of the batch's group.
+
+    Returns:
+        The report, if it is within tolerance.
+
+    Raises:
+        ParityError: it is not; the message names the first module that diverges.
+        UnsupportedModelError: a model that is not wrapped, is sharded, or draws dropout masks.
+    """
+    _check_comparable(model)
+    groups = [group for group in _groups(batch, mesh) if group is not None]
+    streams = _all_streams(batch, groups)
+    reference_model = unparallelize(copy.deepcopy(model))
+    reference_loss, reference_gradients = _reference(reference_model, streams)
+    loss, gradients = _wrapped(model, batch, mesh, groups)
+    errors = _gradient_errors(gradients, reference_gradients)
+    report = ParityReport(loss, reference_loss, errors, loss_tolerance, gradient_tolerance)
+    if report.ok:
+        return report
+    found = _first_divergence(model, reference_model, batch, report)
+    raise ParityError(
+        ParityReport(**{**vars(report), "divergence": _agreed(found, groups)}).summary()
+    )
+
+
+# -- the two sides --------------------------------------------------------------------------------
+
+
+def _wrapped(
+    model: nn.Module, batch: Batch, mesh: DeviceMesh | None, groups: Sequence[ProcessGroup]
+) -> tuple[float, dict[str, Tensor | None]]:
+    logits = logits_of(model(**batch.inputs))
+    loss = token_loss(logits, batch, mesh=mesh, grad_reduction="sum")
+    found = _gradients(loss, model)
+    gradients = dict[str, Tensor | None]()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:  # a rank that did not use it takes part all the same
+            gradient = found[name]
+            total = torch.zeros_like(parameter) if gradient is None else gradient
+            for group in groups:
+                total = all_reduce_sum(total, group)
+            gradients[name] = total
+    return loss.item(), gradients
+
+
+def _reference(
+    model: nn.Module, streams: Sequence[PackedStream]
+) -> tuple[float, dict[str, Tensor | None]]:
+    targets = sum(int((stream.labels != IGNORE_INDEX).sum()) for stream in streams)
+    loss, total = 0.0, dict[str, Tensor | None]()
+    for document in itertools.chain.from_iterable(map(_documents, streams)):
+        logits = logits_of(_run_document(model, document))
+        nll = nn.functional.cross_entropy(
+            logits.flatten(0, -2).float(),
+            document.labels.flatten(),
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+        )
+        part = nll / targets
+        loss += part.item()
+        for name, gradient in _gradients(part, model).items():
+            before = total.get(name)
+            total[name] = gradient if before is None or gradient is None else before + gradient
+    return loss, total
+
+
+def _documents(stream: PackedStream) -> list[PackedStream]:
+    """Each document as a stream of its own, its source beside it."""
+    sources = [None] * (len(stream.cu_seqlens) - 1)
+    if stream.source is not None:
+        sources = _documents(stream.source)  # type: ignore[assignment]
+    return [
+        PackedStream(
+            stream.ids[:, start:stop],
+            stream.labels[:, start:stop],
+            (0, stop - start),
+            {name: tensor[:, start:stop] for name, tensor in stream.features.items()},
+            source,
+        )
+        for (start, stop), source in zip(
+            itertools.pairwise(stream.cu_seqlens), sources, strict=True
+        )
+    ]
+
+
+def _run_document(model: nn.Module, document: PackedStream) -> Any:
+    """The unwrapped model on one whole document."""
+    layout = SequenceLayout.contiguous(document.cu_seqlens, 1)
+    positions = layout.position_ids(0)[None].to(document.ids.device)
+    if hugging_face_model(model) is None:
+        return model(document.ids, positions, layout=layout, group=None, **document.features)
+    if document.source is not None:
+        return model(input_ids=document.source.ids, decoder_input_ids=document.ids, use_cache=False)
+    return model(
+        input_ids=document.ids, position_ids=positions, use_cache=False, **document.features
+    )
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in whatever a model returns: themselves, `.logits`, or the first of a tuple."""
+    if isinstance(output, Tensor):
+        return output
+    for name in ("logits", "last_hidden_state"):
+        found = getattr(output, name, None)
+        if isinstance(found, Tensor):
+            return found
+    first: Tensor = output[0]
+    return first
+
+
+def _gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor | None]:
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return dict(zip(named, found, strict=True))
+
+
+def _gradient_errors(
+    gradients: dict[str, Tensor | None], references: dict[str, Tensor | None]
+) -> dict[str, float]:
+    present = [reference.double() for reference in references.values() if reference is not None]
+    count = sum(reference.numel() for reference in present)
+    rms = math.sqrt(sum(float(reference.square().sum()) for reference in present) / max(count, 1))
+    errors = {}
+    for name, reference in references.items():
+        gradient = gradients[name]
+        if gradient is None and reference is None:
+            continue
+        gradient = torch.zeros_like(reference) if gradient is None else gradient  # type: ignore[arg-type]
+        reference = torch.zeros_like(gradient) if reference is None else reference
+        least = _SMALL_GRADIENT * rms * math.sqrt(reference.numel())
+        errors[name] = _relative(gradient, reference, least)
+    return errors
+
+
+def _relative(found: Tensor, reference: Tensor, least: float) -> float:
+    found, reference = found.double(), reference.double()
+    if not bool(torch.isfinite(found).all()):
+        return math.inf
+    size = max(float(reference.norm()), least)
+    difference = float((found - reference).norm())
+    return difference / size if size else difference
+
+
+# -- where it begins ------------------------------------------------------------------------------
+
+
+def _first_divergence(
+    model: nn.Module, reference_model: nn.Module, batch: Batch, report: ParityReport
+) -> Divergence | None:
+    """Run both forwards again with every module's output recorded."""
+    held = batch.ids.shape[1]
+    # A Hugging Face model runs one token, which counts for nothing, on a rank that holds none.
+    shown = held if hugging_face_model(model) is None else max(held, 1)
+    mine = _recorded(model, shown, functools.partial(model, **batch.inputs))
+    theirs: dict[str, list[Tensor]] = {}
+    for document in _documents(_whole(batch)):
+        run = functools.partial(_run_document, reference_model, document)
+        for name, output in _recorded(reference_model, document.num_tokens, run).items():
+            theirs.setdefault(name, []).append(output)
+    common = _common_names(set(mine) & set(theirs), batch)
+    for name, parts in theirs.items():
+        if name in common:
+            error = _worst_token(unshard(mine[name][:held], batch, dim=0), torch.cat(parts))
+            if error > report.gradient_tolerance:
+                return Divergence(name, "output", error)
+    return _last_gradient(list(theirs), report)
+
+
+def _common_names(names: set[str], batch: Batch) -> set[str]:
+    """The modules that every rank of the group has recorded."""
+    if batch.group is None:
+        return names
+    gathered: list[set[str]] = [set()] * batch.group.size()
+    dist.all_gather_object(gathered, names, group=batch.group)
+    return set.intersection(*gathered)
+
+
+def _recorded(model: nn.Module, num_tokens: int, run: Callable[[], Any]) -> dict[str, Tensor]:
+    """[T, ...] outputs by module name, in the order that modules finish; first calls only."""
+    outputs: dict[str, Tensor] = {}
+
+    def record(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+            tokens_first = _tokens_first(output, num_tokens)
+            if tokens_first is not None and name not in outputs:
+                outputs[name] = tokens_first.detach()
+
+        return hook
+
+    handles = [m.register_forward_hook(record(name)) for name, m in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def _tokens_first(output: Any, num_tokens: int) -> Tensor | None:
+    """A module's output as [T, ...]; None if it does not hold one entry a token."""
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    output = getattr(output, "last_hidden_state", output)
+    if not isinstance(output, Tensor):
+        return None
+    if output.ndim >= 3 and output.shape[:2] == (1, num_tokens):
+        return output[0]
+    return output if output.ndim >= 2 and output.shape[0] == num_tokens else None
+
+
+def _worst_token(found: Tensor, reference: Tensor) -> float:
+    if found.shape != reference.shape:
+        return math.inf
+    found, reference = found.double().flatten(1), reference.double().flatten(1)
+    if not bool(torch.isfinite(found).all()):
+        return math.inf
+    size = float(reference.norm(dim=1).max())
+    difference = float((found - reference).norm(dim=1).max())
+    return difference / size if size else difference
+
+
+def _last_gradient(order: list[str], report: ParityReport) -> Divergence | None:
+    """Backward runs in reverse: of the modules whose gradients differ, the last in forward."""
+    wrong = {
+        name: error
+        for name, error in report.gradient_errors.items()
+        if error > report.gradient_tolerance
+    }
+    rank = {module: index for index, module in enumerate(order)}
+    owners = [(rank.get(name.rpartition(".")[0], -1), error, name) for name, error in wrong.items()]
+    if not owners:
+        return None
+    _, error, name = max(owners)
+    return Divergence(name.rpartition(".")[0] or name, "gradient", error)
+
+
+# -- the batch ------------------------------------------------------------------------------------
+
+
+def _check_comparable(model: nn.Module) -> None:
+    name = type(model).__name__
+    if not is_parallelized(model):
+        raise UnsupportedModelError(name, "it is not wrapped", "call seqpar.parallelize first")
+    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            name, "its parameters are sharded", "call check_parity before fully_shard"
+        )
+    random = [n for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    if model.training and random:
+        raise UnsupportedModelError(
+            f"{random[0]} (Dropout)", "two runs draw different masks", "call model.eval() first"
+        )
+
+
+def _groups(batch: Batch, mesh: DeviceMesh | None) -> list[ProcessGroup | None]:
+    return [batch.group] if mesh is None else [g for g in mesh.get_all_groups() if g.size() > 1]
+
+
+def _whole(batch: Batch) -> PackedStream:
+    return PackedStream(
+        unshard(batch.ids, batch),
+        unshard(batch.labels, batch),
+        batch.layout.cu_seqlens,
+        {name: unshard(tensor, batch) for name, tensor in batch.features.items()},
+        None if batch.source is None else _whole(batch.source),
+    )
+
+
+def _all_streams(batch: Batch, groups: Sequence[ProcessGroup]) -> list[PackedStream]:
+    """The streams of every rank of the mesh, each once."""
+    streams = [_whole(batch)]
+    own = None if batch.group is None else set(dist.get_process_group_ranks(batch.group))
+    for group in groups:
+        if own is not None and set(dist.get_process_group_ranks(group)) == own:
+            continue
+        gathered: list[Any] = [None] * group.size()
+        dist.all_gather_object(gathered, streams, group=group)
+        streams = list(itertools.chain.from_iterable(gathered))
+    return streams
+
+
+def _agreed(found: Divergence | None, groups: Sequence[ProcessGroup]) -> Divergence | None:
+    """One answer for all ranks: the lowest rank's that has one."""
+    for group in groups:
+        answers: list[Divergence | None] = [None] * group.size()
+        dist.all_gather_object(answers, found, group=group)
+        found = next((answer for answer in answers if answer is not None), None)
+    return found

@@ -1,0 +1,167 @@
+"""CUDA backends against float64: each kernel, rectangles, empty rows, GQA, windows, merged lse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from seqpar.errors import KernelInputError
+from seqpar.layout import SequenceLayout
+from seqpar.ops.softmax_dense import DenseBackend, cut
+from seqpar.ops.softmax_kernels import Cudnn, Efficient
+from seqpar.ops.softmax_local import Backend, Gradients, attend, attend_backward, choose_backend
+from seqpar.ops.softmax_merge import merge_lse_, merge_lse_torch_
+from seqpar.ops.softmax_packed import FlashPacked
+from seqpar.ops.softmax_partial import PartialOutput
+from seqpar.ops.softmax_split import SplitBackend
+from seqpar.ops.softmax_tiles import Mask, Tile, block_tiles
+from tests.ops.test_softmax_local import TILES, conforms
+from tests.tolerances import assert_close
+
+pytestmark = pytest.mark.gpu
+
+HEADS = {1: (4, 2, 128, 128), 2: (3, 1, 40, 24)}  # by batch
+BACKENDS = {
+    "cudnn": (DenseBackend(Cudnn()), torch.bfloat16),
+    "flash": (FlashPacked(), torch.bfloat16),
+    "efficient": (DenseBackend(Efficient()), torch.bfloat16),
+    "efficient fp32": (DenseBackend(Efficient()), torch.float32),
+}
+
+
+@pytest.fixture(autouse=True)
+def _torch_as_users_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deterministic mode with warn_only makes torch's kernels warn, and a warning is an error."""
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return
+
+
+def scaled(tiles: list[Tile], factor: int) -> list[Tile]:
+    """The same tiles, `factor` times as large."""
+    return [
+        Tile(
+            *(edge * factor for edge in tile[:4]),
+            None if tile.left is None else tile.left * factor,
+            None if tile.right is None else tile.right * factor,
+        )
+        for tile in tiles
+    ]
+
+
+@pytest.mark.parametrize("batch", HEADS)
+@pytest.mark.parametrize("name", TILES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cuda_conforms(backend: str, name: str, batch: int) -> None:
+    chosen, dtype = BACKENDS[backend]
+    factor = 13  # no multiple of a kernel's block
+    tiles = scaled(TILES[name], factor)
+    if backend == "cudnn" and any(
+        not (piece.is_full or piece.is_causal) for tile in tiles for piece in cut(tile)
+    ):
+        pytest.skip("cuDNN through torch has no windows")
+    conforms(
+        tiles, HEADS[batch], dtype, "cuda", num_tokens=40 * factor, batch=batch, backend=chosen
+    )
+
+
+def test_choice() -> None:
+    def choose(dtype: torch.dtype, dim: int = 128) -> str:
+        x = torch.empty(1, 8, 2, dim, dtype=dtype, device="cuda")
+        return choose_backend(x, x).name
+
+    on_hopper = torch.cuda.get_device_capability() >= (9, 0)
+    assert choose(torch.bfloat16) == ("cudnn+flash" if on_hopper else "flash")
+    assert choose(torch.bfloat16, 192) == "flash"
+    assert choose(torch.float32) == choose(torch.bfloat16, 320) == "efficient"
+    with pytest.raises(KernelInputError, match="float64"):
+        choose(torch.float64)
+    torch.use_deterministic_algorithms(True)
+    assert choose(torch.bfloat16) == "flash"
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_large_and_small_tiles_together(batch: int) -> None:
+    """Documents on both kernels, one of them cut; a rectangle whose rest meets the same rows."""
+    split = SplitBackend(DenseBackend(Cudnn()), FlashPacked())
+    documents = [(0, 100), (100, 2900), (2900, 5300), (5300, 5400)]
+    causal = [Tile(a, b, a, b, None, 0) for a, b in documents]
+    for tiles in (causal, [Tile(0, 3000, 0, 2500), Tile(3000, 5400, 2500, 5400)]):
+        conforms(
+            tiles, (2, 1, 64, 64), torch.bfloat16, "cuda", num_tokens=5400, batch=batch,
+            backend=split,
+        )  # fmt: skip
+
+
+def _gradients(backend: Backend | None) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    q, k, v, dout = (
+        torch.randn(1, 2048, 4, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4)
+    )
+    tiles = [Tile(0, 2048, 0, 2048, None, 0)]
+    merged = PartialOutput(q, 128)
+    attend(merged, q, k, v, tiles, scale=0.1, backend=backend)
+    out, lse = merged.result()
+    grads = Gradients.of(q, k, v)
+    attend_backward(grads, dout, q, k, v, out, lse, tiles, scale=0.1, backend=backend)
+    return [out, grads.dq.result(), grads.dk.result(), grads.dv.result()]
+
+
+def test_deterministic_mode_repeats_every_bit() -> None:
+    torch.use_deterministic_algorithms(True)
+    first = _gradients(None)
+    for _ in range(3):
+        for x, again in zip(first, _gradients(None), strict=True):
+            assert torch.equal(x, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merge_kernel_equals_torch(dtype: torch.dtype) -> None:
+    out, new_out = (torch.randn(2, 37, 6, 48, device="cuda") for _ in range(2))
+    lse, new_lse = (4 * torch.randn(2, 6, 37, device="cuda").transpose(1, 2) for _ in range(2))
+    lse[0, 3], new_lse[0, 3:5], new_lse[1, 0, 2] = -torch.inf, -torch.inf, -torch.inf
+    out[0, 3], new_out[0, 3:5], new_out[1, 0, 2] = 0, 0, 0
+    out = out.to(dtype)
+    expected_out, expected_lse = out.float(), lse.clone()
+    merge_lse_torch_(expected_out, expected_lse, new_out, new_lse)
+    merge_lse_(out, lse, new_out, new_lse)
+    assert_close(out, expected_out, what="out")
+    assert torch.equal(torch.isneginf(lse), torch.isneginf(expected_lse))
+    assert_close(lse.exp(), expected_lse.exp(), what="exp(lse)")
+
+
+def test_ring_of_eight_errs_no_more_than_twice_one_device() -> None:
+    """Eight ranks' blocks on one device, bfloat16: forward and dq, dk, dv of the cuDNN path."""
+    layout = SequenceLayout.zigzag((0, 16384), 8)
+    torch.manual_seed(0)
+    streams = [torch.randn(1, 16384, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    one = _over_blocks(SequenceLayout.zigzag((0, 16384), 1), streams)
+    ring = _over_blocks(layout, streams)
+    exact = _over_blocks(SequenceLayout.zigzag((0, 16384), 1), [x.float() for x in streams])
+    for what, x, y, ref in zip(("out", "dq", "dk", "dv"), ring, one, exact, strict=True):
+        ring_error = ((x.double() - ref).norm() / ref.norm()).item()
+        one_error = ((y.double() - ref).norm() / ref.norm()).item()
+        assert ring_error <= 2 * one_error, (what, ring_error, one_error)
+
+
+def _over_blocks(layout: SequenceLayout, streams: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Every rank's work in turn, as the ring does it; whole-stream results."""
+    size = layout.world_size
+    q, k, v, dout = ([layout.shard(x, rank) for rank in range(size)] for x in streams)
+    outs, grads = [], [Gradients.of(*x) for x in zip(q, k, v, strict=True)]
+    for rank in range(size):
+        merged = PartialOutput(q[rank], v[rank].shape[-1])
+        steps = [(rank - t) % size for t in range(size)]
+        for other in steps:
+            tiles = block_tiles(layout, layout, rank, other, Mask())
+            attend(merged, q[rank], k[other], v[other], tiles, scale=128**-0.5)
+        out, lse = merged.result()
+        outs.append(out)
+        for other in steps:
+            tiles = block_tiles(layout, layout, rank, other, Mask())
+            sums = Gradients(grads[rank].dq, grads[other].dk, grads[other].dv)
+            attend_backward(
+                sums, dout[rank], q[rank], k[other], v[other], out, lse, tiles, scale=128**-0.5
+            )
+    by_rank = (outs, *([getattr(g, x).result() for g in grads] for x in ("dq", "dk", "dv")))
+    return [layout.unshard(shards) for shards in by_rank]

@@ -1,0 +1,110 @@
+"""The ring on gloo ranks against the whole stream in float64: per token, every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.utils._pytree as pytree
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from seqpar import comm
+from seqpar.layout import SequenceLayout
+from seqpar.ops.ring import ring_backward, ring_forward
+from seqpar.ops.ring_schedule import ring_schedule
+from seqpar.ops.softmax_tiles import Mask
+from tests.ops.softmax_cases import Case, assert_exact, layouts, run_case, run_cases
+from tests.ranks import run_ranks
+
+DOCUMENTS = (0, 3, 40, 41, 77)
+MASKS = [(True, None), (False, None), (True, 9), (False, 9)]
+
+
+def _cases(world_size: int) -> list[Case]:
+    made = [Case(layout) for layout in layouts((0, 61), world_size)]
+    made += [
+        Case(layout, causal=causal, window=window)
+        for layout in layouts(DOCUMENTS, world_size)
+        for causal, window in MASKS
+    ]
+    zigzag = SequenceLayout.zigzag(DOCUMENTS, world_size)
+    heads = [(3, 3), (4, 1), (6, 2)]
+    made += [Case(zigzag, heads=h, kv_heads=g, key_dim=8, value_dim=6) for h, g in heads]
+    made.append(Case(zigzag, batch=2, key_dim=6, value_dim=10, dtype=torch.float64))
+    made.append(Case(SequenceLayout.zigzag((0, 2), world_size)))
+    return made
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5, 8])
+def test_ring_equals_one_device(world_size: int) -> None:
+    cases = _cases(world_size)
+    results = run_ranks(world_size, run_cases, cases)
+    for i, case in enumerate(cases):
+        assert_exact(case, [result[i] for result in results])
+
+
+@pytest.mark.parametrize("case", _cases(1), ids=str)
+def test_one_rank_needs_no_group(case: Case) -> None:
+    assert_exact(case, [run_case(0, case)])
+
+
+def _traffic(rank: int, case: Case) -> tuple[int, int]:
+    with comm.count_traffic() as traffic:
+        run_case(rank, case)
+    return traffic["exchange"].sent_bytes, traffic["exchange"].calls
+
+
+def test_only_what_the_mask_lets_through_is_sent() -> None:
+    """Causal and contiguous: rank r sends its block to the ranks after it alone, dk and dv back."""
+    case = Case(SequenceLayout.contiguous((0, 64), 4), options={"check": False})
+    block = 16 * 2 * (8 + 8) * 4  # tokens, kv heads, K + V, bytes
+    sent = [bytes_sent for bytes_sent, _ in run_ranks(4, _traffic, case)]
+    assert sent == [block * (2 * (3 - rank) + rank) for rank in range(4)]
+
+
+def test_documents_on_one_rank_send_nothing() -> None:
+    case = Case(SequenceLayout.contiguous((0, 16, 32, 40, 48), 3), options={"check": False})
+    assert run_ranks(3, _traffic, case) == [(0, 0)] * 3
+
+
+class _PeakBytes(TorchDispatchMode):
+    """The most bytes that were alive at once in tensors made inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for x in pytree.tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self._alive[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self._alive = {p: entry for p, entry in self._alive.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return result
+
+
+def _peak_bytes(rank: int, case: Case) -> tuple[int, int]:
+    """Peak of forward, and of forward and backward, beside q, k, v and dout."""
+    q, k, v, dout = (case.layout.shard(x, rank) for x in case.streams())
+    schedule = ring_schedule(case.layout, case.layout, rank, Mask(), tuple(range(8)))
+    with _PeakBytes() as forward:
+        out, lse = ring_forward(q, k, v, schedule, dist.group.WORLD, 0.3)
+    with _PeakBytes() as backward:
+        ring_backward(dout, q, k, v, out, lse, schedule, dist.group.WORLD, 0.3)
+    return forward.peak, backward.peak
+
+
+def test_memory_of_a_rank_does_not_grow_with_the_ranks() -> None:
+    """A rank of eight holds no more than a rank of five: its own tokens and two blocks."""
+    peaks = []
+    for world_size in (5, 8):
+        layout = SequenceLayout.zigzag((0, 96 * world_size), world_size)
+        case = Case(layout, heads=4, kv_heads=4, key_dim=16, value_dim=16)
+        peaks.append(run_ranks(world_size, _peak_bytes, case))
+    tensor = 96 * 4 * 16 * 4  # bytes of one rank's q
+    for few, many in zip(zip(*peaks[0], strict=True), zip(*peaks[1], strict=True), strict=True):
+        assert max(many) <= max(few) + tensor, (few, many)

@@ -1,0 +1,136 @@
+"""The API of a plan: valid, verified, JSON both ways, never worse than its baselines, no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from seqpar.errors import InfeasiblePlanError, PlanError
+from seqpar.planners import (
+    Cluster,
+    CostModel,
+    Exchange,
+    LayerCost,
+    Link,
+    Planner,
+    ScatterPlan,
+    ScatterProblem,
+    best_fixed_degree,
+    preset,
+)
+
+FLEXSP = Cluster(devices=64, devices_per_node=8, memory_bytes=28 * 2**30)
+SMALL = CostModel(
+    name="small",
+    layers=(LayerCost(kind="softmax", quadratic_ms=1e-6, linear_ms=0.1),),
+    fixed_ms=5.0,
+    exchanges=(Exchange(strategy="ulysses", bytes_per_token=1e6),),
+    links=(Link(degree=2, gib_per_s=10.0), Link(degree=4, gib_per_s=8.0)),
+    memory_bytes_per_token=1.0,
+)
+
+
+def lognormal(seed: int, *, count: int = 512, mean: float = 1400, sigma: float = 1.45) -> list[int]:
+    rng = np.random.default_rng(seed)
+    lengths = rng.lognormal(np.log(mean), sigma, 4 * count).astype(int)
+    return lengths[(lengths >= 1) & (lengths <= 196_608)][:count].tolist()
+
+
+def flexsp_problem(seed: int, *, count: int = 512) -> ScatterProblem:
+    return ScatterProblem(tuple(lognormal(seed, count=count)), FLEXSP, preset("flexsp-7b"))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_plans_are_valid_and_never_worse_than_baselines(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, [200, 5000, 32768][seed % 3], int(rng.integers(1, 60)))
+    problem = ScatterProblem(tuple(lengths), Cluster(devices=4, memory_bytes=16384.0), SMALL)
+    plan = Planner(time_limit_ms=20).plan(problem)
+    plan.verify(problem)
+    assert plan.makespan_ms <= min(plan.baselines.values()) * (1 + 1e-12)
+    assert (
+        plan.step_lower_bound_ms
+        <= plan.lower_bound_ms * (1 + 1e-9)
+        <= plan.makespan_ms * (1 + 1e-9)
+    )
+    assert ScatterPlan.from_json(plan.to_json()) == plan
+    assert ScatterProblem.from_json(problem.to_json()) == problem
+    assert Planner(time_limit_ms=20).plan(problem) == plan
+
+
+def test_a_flexsp_step_is_near_its_bound() -> None:
+    problem = flexsp_problem(0)
+    plan = Planner().plan(problem)
+    assert plan.lower_bound_ms <= plan.makespan_ms < 1.2 * plan.step_lower_bound_ms
+    assert plan.baselines["best_degree_per_batch"] > 1.3 * plan.makespan_ms
+
+
+def test_one_sequence_runs_at_its_best_degree() -> None:
+    problem = ScatterProblem((4096,), Cluster(devices=4, memory_bytes=16384.0), SMALL)
+    plan = Planner().plan(problem)
+    best = min(SMALL.group_ms([4096], d) for d in (1, 2, 4))
+    assert plan.makespan_ms == pytest.approx(best)
+    assert plan.lower_bound_ms == pytest.approx(best)
+
+
+def test_verify_rejects_each_broken_constraint() -> None:
+    problem = ScatterProblem((9000, 800, 70), Cluster(devices=4, memory_bytes=4096.0), SMALL)
+    plan = Planner().plan(problem)
+    batch = plan.micro_batches[0]
+    group = batch.groups[0]
+    broken = {
+        "times": replace(group, sequences=group.sequences + group.sequences),
+        "ranks": replace(group, ranks=(0, 0, 1, 2)),
+        "devices": replace(group, ranks=tuple(rank + 4 for rank in group.ranks)),
+        "tokens": replace(group, tokens=1),
+        "take": replace(group, predicted_ms=group.predicted_ms / 2),
+    }
+    for wrong in broken.values():
+        batches = (replace(batch, groups=(wrong, *batch.groups[1:])), *plan.micro_batches[1:])
+        with pytest.raises(PlanError):
+            replace(plan, micro_batches=batches).verify(problem)
+    with pytest.raises(PlanError, match="run 0 times"):
+        replace(plan, micro_batches=plan.micro_batches[1:]).verify(problem)
+
+
+def test_best_fixed_degree_is_one_degree_for_all_steps() -> None:
+    cluster = Cluster(devices=4, memory_bytes=16384.0)
+    steps = [ScatterProblem(tuple(lengths), cluster, SMALL) for lengths in ([30000], [10] * 40)]
+    plans = best_fixed_degree(steps)
+    used = {group.degree for plan in plans for b in plan.micro_batches for group in b.groups}
+    assert len(used) == 1
+    assert used <= {2, 4}  # 30,000 tokens need two devices of 16,384
+    for plan, problem in zip(plans, steps, strict=True):
+        plan.verify(problem)
+
+
+def test_a_sequence_that_fits_nowhere_says_what_would_help() -> None:
+    with pytest.raises(InfeasiblePlanError, match=r"sequence 1 has 70000 tokens.*holds 65536") as e:
+        ScatterProblem((5, 70_000), Cluster(devices=4, memory_bytes=16384.0), SMALL)
+    assert (e.value.needed_tokens, e.value.available_tokens) == (70_000, 65_536)
+    assert "5 devices" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "match"), [((), "no lengths"), ((4, 0), "length 1"), ((1.5,), "0")]
+)
+def test_bad_lengths(lengths: tuple[int, ...], match: str) -> None:
+    with pytest.raises(PlanError, match=match):
+        ScatterProblem(lengths, FLEXSP, preset("flexsp-7b"))
+
+
+def test_planning_imports_neither_torch_nor_numba_nor_pulp() -> None:
+    code = (
+        "import sys\n"
+        "from seqpar.planners import *\n"
+        "c = Cluster(devices=8, memory_bytes=2**34)\n"
+        "p = ScatterProblem((100, 20), c, preset('flexsp-7b').renamed('x')) if 0 else None\n"
+        "import seqpar.planners.calibrate, seqpar.planners.lengths\n"
+        "print([m for m in ('torch', 'numba', 'pulp', 'matplotlib', 'ray') if m in sys.modules])\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,67 @@
+"""Balanced layouts: equal work and tokens, few cuts, every token once."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from seqpar.balance import balanced_layout, causal_work, imbalance
+from seqpar.layout import SequenceLayout
+from tests.ops.softmax_reference import visible
+
+
+def _lognormal(seed: int, total: int = 65536) -> list[int]:
+    draw = random.Random(seed)
+    bounds = [0]
+    while bounds[-1] < total:
+        length = max(16, int(draw.lognormvariate(7.6, 1.2)))
+        bounds.append(min(total, bounds[-1] + length))
+    return bounds
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+@pytest.mark.parametrize("seed", range(5))
+def test_packed_documents_balance_within_three_percent(seed: int, world_size: int) -> None:
+    bounds = _lognormal(seed)
+    layout = balanced_layout(bounds, world_size)
+    assert imbalance(layout) <= 0.03
+    tokens = [layout.tokens_on(rank) for rank in range(world_size)]
+    assert max(tokens) * world_size <= 1.03 * layout.num_tokens
+    assert layout == balanced_layout(bounds, world_size)
+
+
+@pytest.mark.parametrize("world_size", [2, 8])
+def test_one_long_document_becomes_the_zigzag(world_size: int) -> None:
+    layout = balanced_layout((0, 4096), world_size)
+    assert layout == SequenceLayout.zigzag((0, 4096), world_size)
+    assert imbalance(layout) <= 0.03
+
+
+def test_documents_are_cut_only_where_balance_asks_for_it() -> None:
+    layout = balanced_layout((0, 40, 46, 51, 54, 56), 2, tolerance=0.1)
+    ranks = [{run.document for run in layout.runs(rank)} for rank in range(2)]
+    assert ranks[0] & ranks[1] == {0}
+
+    even = balanced_layout(range(0, 801, 100), 4)
+    assert all(even.tokens_on(rank) == 200 for rank in range(4))
+    assert all(run.num_tokens == 100 for rank in range(4) for run in even.runs(rank))
+
+
+def test_work_is_the_number_of_visible_pairs() -> None:
+    bounds = (0, 7, 30, 31)
+    sees = visible(bounds, causal=True, window=None)
+    for layout in (SequenceLayout.zigzag(bounds, 3), balanced_layout(bounds, 3)):
+        expected = [
+            int(sees[layout.stream_positions(rank)].sum()) for rank in range(layout.world_size)
+        ]
+        assert list(causal_work(layout)) == expected
+
+
+@pytest.mark.parametrize("bounds", [(0,), (0, 1), (0, 1, 2, 3), (0, 3, 20, 21, 48)])
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_small_streams_have_every_token_once(bounds: tuple[int, ...], world_size: int) -> None:
+    layout = balanced_layout(bounds, world_size)
+    held = [layout.stream_positions(rank).tolist() for rank in range(world_size)]
+    assert sorted(itertools.chain(*held)) == list(range(bounds[-1]))

@@ -1,0 +1,285 @@
+"""Wrapping: what is refused and how it says so, that layouts never mix, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from seqpar.adapters.tiny import TINY_VOCABULARY, tiny_model, tiny_stream
+from seqpar.batch import Batch, PackedStream, pack, shard
+from seqpar.errors import LayoutError, MeshError, UnsupportedModelError
+from seqpar.layout import SequenceLayout
+from seqpar.loss import count_targets, token_loss
+from seqpar.parallelize import is_parallelized, parallelize, unparallelize
+from seqpar.parity import check_parity
+from tests.ranks import run_ranks
+from tests.small_hybrid import small_hybrid
+from tests.tolerances import MODEL_GRADIENT, relative_error
+
+pytest.importorskip("transformers")
+
+
+def _stream(*lengths: int, seed: int = 0) -> PackedStream:
+    generator = torch.Generator().manual_seed(seed)
+    return pack([torch.randint(3, TINY_VOCABULARY, (n,), generator=generator) for n in lengths])
+
+
+# -- refusals at wrap time ------------------------------------------------------------------------
+
+
+def _hugging_face(family: str, **options: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 2, "vocab_size": 32, "pad_token_id": 0}
+        config = AutoConfig.for_model(family, **{**small, **heads, **options})
+        return AutoModelForCausalLM.from_config(config)
+
+    return build
+
+
+def _bert_with_pooler() -> nn.Module:
+    from transformers import BertModel
+
+    return BertModel(tiny_model("bert").config)
+
+
+def _classifier() -> nn.Module:
+    from transformers import LlamaForSequenceClassification
+
+    return LlamaForSequenceClassification(tiny_model("llama").config)
+
+
+class _WithRecurrence(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer = nn.GRU(4, 4)
+
+    def forward(self, ids: Tensor, positions: Tensor, *, layout: Any, group: Any) -> Tensor:
+        return self.mixer(ids)[0]
+
+
+@pytest.mark.parametrize(
+    ("build", "module", "reason"),
+    [
+        (
+            lambda: tiny_model("gemma2", attn_logit_softcapping=50.0),
+            "attn_logit_softcapping",
+            "cap",
+        ),
+        (
+            lambda: tiny_model("llama", attention_dropout=0.1),
+            "attention_dropout = 0.1",
+            "every degree",
+        ),
+        (lambda: tiny_model("minimax", output_router_logits=True), "router_logits", "two means"),
+        (
+            lambda: tiny_model(
+                "llama",
+                rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+            ),
+            "rope_type 'dynamic'",
+            "longest position",
+        ),
+        (_hugging_face("mamba", state_size=4), "layers.0.mixer", "Mamba-1"),
+        (_hugging_face("phi3", num_key_value_heads=1), "Phi3ForCausalLM", "'phi3' to be exact"),
+        (_bert_with_pooler, "pooler", "first token"),
+        (lambda: tiny_model("t5", dropout_rate=0.1), "dropout_rate", "every degree"),
+        (_classifier, "LlamaForSequenceClassification", "one place of each row"),
+        (lambda: nn.Linear(3, 3), "Linear", "no group and no layout"),
+        (_WithRecurrence, "mixer (GRU)", "mixes tokens"),
+    ],
+)
+def test_what_cannot_be_exact_is_refused_by_name(
+    build: Callable[[], nn.Module], module: str, reason: str
+) -> None:
+    model = build()
+    before = dict(model.__dict__)
+    with pytest.raises(UnsupportedModelError) as caught:
+        parallelize(model, None)
+    assert module in caught.value.module
+    assert reason in caught.value.reason
+    assert caught.value.remedy
+    assert model.__dict__ == before  # a refused model is left as it was
+
+
+def test_wrapping_twice_or_over_two_axes_is_refused() -> None:
+    model = parallelize(small_hybrid(), None)
+    with pytest.raises(UnsupportedModelError, match="wrapped already"):
+        parallelize(model, None)
+
+
+# -- refusals at call time ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layout": None}, "needs the layout"),
+        ({"attention_mask": torch.ones(1, 12)}, "attention_mask: turn padding"),
+        ({"labels": torch.zeros(1, 12, dtype=torch.int64)}, "token_loss"),
+        ({"use_cache": True}, "unparallelize"),
+        ({"input_ids": torch.zeros(1, 5, dtype=torch.int64)}, "has 5 tokens but the layout"),
+        ({"input_ids": torch.zeros(2, 12, dtype=torch.int64)}, "one packed stream"),
+        ({"layout": SequenceLayout.contiguous((0, 12), 2)}, "2 ranks but the group has 1"),
+    ],
+)
+def test_calls_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    model = parallelize(tiny_model("llama"), None)
+    inputs = shard(_stream(12), None).inputs
+    with pytest.raises(LayoutError, match=message):
+        model(**{**inputs, **change})
+
+
+def _one_rank_does_not_fit(rank: int) -> str:
+    model = parallelize(tiny_model("llama"), dist.group.WORLD)
+    batch = shard(_stream(20, 3), dist.group.WORLD)
+    if rank == 1:
+        batch = dataclasses.replace(batch, ids=batch.ids[:, :-1])
+    with pytest.raises(LayoutError) as caught:
+        model(**batch.inputs)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "sp"))
+    with pytest.raises(MeshError, match="one mesh axis"):
+        parallelize(small_hybrid(), mesh)
+    return str(caught.value)
+
+
+def test_one_rank_that_does_not_fit_stops_all_of_them() -> None:
+    good, bad = run_ranks(2, _one_rank_does_not_fit)
+    assert "this rank has 11 tokens but the layout gives it 12" in bad
+    assert "rank 1" in good
+    assert "11 tokens" in good
+
+
+# -- layouts never mix ----------------------------------------------------------------------------
+
+
+def _interleaved(rank: int) -> dict[str, dict[str, Tensor]]:
+    """Two forwards before two backwards, layers recomputed in backward, layouts unlike."""
+    models = {"llama": tiny_model("llama"), "minimax": tiny_model("minimax")}
+    for model in models.values():
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    models["own"] = small_hybrid(checkpointed=True)
+    batches = [
+        shard(_stream(21, 4, seed=1), dist.group.WORLD, layout="contiguous"),
+        shard(_stream(2, 30, 5, seed=2), dist.group.WORLD, layout="zigzag"),
+    ]
+    targets = count_targets(batches)
+    found = {}
+    for name, model in models.items():
+        parallelize(model.train(), dist.group.WORLD)
+        losses = [
+            token_loss(_logits(model(**b.inputs)), b, num_targets=targets, grad_reduction="sum")
+            for b in batches
+        ]
+        for loss in losses:
+            loss.backward()
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
+        found[name] = {n: p.grad for n, p in model.named_parameters()}
+    return found
+
+
+def _logits(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def _reference_gradients(model: nn.Module, *, own: bool) -> dict[str, Tensor]:
+    """Document by document on one device."""
+    documents = []
+    for stream in (_stream(21, 4, seed=1), _stream(2, 30, 5, seed=2)):
+        documents += list(stream.ids[0].split(torch.tensor(stream.cu_seqlens).diff().tolist()))
+    targets = sum(len(document) - 1 for document in documents)
+    for document in documents:
+        layout = SequenceLayout.contiguous((0, len(document)), 1)
+        place = {"layout": layout, "group": None} if own else {}
+        logits = _logits(model(document[None], position_ids=layout.position_ids(0)[None], **place))
+        nll = nn.functional.cross_entropy(logits[0, :-1], document[1:], reduction="sum")
+        (nll / targets).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_two_forwards_before_two_backwards_use_each_their_own_layout() -> None:
+    results = run_ranks(3, _interleaved)
+    for name in ("llama", "minimax", "own"):
+        model = small_hybrid() if name == "own" else tiny_model(name)
+        expected = _reference_gradients(model, own=name == "own")
+        for result in results:
+            assert result[name].keys() == expected.keys()
+            for parameter, gradient in expected.items():
+                if gradient.norm() > 1e-3:
+                    error = relative_error(result[name][parameter], gradient)
+                    assert error < MODEL_GRADIENT, (name, parameter)
+
+
+# -- fewer tokens than ranks ----------------------------------------------------------------------
+
+
+def _few_tokens(rank: int) -> list[int]:
+    held = []
+    models = [tiny_model(family) for family in ("llama", "minimax", "bert", "t5")]
+    for model in (*models, small_hybrid()):
+        parallelize(model, dist.group.WORLD)
+        batch: Batch = shard(tiny_stream(model, (2,)), dist.group.WORLD)
+        held.append(batch.ids.shape[1])
+        assert _logits(model(**batch.inputs)).shape == (1, held[-1], TINY_VOCABULARY)
+        check_parity(model, batch)
+    return held
+
+
+def test_a_rank_may_hold_nothing() -> None:
+    assert run_ranks(3, _few_tokens) == [[0] * 5, [1] * 5, [1] * 5]
+
+
+# -- and back -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "minimax"])
+def test_unparallelize_gives_the_model_back(family: str) -> None:
+    model, untouched = tiny_model(family), tiny_model(family)
+    ids = _stream(12).ids
+    keys, before = list(model.state_dict()), model(ids).logits
+    parallelize(model, None)
+    assert is_parallelized(model)
+    assert list(model.state_dict()) == keys
+    wrapped = model(**shard(_stream(12), None).inputs).logits
+    assert relative_error(wrapped, before) < 1e-5
+
+    unparallelize(model)
+    assert not is_parallelized(model)
+    assert torch.equal(model(ids).logits, before)
+    untouched.load_state_dict(model.state_dict())
+    generated = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(generated, untouched.generate(ids, max_new_tokens=4, do_sample=False))
+
+
+def test_another_model_of_the_same_config_stays_as_it_was() -> None:
+    from transformers import LlamaForCausalLM
+
+    wrapped = tiny_model("llama")
+    other = LlamaForCausalLM(wrapped.config)
+    ids = _stream(12).ids
+    before = other(ids).logits
+    parallelize(wrapped, None)
+    assert torch.equal(other(ids).logits, before)
+
+
+def test_a_copy_of_a_wrapped_model_is_wrapped_by_itself() -> None:
+    model = parallelize(tiny_model("llama"), None)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    inputs = shard(_stream(12), None).inputs
+    assert model(**inputs).logits.abs().max() > 0
+    assert other(**inputs).logits.abs().max() == 0
+    unparallelize(other)
+    assert is_parallelized(model)

@@ -1,0 +1,146 @@
+"""The parity check finds planted errors, and names where they begin."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import seqpar.adapters.hf_attention as hf_attention
+import seqpar.parity as parity
+from seqpar.adapters.tiny import TINY_VOCABULARY, tiny_model
+from seqpar.batch import Batch, pack, shard
+from seqpar.errors import ParityError, UnsupportedModelError
+from seqpar.layout import SequenceLayout
+from seqpar.ops.softmax import softmax_attention
+from seqpar.parallelize import parallelize
+from seqpar.parity import check_parity
+from seqpar.parity_ranks import ParityJob, check_on_ranks
+from tests.ranks import run_ranks
+from tests.small_hybrid import small_hybrid
+
+pytest.importorskip("transformers")
+
+
+def _batch(where: Any, *, layout: str = "contiguous", seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    documents = [
+        torch.randint(3, TINY_VOCABULARY, (n,), generator=generator) for n in (9, 1, 17, 5)
+    ]
+    return shard(pack(documents), where, layout=layout)  # type: ignore[arg-type]
+
+
+def _leaking(q: Tensor, k: Tensor, v: Tensor, *, layout: SequenceLayout, **options: Any) -> Tensor:
+    """Attention that takes the stream for one document."""
+    one = SequenceLayout((0, layout.num_tokens), layout.spans)
+    return softmax_attention(q, k, v, layout=one, **options)
+
+
+def _without_value_gradient(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    return softmax_attention(q, k, v.detach(), **options)
+
+
+def _scaled_loss(logits: Tensor, batch: Batch, **options: Any) -> Tensor:
+    return TOKEN_LOSS(logits, batch, **options) * 4
+
+
+TOKEN_LOSS = parity.token_loss
+
+
+def _message(batch: Batch, patch: Callable[[pytest.MonkeyPatch], None] | None = None) -> str:
+    model = parallelize(tiny_model("llama"), dist.group.WORLD)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if patch is not None:
+            patch(monkeypatch)
+        with pytest.raises(ParityError) as caught:
+            check_parity(model, batch)
+    return str(caught.value)
+
+
+def _planted(rank: int) -> dict[str, str]:
+    batch = _batch(dist.group.WORLD)
+    restarted = torch.arange(batch.ids.shape[1])[None]  # every rank counts from 0
+    return {
+        "position": _message(dataclasses.replace(batch, position_ids=restarted)),
+        "leak": _message(batch, lambda m: m.setattr(hf_attention, "softmax_attention", _leaking)),
+        "gradient": _message(
+            batch, lambda m: m.setattr(hf_attention, "softmax_attention", _without_value_gradient)
+        ),
+        "loss": _message(batch, lambda m: m.setattr(parity, "token_loss", _scaled_loss)),
+    }
+
+
+def test_planted_errors_are_found_and_named() -> None:
+    results = run_ranks(4, _planted)
+    assert results[1:] == results[:1] * 3  # every rank says the same
+    found = results[0]
+    assert "output of model.rotary_emb" in found["position"]
+    assert "output of model.layers.0.self_attn" in found["leak"]
+    assert "gradient of model.layers.1.self_attn.v_proj" in found["gradient"]
+    assert "relative error 3.0e+00" in found["loss"]
+
+
+def _over_dp_and_sp(rank: int) -> dict[str, float]:
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    model = parallelize(small_hybrid(), mesh["sp"])
+    layout = "zigzag" if mesh.get_local_rank("dp") else "contiguous"
+    batch = _batch(mesh["sp"], layout=layout, seed=mesh.get_local_rank("dp"))
+    before = torch.random.get_rng_state()
+    report = check_parity(model, batch, mesh)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    # Each data-parallel rank has its own documents: the mean over both is neither's own.
+    alone = check_parity(model, batch)
+    return {"both": report.loss, "alone": alone.loss}
+
+
+def test_the_mean_is_over_dp_and_sp() -> None:
+    results = run_ranks(4, _over_dp_and_sp)
+    assert len({round(result["both"], 6) for result in results}) == 1
+    assert len({round(result["alone"], 6) for result in results}) == 2
+    assert min(abs(r["both"] - r["alone"]) for r in results) > 1e-3
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="not wrapped"):
+        check_parity(small_hybrid(), _batch(None))
+    model = small_hybrid()
+    model.drop = torch.nn.Dropout(0.1)
+    with pytest.raises(UnsupportedModelError, match="different masks"):
+        check_parity(parallelize(model, None).train(), _batch(None))
+
+
+def test_one_rank_alone_needs_no_process_group() -> None:
+    report = check_parity(parallelize(small_hybrid(), None), _batch(None))
+    assert report.ok
+    assert report.worst_parameter in report.gradient_errors
+
+
+def test_the_command_checks_and_fails_with_one(capsys: pytest.CaptureFixture[str]) -> None:
+    import typer
+
+    from seqpar.commands.check import command
+
+    command("tests.small_hybrid:small_hybrid", ranks=2, as_json=True)
+    good = json.loads(capsys.readouterr().out)
+    assert good["ok"]
+    assert good["loss_error"] < 1e-5
+    with pytest.raises(typer.Exit) as caught:
+        command("tests.small_hybrid:forgets_the_other_ranks", ranks=2, as_json=True)
+    assert caught.value.exit_code == 1
+    bad = json.loads(capsys.readouterr().out)
+    assert not bad["ok"]
+    assert "output of layers.1" in bad["error"]
+
+
+def test_unknown_models_are_refused_by_the_check() -> None:
+    with pytest.raises(UnsupportedModelError, match="no tiny model"):
+        check_on_ranks(ParityJob("gpt17", ranks=1))
+    with pytest.raises(UnsupportedModelError, match="no such function"):
+        check_on_ranks(ParityJob("tests.small_hybrid:nothing", ranks=1))
