@@ -182,7 +182,8 @@ def exchange(
         recvs: (group rank to receive from, contiguous tensor that is filled in place).
 
     Messages between two ranks arrive in the order they were listed. Empty ones are not sent, so
-    both sides must know the sizes. With nothing to send or receive no call is made.
+    both sides must know the sizes. With nothing to send or receive no call is made. Over NCCL all
+    ranks of the group must have used it before, as those of `init_mesh` and `GroupPool` have.
     """
     rank = group_rank(group)
     own = [tensor for peer, tensor in sends if peer == rank]
