@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--over-limit", choices=["split", "drop"], default="split")
     parser.add_argument("--heldout-tokens", type=int, default=32_768)
     parser.add_argument("--degrees", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--memory-gib", type=float, default=0.75, help="activations of one rank")
+    parser.add_argument("--cpu-memory-gib", type=float, default=0.75, help="for one CPU rank")
     parser.add_argument("--compare-every", type=int, default=3, help="0: do not compare")
     parser.add_argument("--checkpoint-every", type=int, default=4, help="steps")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
@@ -108,6 +108,7 @@ class HybridLM:
         visible = self.executor.rank == 0
         self.screen = TrainingConsole(total_steps=settings.steps, visible=visible)
         self.degrees = [d for d in settings.degrees if d <= self.executor.num_ranks]
+        self.memory_bytes = self.memory_for_activations()
 
     def main(self) -> None:
         """Calibrate, prove parity, train, compare with a fixed degree, report."""
@@ -162,6 +163,16 @@ class HybridLM:
         if is_resumed:
             self.screen.say(f"resumed from the checkpoint after {self.state.step} steps")
 
+    def memory_for_activations(self) -> float:
+        """What a plan may use of every rank: on CUDA most of what is free, on CPU as told."""
+        if self.executor.device.type == "cpu":
+            return self.settings.cpu_memory_gib * 2**30
+        free, _ = torch.cuda.mem_get_info()
+        of_ranks = comm.all_gather(
+            torch.tensor(0.8 * free, device=self.executor.device), self.executor.world
+        )
+        return of_ranks.min().item()
+
     def calibrate(self) -> CostModel:
         """The machine's costs, measured on all ranks; what rank 0 fitted is what all keep."""
         calibration = calibrate_model(self.executor, degrees=self.degrees, vocab_size=VOCAB_SIZE)
@@ -171,7 +182,7 @@ class HybridLM:
     def problem(self, lengths: Sequence[int], cost: CostModel) -> ScatterProblem:
         cluster = Cluster(
             devices=self.executor.num_ranks,
-            memory_bytes=self.settings.memory_gib * 2**30,
+            memory_bytes=self.memory_bytes,
             degrees=tuple(self.degrees),
         )
         return ScatterProblem(tuple(lengths), cluster, cost, context_tokens=max(self.lengths))
