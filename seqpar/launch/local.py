@@ -119,7 +119,10 @@ class RecordingAgent(LocalElasticAgent):
     """torch's agent, which also notes in the run's events who failed first in each attempt."""
 
     def __init__(self, spec: WorkerSpec, logs: RankLogs, grace_s: int) -> None:
-        super().__init__(spec, logs, shutdown_timeout=grace_s)
+        if "shutdown_timeout" in inspect.signature(LocalElasticAgent).parameters:
+            super().__init__(spec, logs, shutdown_timeout=grace_s)
+        else:
+            super().__init__(spec, logs)  # torch 2.11: always 30 s
         self.run_dir = logs.run_dir
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -172,8 +175,6 @@ def _agent(placement: Placement, logs: RankLogs) -> RecordingAgent:
         monitor_interval=0.1,
         local_addr=LOOPBACK,
     )
-    if "shutdown_timeout" not in inspect.signature(LocalElasticAgent).parameters:
-        return RecordingAgent(spec, logs, grace_s)  # torch 2.11: always 30 s
     grace_s = max(1, round(placement.spec.stop_grace_s))
     return RecordingAgent(spec, logs, grace_s)
 
