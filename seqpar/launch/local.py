@@ -121,8 +121,8 @@ class RecordingAgent(LocalElasticAgent):
     def __init__(self, spec: WorkerSpec, logs: RankLogs, grace_s: int) -> None:
         if "shutdown_timeout" in inspect.signature(LocalElasticAgent).parameters:
             super().__init__(spec, logs, shutdown_timeout=grace_s)
-        else:  # torch 2.11 waits 30 s
-            super().__init__(spec, logs)
+        else:
+            super().__init__(spec, logs)  # torch 2.11: always 30 s
         self.run_dir = logs.run_dir
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:

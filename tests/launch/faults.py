@@ -99,8 +99,17 @@ class Job:
     def suffer(self, fault: str, step: int, *, timeout_s: float = 60.0) -> Recovery:
         """Do the fault after the step, and wait until training goes on."""
         self.wait_for_step(step)
-        FAULTS[fault](self)
+        FAULTS[fault](self)  # may take its time before the blow
         return self.recovery(fault, step, time.time(), timeout_s=timeout_s)
+
+    def lose(
+        self, fault: Callable[[], None], name: str, step: int, *, timeout_s: float
+    ) -> Recovery:
+        """Do a fault to the job's surroundings after the step, and wait until training goes on."""
+        self.wait_for_step(step)
+        at = time.time()
+        fault()
+        return self.recovery(name, step, at, timeout_s=timeout_s)
 
     def recovery(self, fault: str, step: int, at: float, *, timeout_s: float) -> Recovery:
         """Wait for the first step of a later attempt than the one that was hit."""
