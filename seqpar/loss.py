@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 GradReduction = Literal["mean", "sum"]
-_BLOCK_LOGITS = 1 << 27  # elements of a block's fp32 logits: 512 MiB, 1024 tokens of 131,072
+_BLOCK_LOGITS = 1 << 26  # elements of a block's fp32 logits: 256 MiB, 512 tokens of 131,072
 
 
 def token_loss(
@@ -165,7 +165,7 @@ def lm_head_loss_sum(
         labels: int64 [...].
         scale: the logits are multiplied by it.
         softcap: if given, logits become softcap * tanh(logits / softcap), after the scale.
-        block_tokens: tokens whose logits exist at one time; by default 512 MiB of them in fp32.
+        block_tokens: tokens whose logits exist at one time; by default 256 MiB of them in fp32.
 
     Memory beyond its arguments: one block of fp32 logits, and when gradients are wanted one
     tensor like `hidden` and an fp32 one like `weight`. Under autocast the matrix products run in
@@ -273,6 +273,19 @@ def _block_gradient(logits: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
     return gradient.masked_fill_((labels == IGNORE_INDEX)[:, None], 0)
 
 
+def _block_nll_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Both at once, in the logits' own memory: (sum over targets, softmax - one-hot [T, V])."""
+    index, target = labels.clamp(min=0), labels != IGNORE_INDEX
+    chosen = logits.gather(-1, index[:, None])[:, 0]
+    largest = logits.amax(-1, keepdim=True)
+    weights = logits.sub_(largest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    nll = torch.where(target, (largest + total.log())[:, 0] - chosen, 0).sum()
+    gradient = weights.div_(total)
+    gradient[torch.arange(len(labels), device=labels.device), index] -= 1
+    return nll, gradient.masked_fill_(~target[:, None], 0)
+
+
 class _LogitsLoss(torch.autograd.Function):
     """Keeps the logits (no fp32 copy) and lse [T]; backward writes one gradient in their dtype."""
 
@@ -334,12 +347,12 @@ class _HeadLoss(torch.autograd.Function):
             logits = raw.to(accumulate).mul_(scale)
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
-            nll, lse = _block_nll(logits, block_labels)
+            slope = scale if softcap is None else scale * (1 - (logits / softcap).square())
+            nll, d_logits = _block_nll_and_gradient(logits, block_labels)
             total += nll
             if not any(wanted):
                 continue
-            slope = scale if softcap is None else scale * (1 - (logits / softcap).square())
-            d_logits = (_block_gradient(logits, block_labels, lse) * slope).to(hidden.dtype)
+            d_logits = d_logits.mul_(slope).to(hidden.dtype)
             if d_hidden is not None:
                 torch.mm(d_logits, weight, out=d_hidden[start : start + block_tokens])
             if d_weight is not None:

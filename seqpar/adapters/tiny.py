@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from seqpar.adapters.hf_models import FAMILIES
 from seqpar.batch import PackedStream, pack, pack_pairs
 from seqpar.errors import MissingExtraError, UnsupportedModelError
+from seqpar.models.decoder import Decoder, hybrid, transnormer
 
-__all__ = ["TINY_VOCABULARY", "check_family", "tiny_model", "tiny_stream"]
+__all__ = ["TINY_FAMILIES", "TINY_VOCABULARY", "check_family", "tiny_model", "tiny_stream"]
 
 TINY_VOCABULARY = 61
 
@@ -107,6 +108,24 @@ _SIZES: dict[str, dict[str, Any]] = {
     },
     "qwen3": {**_DECODER, "head_dim": 8},
 }
+_OWN = {
+    "seqpar-hybrid": hybrid(
+        vocab_size=TINY_VOCABULARY,
+        dim=32,
+        num_layers=3,
+        num_heads=4,
+        hidden=48,
+        softmax_every=3,
+        softmax_heads=4,
+        softmax_kv_heads=2,
+        softmax_head_dim=8,
+    ),
+    "seqpar-transnormer": transnormer(
+        vocab_size=TINY_VOCABULARY, dim=32, num_layers=2, num_heads=4, hidden=48
+    ),
+}
+"""The package's own architectures, by the names that `seqpar check` takes."""
+
 _AUTO_CLASSES = {
     "bert": "AutoModelForMaskedLM",
     "modernbert": "AutoModelForMaskedLM",
@@ -114,19 +133,30 @@ _AUTO_CLASSES = {
 }
 
 
+TINY_FAMILIES = (*sorted(FAMILIES), *sorted(_OWN))
+"""Every name that `tiny_model` takes."""
+
+
 def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> nn.Module:
     """A random model of a family that `parallelize` takes, tens of thousands of parameters.
 
     Args:
-        family: a `model_type` of transformers, one of `seqpar.adapters.hf_models.FAMILIES`.
+        family: a `model_type` of transformers that `parallelize` takes, or one of the package's
+            own architectures: one of TINY_FAMILIES.
         seed: of the weights; the caller's random state is left alone.
-        overrides: options of the family's configuration.
+        overrides: options of a transformers family's configuration.
 
     Raises:
         UnsupportedModelError: no such family.
         MissingExtraError: transformers is not installed.
     """
     check_family(family)
+    if family in _OWN:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            own = Decoder(_OWN[family])
+            _spread(own)
+        return own
     try:
         import transformers
     except ImportError as error:
@@ -145,9 +175,9 @@ def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> nn.Module:
 
 def check_family(family: str) -> None:
     """Refuse a family without a tiny model."""
-    if family not in _SIZES:
+    if family not in TINY_FAMILIES:
         raise UnsupportedModelError(
-            family, "there is no tiny model of it", f"choose from {', '.join(sorted(FAMILIES))}"
+            family, "there is no tiny model of it", f"choose from {', '.join(TINY_FAMILIES)}"
         )
 
 
