@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seqpar.balance import balanced_layout, imbalance
@@ -143,9 +144,12 @@ def measure(
     return forward_ms, total_ms
 
 
-def on_ranks(layout: SequenceLayout, **options: Any) -> Callable[..., Tensor]:
-    """softmax_attention over the whole group."""
-    group = dist.group.WORLD if layout.world_size > 1 else None
+def on_ranks(
+    layout: SequenceLayout, group: ProcessGroup | None = None, **options: Any
+) -> Callable[..., Tensor]:
+    """softmax_attention over the group; by default over all ranks."""
+    if layout.world_size > 1:
+        group = group or dist.group.WORLD
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return softmax_attention(q, k, v, layout=layout, group=group, **options)
@@ -262,10 +266,11 @@ def one_gpu(bench: Bench, num_tokens: int) -> tuple[float, float]:
     found = [
         measure(bench, f"one GPU {num_tokens} torch {name}", sdpa(backend), tensors)
         for name, backend in BACKENDS.items()
-        if name == "cudnn" or num_tokens <= SIZES[0]
+        if name == "cudnn"
     ]
-    alone = on_ranks(SequenceLayout.contiguous((0, num_tokens), 1))
-    found.append(measure(bench, f"one GPU {num_tokens} seqpar", alone, tensors))
+    if num_tokens == SIZES[0]:
+        alone = on_ranks(SequenceLayout.contiguous((0, num_tokens), 1))
+        found.append(measure(bench, f"one GPU {num_tokens} seqpar", alone, tensors))
     return min(forward for forward, _ in found), min(total for _, total in found)
 
 
@@ -273,15 +278,31 @@ def long_document(bench: Bench, num_tokens: int, one: tuple[float, float]) -> No
     """One document on all ranks: the ring over a zigzag, other strategies beside it."""
     layout = SequenceLayout.zigzag((0, num_tokens), bench.size)
     tensors = draw(layout.tokens_on(bench.rank), bench.device)
-    for strategy, check in (("ring", False), ("ring", True), ("ulysses", False)):
+    calls = [("ring", False), ("ring", True), ("ulysses", False)]
+    for strategy, check in calls if num_tokens == SIZES[0] else calls[:1]:
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         attend = on_ranks(layout, strategy=strategy, check=check)
         what = f"{bench.size} GPUs {num_tokens} {strategy} check={check}"
         peak = Lazy(held, tensors[0])
         measure(bench, what, attend, tensors, one, peak_in_tensors=peak)
-    measure(bench, f"  its tiles alone, nothing sent {num_tokens}", tiles_alone(layout, bench.rank),
-            tensors, one)  # fmt: skip
+    if num_tokens == SIZES[0]:
+        what = f"  its tiles alone, nothing sent {num_tokens}"
+        measure(bench, what, tiles_alone(layout, bench.rank), tensors, one)
+
+
+def limited_nccl(bench: Bench, one: dict[int, tuple[float, float]]) -> None:
+    """The ring with NCCL held to a few thread blocks, which attention gains."""
+    for max_ctas in (4, 8, 16):
+        options = dist.ProcessGroupNCCL.Options()
+        options.config.max_ctas = max_ctas
+        group = dist.new_group(pg_options=options)
+        for num_tokens in SIZES:
+            layout = SequenceLayout.zigzag((0, num_tokens), bench.size)
+            tensors = draw(layout.tokens_on(bench.rank), bench.device)
+            attend = on_ranks(layout, group, strategy="ring", check=False)
+            what = f"{bench.size} GPUs {num_tokens} ring, NCCL max_ctas={max_ctas}"
+            measure(bench, what, attend, tensors, one[num_tokens])
 
 
 class Lazy:
@@ -408,15 +429,16 @@ def measure_all(bench: Bench) -> None:
     one = {size: bench.attempt(one_gpu, size) for size in SIZES}
     for size in SIZES:
         bench.attempt(long_document, size, one[size])
-    bench.attempt(context_parallel_of_torch, short, "cudnn", "allgather", one[short])
-    bench.attempt(context_parallel_of_torch, long, "cudnn", "allgather", one[long])
+    for size in SIZES:
+        bench.attempt(context_parallel_of_torch, size, "cudnn", "allgather", one[size])
     bench.attempt(windowed, long)
     bench.attempt(compare_with_float64)
+    bench.attempt(limited_nccl, one)
     bench.attempt(packed_documents, long)
-    bench.attempt(context_parallel_of_torch, short, "cudnn", "alltoall", one[short])
-    bench.attempt(context_parallel_of_torch, long, "cudnn", "alltoall", one[long])
-    bench.attempt(context_parallel_of_torch, short, "flash", "allgather", one[short])
     bench.attempt(short_rows)
+    bench.attempt(context_parallel_of_torch, short, "cudnn", "alltoall", one[short])
+    bench.attempt(context_parallel_of_torch, short, "flash", "allgather", one[short])
+    bench.attempt(context_parallel_of_torch, long, "cudnn", "alltoall", one[long])
 
 
 if __name__ == "__main__":
