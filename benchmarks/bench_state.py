@@ -83,6 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--decays", nargs="+", default=["slopes", "no decay"])
+    parser.add_argument("--forms", nargs="+", help="only these forms, and the local kernel")
+    parser.add_argument("--quick", action="store_true", help="check and time less")
     parser.add_argument("--lasp", type=Path, help="a checkout of OpenNLPLab/LASP to measure too")
     parser.add_argument("--out", type=Path, help="folder for state.json")
     options = parser.parse_args(arguments)
@@ -90,16 +93,19 @@ def main(arguments: list[str] | None = None) -> int:
     folder = options.out or Path("benchmarks/results") / _hardware(setup)["folder"]
     results: dict[str, Any] = {"hardware": _hardware(setup), "world_size": setup.world_size}
     decays = {"slopes": setup.slopes(), "no decay": None}
-    layers = [(name, tokens) for name in decays for tokens in options.tokens]
+    layers = [(name, tokens) for name in options.decays for tokens in options.tokens]
     quick, every = ["slopes"], ["slopes", "none", "fast", "per token"]
     _keep(setup, folder, results, errors=check(setup, quick, ["auto", "all_gather"]))
-    _keep(setup, folder, results, exchange_ms=time_exchanges(setup))
+    if not options.quick:
+        _keep(setup, folder, results, exchange_ms=time_exchanges(setup))
     for name, tokens in layers:
-        rows = time_layer(setup, tokens, name, decays[name], None)
+        rows = time_layer(setup, tokens, name, decays[name], None, options.forms)
         _keep(setup, folder, results, layer=results.get("layer", []) + rows)
-    _keep(setup, folder, results, errors=check(setup, every, ["auto", *EXCHANGES, "all_to_all"]))
+    if not options.quick:
+        every_exchange = ["auto", *EXCHANGES, "all_to_all"]
+        _keep(setup, folder, results, errors=check(setup, every, every_exchange))
     for tokens in options.tokens if options.lasp else ():
-        rows = time_layer(setup, tokens, "slopes", decays["slopes"], options.lasp)
+        rows = time_layer(setup, tokens, "slopes", decays["slopes"], options.lasp, None)
         _keep(setup, folder, results, peers=results.get("peers", []) + rows)
     dist.destroy_process_group()
     return 0
@@ -143,9 +149,13 @@ def _hardware(setup: Setup) -> dict[str, Any]:
 # -- correctness ------------------------------------------------------------------------------
 
 
-def check(setup: Setup, decay_names: list[str], exchanges: list[str]) -> dict[str, float]:
-    """Relative errors of o and the gradients against one device in float64, worst rank."""
-    errors = {}
+def check(setup: Setup, decay_names: list[str], exchanges: list[str]) -> dict[str, Any]:
+    """Relative errors of o and the gradients against one device in float64, worst rank.
+
+    May be at most the table's, or a quarter more than that of the kernel on one device.
+    """
+    errors: dict[str, dict[str, float]] = {}
+    failures = 0
     bounds = (0, 700, 701, 3000, 4099)
     layouts = {
         "contiguous": SequenceLayout.contiguous(bounds, setup.world_size),
@@ -161,33 +171,42 @@ def check(setup: Setup, decay_names: list[str], exchanges: list[str]) -> dict[st
     }
     for kind, layout in layouts.items():
         for name in decay_names:
-            decay = decays[name]
-            expected = _one_device(setup, layout, decay)
+            expected = _one_device(setup, layout, decays[name], torch.float64)
+            kernel = _one_device(setup, layout, decays[name], setup.dtype)
+            own = _worst(setup, layout, [layout.shard(x, setup.rank) for x in kernel], expected)
             for exchange in exchanges:
-                found = _scattered(setup, layout, decay, exchange)
-                worst = max(
-                    _relative(x, layout.shard(r, setup.rank))
-                    for x, r in zip(found, expected, strict=True)
-                )
-                worst = float(
-                    comm.all_gather(torch.tensor(worst, device=setup.device), setup.group).max()
-                )
-                errors[f"{kind}, {name}, {exchange}"] = worst
-                if not worst <= TOLERANCE:
-                    setup.say(f"FAILED {kind}, decay {name}, {exchange}: {worst:.2e}")
+                found = _scattered(setup, layout, decays[name], exchange)
+                worst = _worst(setup, layout, found, expected)
+                limit = max(TOLERANCE, 1.25 * own)
+                errors[f"{kind}, {name}, {exchange}"] = {"error": worst, "one device": own}
+                if not worst <= limit:
+                    setup.say(f"FAILED {kind}, decay {name}, {exchange}: {worst:.2e} > {limit:.2e}")
+                    failures += 1
     setup.say(
-        f"correct: {sum(e <= TOLERANCE for e in errors.values())} of {len(errors)} cases, "
-        f"worst relative error {max(errors.values()):.2e}"
+        f"correct: {len(errors) - failures} of {len(errors)} cases, worst relative error "
+        f"{max(e['error'] for e in errors.values()):.2e}, of one device in the same dtype "
+        f"{max(e['one device'] for e in errors.values()):.2e}"
     )
     return errors
 
 
-def _one_device(setup: Setup, layout: SequenceLayout, decay: Tensor | None) -> list[Tensor]:
+def _worst(
+    setup: Setup, layout: SequenceLayout, found: list[Tensor], expected: list[Tensor]
+) -> float:
+    """The largest relative error of any tensor on any rank."""
+    pairs = zip(found, expected, strict=True)
+    worst = max(_relative(x, layout.shard(ref, setup.rank)) for x, ref in pairs)
+    return float(comm.all_gather(torch.tensor(worst, device=setup.device), setup.group).max())
+
+
+def _one_device(
+    setup: Setup, layout: SequenceLayout, decay: Tensor | None, dtype: torch.dtype
+) -> list[Tensor]:
     *inputs, do = setup.stream(layout.num_tokens)
-    leaves = [x.double().requires_grad_() for x in inputs]
+    leaves = [x.to(dtype).requires_grad_() for x in inputs]
     bounds = torch.tensor(layout.cu_seqlens, dtype=torch.int32)
     o, _ = lightning_attention(*leaves, log_decay=decay, cu_seqlens=bounds)
-    return [o.detach(), *torch.autograd.grad(o, leaves, do.double())]
+    return [o.detach(), *torch.autograd.grad(o, leaves, do.to(dtype))]
 
 
 def _scattered(
@@ -246,7 +265,12 @@ def _exchange_form(
 
 
 def time_layer(
-    setup: Setup, tokens: int, decay_name: str, decay: Tensor | None, lasp: Path | None
+    setup: Setup,
+    tokens: int,
+    decay_name: str,
+    decay: Tensor | None,
+    lasp: Path | None,
+    only: list[str] | None,
 ) -> list[dict[str, Any]]:
     """Forward and backward of every form, and its ratio to the local kernel."""
     layout = SequenceLayout.contiguous((0, tokens * setup.world_size), setup.world_size)
@@ -271,6 +295,8 @@ def time_layer(
         "gather, then compute": _gather_then_compute(setup, leaves, decay),
     }
     forms = {name: _forward_backward(output, leaves, do) for name, output in outputs.items()}
+    if only is not None:
+        forms = {name: form for name, form in forms.items() if name in ("local kernel", *only)}
     if lasp is not None and decay is not None:
         forms = {name: forms[name] for name in ("local kernel", "auto", "gather, then compute")}
         forms |= _lasp_forms(setup, lasp, leaves, do, decay)
@@ -280,10 +306,13 @@ def time_layer(
     )
     setup.say(str(explain_exchange(q, k, v, log_decay=decay, layout=layout, group=setup.group)))
     times = _take_turns(setup, forms)
+    graphs = _graphed(setup, forms) if lasp is None else {}
+    graph_times = _take_turns(setup, graphs) if graphs else {}
     rows = []
     for name, time_ in times.items():
         with comm.count_traffic() as traffic:
             forms[name]()
+        graph = graph_times.get(name)
         row = {
             "tokens": tokens,
             "decay": decay_name,
@@ -291,16 +320,31 @@ def time_layer(
             "ms": time_.ms,
             "host_ms": time_.host_ms,
             "ratio": time_.ms / times["local kernel"].ms,
+            "graph_ms": graph.ms if graph else None,
+            "graph_ratio": _ratio(graph, graph_times),
             "received_bytes": traffic.received_bytes,
             "saved_bytes": traffic.saved_bytes,
         }
         rows.append(row)
-        setup.say(
-            f"  {name:30} {time_.ms:9.3f} ({row['ratio']:.3f})  host "
-            f"{time_.host_ms:.3f}, rank 0 received "
-            f"{traffic.received_bytes / 2**20:.1f} MiB"
-        )
+        setup.say(_line(row))
     return rows
+
+
+def _ratio(times: Times | None, every: dict[str, Times]) -> float | None:
+    """To the local kernel, where both were captured."""
+    if times is None or "local kernel" not in every:
+        return None
+    return times.ms / every["local kernel"].ms
+
+
+def _line(row: dict[str, Any]) -> str:
+    graph = ""
+    if row["graph_ms"] is not None:
+        graph = f", in a graph {row['graph_ms']:.3f} ({row['graph_ratio'] or 0:.3f})"
+    return (
+        f"  {row['form']:30} {row['ms']:9.3f} ({row['ratio']:.3f})  host {row['host_ms']:.3f}"
+        f"{graph}, rank 0 received {row['received_bytes'] / 2**20:.1f} MiB"
+    )
 
 
 def _forward_backward(
@@ -432,6 +476,27 @@ def _take_turns(setup: Setup, forms: dict[str, Callable[[], None]]) -> dict[str,
     mine = torch.tensor(medians, device=setup.device)
     slowest_rank = comm.all_gather(mine, setup.group).amax(0).tolist()
     return {name: Times(*pair) for name, pair in zip(forms, slowest_rank, strict=True)}
+
+
+def _graphed(setup: Setup, forms: dict[str, Callable[[], None]]) -> dict[str, Callable[[], None]]:
+    """Each form as a CUDA graph, so that its time is the device's; those that can be captured."""
+    found: dict[str, Callable[[], None]] = {}
+    if setup.device.type != "cuda":
+        return found
+    for name, form in forms.items():
+        graph, problem = torch.cuda.CUDAGraph(), ""
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                form()
+        except Exception as error:
+            problem = f"{type(error).__name__}: {str(error)[:200]}"
+        _synchronize(setup)
+        failed = torch.tensor([bool(problem)], device=setup.device)
+        if comm.all_gather(failed, setup.group).any():
+            setup.say(f"  {name} cannot be captured in a graph: {problem!r}")
+        else:
+            found[name] = graph.replay
+    return found
 
 
 def _timed(setup: Setup, form: Callable[[], None], inner: int) -> tuple[float, float]:

@@ -138,7 +138,9 @@ class _LightningAttention(torch.autograd.Function):
         )
         if dlog_decay is not None and log_decay is not None:
             dlog_decay = dlog_decay.to(log_decay.dtype)
-        if dinitial is not None and initial_state is not None:
+        if not needs.entry_grad or initial_state is None:
+            return dq, dk, dv, dlog_decay, None, None, None
+        if dinitial is not None:
             dinitial = dinitial.to(initial_state.dtype)
         return dq, dk, dv, dlog_decay, dinitial, None, None
 
