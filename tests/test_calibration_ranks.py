@@ -28,7 +28,7 @@ def test_calibrate_writes_a_cost_file_that_plans(tmp_path: Path) -> None:
     }
     assert all(row["ms"] > 0 for row in data["collectives"])
     cost = CostModel.load(str(path))
-    assert cost.errors["worst_relative"] < 1
+    assert cost.errors["worst_relative"] < 2
     assert cost.group_ms([4096], 1) > cost.group_ms([512], 1) > 0
     measured = max(data["measurements"], key=lambda row: row["ms"])
     predicted = cost.group_ms(measured["lengths"], measured["degree"])
