@@ -94,10 +94,13 @@ def problems(
 
 def quality(sources: Any, batches: int) -> dict[str, Any]:
     """Certified gaps of every micro-batch, and the time of a step and of a first plan."""
-    rows, gaps, degree_gaps, solve, first = [], [], [], [], []
+    rows, gaps, degree_gaps, solve, cpu, first = [], [], [], [], [], []
     for name, context, problem in problems(sources, model="flexsp-7b", batches=batches):
         first.append(next(Planner().plans(problem)).solve_ms)
-        plan = Planner().plan(problem)
+        before = time.thread_time()
+        plan = Planner(bound="none").plan(problem)
+        cpu.append((time.thread_time() - before) * 1e3)
+        plan = bound_plan(problem, plan)
         certified = bound_plan(problem, plan, kind="configuration")
         solve.append(plan.solve_ms)
         gaps += [batch.gap for batch in certified.micro_batches]
@@ -125,6 +128,8 @@ def quality(sources: Any, batches: int) -> dict[str, Any]:
         "mean_degree_gap": statistics.fmean(degree_gaps),
         "median_solve_ms": statistics.median(solve),
         "worst_solve_ms": max(solve),
+        "median_solve_cpu_ms": statistics.median(cpu),
+        "load_average": os.getloadavg()[0],
         "median_first_plan_ms": statistics.median(first),
         "worst_first_plan_ms": max(first),
     }

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from itertools import chain, repeat
 
 from seqpar.planners.batch import SortedBatch
+from seqpar.planners.degrees import search_degrees
 from seqpar.planners.improve import improve
 from seqpar.planners.packing import Packed, Packing, Waiting, pack_most
 
@@ -67,7 +68,7 @@ class CascadeSearch:
                 yield found
 
     def _change(self, rng: random.Random, shares: tuple[float, ...]) -> tuple[float, ...]:
-        """One or two shares redrawn or moved a little, earlier ones more often; or another count."""
+        """One or two shares redrawn or moved a little, the earlier the likelier; or a new count."""
         moved = list(shares)
         if rng.random() < 0.1:
             if rng.random() < 0.5:
@@ -165,11 +166,14 @@ def least_target(
     return best, steps
 
 
-def pack_micro_batch(batch: SortedBatch, members: list[int]) -> Packing | None:
+def pack_micro_batch(
+    batch: SortedBatch, members: list[int], *, max_vectors: int = 400
+) -> Packing | None:
     """Groups for these sequences in one micro-batch; None if memory was not found to hold them."""
     least_end = batch.least(batch.weight_array + batch.fixed_array[:, None]).tolist()
     found, _ = least_target(batch, members, least_end, 0.0)
-    return improve(batch, found.packing, max_steps=100) if found else None
+    start = improve(batch, found.packing, max_steps=100) if found else None
+    return search_degrees(batch, members, start, max_vectors=max_vectors)
 
 
 def _equal_shares(counts: list[int]) -> Iterator[tuple[float, ...]]:
