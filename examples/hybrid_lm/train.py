@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from seqpar.comparison import FixedDegreeRival
 from seqpar.console import TrainingConsole
 from seqpar.data import DocumentSampler, PlannedStep, PlannedSteps, limit_documents, recorded_plans
 from seqpar.errors import ParityError
+from seqpar.feedback import CostFeedback
 from seqpar.mesh import GroupPool
 from seqpar.models import Decoder, DecoderConfig, hybrid
 from seqpar.planners import (
@@ -117,10 +119,11 @@ class HybridLM:
         if not is_resumed:
             self.state.notes = {"cost": self.calibrate().to_json(), "steps": []}
         cost = CostModel.from_json(self.state.notes["cost"])
+        self.feedback = CostFeedback(cost, self.state.notes.get("observations", ()))
         planner = Planner(time_limit_ms=50)
 
         def plan_documents(step: int, lengths: Sequence[int]) -> ScatterPlan:
-            return planner.plan(self.problem(lengths, cost))
+            return planner.plan(self.problem(lengths, self.feedback.cost))
 
         steps = PlannedSteps(
             self.sampler(),
@@ -202,6 +205,8 @@ class HybridLM:
         result = self.rival.forward_backward(planned, self.documents_of(planned))
         self.state.take_step(position=planned.position)
         self.state.notes["steps"].append(vars(StepReport.of(planned, result)))
+        self.feedback.observe(planned, result, self.lengths)
+        self.state.notes["observations"] = self.feedback.observations
         self.screen.show_step(planned, result)
         if self.state.step % self.settings.checkpoint_every == 0:
             self.state.save()
@@ -253,12 +258,19 @@ class HybridLM:
             ranks=self.executor.num_ranks,
             device=self.executor.device.type,
             document_lengths=self.lengths,
-            cost=notes["cost"],
+            cost=self.feedback.cost.to_json(),
+            prediction_error=prediction_error(notes["steps"]),
             settings={key: str(value) for key, value in vars(self.settings).items()},
             steps=notes["steps"],
         )
         report.write(self.run_dir)
         self.screen.say(f"report: {self.run_dir / 'report.html'} ({report.wall_s:.0f} s in all)")
+
+
+def prediction_error(steps: Sequence[dict[str, Any]]) -> float:
+    """Mean of |predicted - measured| / measured over the steps, as they were planned."""
+    errors = [abs(s["predicted_ms"] / s["measured_ms"] - 1) for s in steps]
+    return sum(errors) / len(errors)
 
 
 def main() -> None:
