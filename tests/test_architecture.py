@@ -26,11 +26,32 @@ ALLOWED = {
     "launch": {"errors"},
 }
 TOP = set(
-    """
-    errors layout balance comm mesh kernels ops batch loss models adapters planners launch
-    data training calibration comparison feedback report report_html console parallelize
-    parity commands
-    """.split()
+    [
+        "errors",
+        "layout",
+        "balance",
+        "comm",
+        "mesh",
+        "kernels",
+        "ops",
+        "batch",
+        "loss",
+        "models",
+        "adapters",
+        "planners",
+        "launch",
+        "data",
+        "training",
+        "calibration",
+        "comparison",
+        "feedback",
+        "report",
+        "report_html",
+        "console",
+        "parallelize",
+        "parity",
+        "commands",
+    ]
 )
 
 
