@@ -94,10 +94,13 @@ def problems(
 
 def quality(sources: Any, batches: int) -> dict[str, Any]:
     """Certified gaps of every micro-batch, and the time of a step and of a first plan."""
-    rows, gaps, degree_gaps, solve, first = [], [], [], [], []
+    rows, gaps, degree_gaps, solve, cpu, first = [], [], [], [], [], []
     for name, context, problem in problems(sources, model="flexsp-7b", batches=batches):
         first.append(next(Planner().plans(problem)).solve_ms)
-        plan = Planner().plan(problem)
+        before = time.thread_time()
+        plan = Planner(bound="none").plan(problem)
+        cpu.append((time.thread_time() - before) * 1e3)
+        plan = bound_plan(problem, plan)
         certified = bound_plan(problem, plan, kind="configuration")
         solve.append(plan.solve_ms)
         gaps += [batch.gap for batch in certified.micro_batches]
@@ -125,6 +128,8 @@ def quality(sources: Any, batches: int) -> dict[str, Any]:
         "mean_degree_gap": statistics.fmean(degree_gaps),
         "median_solve_ms": statistics.median(solve),
         "worst_solve_ms": max(solve),
+        "median_solve_cpu_ms": statistics.median(cpu),
+        "load_average": os.getloadavg()[0],
         "median_first_plan_ms": statistics.median(first),
         "worst_first_plan_ms": max(first),
     }
@@ -159,11 +164,15 @@ def scale(sources: Any) -> list[dict[str, Any]]:
 
 
 def peers(sources: Any, *, seconds: float, cp_sat: Sequence[str] | None) -> dict[str, Any]:
-    """FlexSP's programme per micro-batch of its own blaster, by solver, beside seqpar's groups."""
-    rows, steps = [], []
+    """FlexSP's programme per micro-batch of its own blaster, by solver, beside seqpar's groups.
+
+    By distribution: rows by micro-batch, and the step's sums.
+    """
+    answers: dict[str, Any] = {}
     for name, context, problem in problems(sources, model="flexsp-7b", batches=1):
         if context != "192K":
             continue
+        rows = []
         batch = SortedBatch.of(problem)
         fewest = -(-sum(batch.tokens) // (64 * problem.tokens_per_device))
         cuts = blaster_cuts(batch, fewest + 1)
@@ -173,12 +182,15 @@ def peers(sources: Any, *, seconds: float, cp_sat: Sequence[str] | None) -> dict
             found = _peer_row(batch, members, seconds, cp_sat)
             for solver, (ms, _) in found.items():
                 totals[solver] = totals.get(solver, 0.0) + ms
-            rows.append({"lengths": name, "sequences": len(members)} | _flat(found))
+            rows.append({"sequences": len(members)} | _flat(found))
             show(rows[-1])
         whole = Planner().plan(problem)
-        steps.append({"lengths": name, "seqpar_joint_ms": whole.makespan_ms} | totals)
-        show(steps[-1])
-    return {"seconds": seconds, "micro_batches": rows, "steps": steps}
+        step = {"seqpar_joint_ms": whole.makespan_ms} | {
+            solver: ms if math.isfinite(ms) else None for solver, ms in totals.items()
+        }
+        show({"lengths": name} | step)
+        answers[name] = {"seconds": seconds, "micro_batches": rows, "step_ms": step}
+    return answers
 
 
 def _peer_row(
@@ -273,12 +285,18 @@ def main() -> None:
     parts = ("quality", "scale", "peers", "cells")
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--batches", type=int, default=3)
+    names = ("commoncrawl", "github", "wikipedia")
+    parser.add_argument("--lengths", nargs="+", choices=names, default=list(names))
     parser.add_argument("--seconds", type=float, default=10.0, help="limit of each peer solver")
     parser.add_argument("--histogram", type=Path, default=HERE / "data" / "wikipedia.json")
     parser.add_argument("--cp-sat-python", default=sys.executable, help="has ortools")
     parser.add_argument("--hardware", default=f"cpu-{os.cpu_count()}-cores")
     options = parser.parse_args()
-    sources = distributions(options.histogram)
+    sources = {
+        name: sample
+        for name, sample in distributions(options.histogram).items()
+        if name in options.lengths
+    }
     interpreter = [options.cp_sat_python]
     path = HERE / "results" / options.hardware / "planner.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -292,7 +310,8 @@ def main() -> None:
             results[part] = scale(sources)
         elif part == "peers":
             cp_sat = interpreter if _has_ortools(interpreter) else None
-            results[part] = peers(sources, seconds=options.seconds, cp_sat=cp_sat)
+            found = peers(sources, seconds=options.seconds, cp_sat=cp_sat)
+            results[part] = results.get(part, {}) | found
         else:
             results[part] = cells(sources, options.batches)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,11 +25,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seqpar.balance import balanced_layout, imbalance
 from seqpar.layout import SequenceLayout
+from seqpar.ops.ring import RingAttention
+from seqpar.ops.ring_schedule import own_schedule
 from seqpar.ops.softmax import softmax_attention
+from seqpar.ops.softmax_tiles import Mask, block_tiles
 
 HEADS, HEAD_DIM = 32, 128
 SIZES = (16384, 65536)
@@ -38,21 +42,21 @@ BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTEN
 
 
 class Bench:
-    """Times functions on every rank at once; the slowest rank counts."""
+    """Times functions on every rank at once (the slowest rank counts); records as it goes."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.device = torch.device("cuda", torch.cuda.current_device())
+        self.path = path
         self.rows: list[dict[str, Any]] = []
         self.started = time.monotonic()
 
-    def ms(self, run: Callable[[], object], *, budget_ms: float = 600.0) -> float:
-        """Median over rounds of the mean time of a call, the slowest rank's."""
-        for _ in range(3):
+    def ms(self, run: Callable[[], object]) -> float:
+        """Median over three rounds of the mean time of a call, the slowest rank's."""
+        for _ in range(2):
             run()
-        once = self._round(run, 1)
-        calls = max(1, min(20, int(budget_ms / 5 / max(once, 1e-3))))
-        return statistics.median(self._round(run, calls) for _ in range(5))
+        calls = max(1, min(10, int(100 / max(self._round(run, 1), 1e-3))))
+        return statistics.median(self._round(run, calls) for _ in range(3))
 
     def _round(self, run: Callable[[], object], calls: int) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -68,13 +72,35 @@ class Bench:
         return float(slowest.item())
 
     def row(self, what: str, **figures: Any) -> None:
-        """Record and print one row."""
+        """Record one row, print it, and write the file anew."""
         self.rows.append({"what": what, **figures})
         if self.rank == 0:
             shown = "  ".join(
                 f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items()
             )
-            print(f"[{time.monotonic() - self.started:6.1f}s] {what:44s} {shown}", flush=True)
+            print(f"[{time.monotonic() - self.started:5.1f}s] {what:42s} {shown}", flush=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps({**_facts(), "rows": self.rows}, indent=1) + "\n")
+
+    def attempt(self, measurement: Callable[..., Any], *args: Any) -> Any:
+        """A measurement that fails is a row, not the end of the others."""
+        try:
+            return measurement(self, *args)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".replace("\n", " ")
+            self.row(f"FAILED {measurement.__name__} {args}"[:60], reason=reason[:300])
+            return None
+
+
+def _facts() -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name(),
+        "devices": dist.get_world_size(),
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "shape": {"heads": HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16"},
+    }
 
 
 def draw(num_tokens: int, device: torch.device, *, heads: int = HEADS) -> list[Tensor]:
@@ -113,13 +139,17 @@ def measure(
     if one is not None:
         facts["forward_efficiency"] = one[0] / (bench.size * forward_ms)
         facts["efficiency"] = one[1] / (bench.size * total_ms)
-    bench.row(what, forward_ms=forward_ms, total_ms=total_ms, **facts)
+    figures = {key: fact() if callable(fact) else fact for key, fact in facts.items()}
+    bench.row(what, forward_ms=forward_ms, total_ms=total_ms, **figures)
     return forward_ms, total_ms
 
 
-def on_ranks(layout: SequenceLayout, **options: Any) -> Callable[..., Tensor]:
-    """softmax_attention over the whole group."""
-    group = dist.group.WORLD if layout.world_size > 1 else None
+def on_ranks(
+    layout: SequenceLayout, group: ProcessGroup | None = None, **options: Any
+) -> Callable[..., Tensor]:
+    """softmax_attention over the group; by default over all ranks."""
+    if layout.world_size > 1:
+        group = group or dist.group.WORLD
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return softmax_attention(q, k, v, layout=layout, group=group, **options)
@@ -151,37 +181,61 @@ def lognormal_bounds(num_tokens: int, seed: int = 1) -> list[int]:
 
 
 def compare_with_float64(bench: Bench) -> None:
-    """Every strategy, 1,536 tokens in documents, GQA, against float64; raises when it is off."""
+    """Every strategy, packed documents with grouped queries, against float64."""
     bounds = (0, 700, 701, 1100, 1536)
-    generator = torch.Generator().manual_seed(7)
-    streams = [
-        torch.randn(1, bounds[-1], h, 64, generator=generator).to(bench.device, torch.bfloat16)
-        for h in (8, 4, 4, 8)
-    ]
-    cases = [("ring", None), ("ulysses", None), ("usp", None), ("gather", None), ("halo", 200)]
-    cases += [("ring", 200), ("auto", None)]
+    cases = [("ring", None), ("ulysses", None), ("usp", None), ("gather", None), ("auto", None)]
+    cases += [("ring", 200), ("halo", 200)]
     for layout in (
         SequenceLayout.zigzag(bounds, bench.size),
-        SequenceLayout.contiguous(bounds, bench.size),
         balanced_layout(bounds, bench.size),
-        SequenceLayout.zigzag((0, bounds[-1]), bench.size),
     ):
         for causal in (True, False):
             for strategy, window in cases:
-                expected = float64_attention(layout.cu_seqlens, streams, causal, window)
-                local = [layout.shard(x, bench.rank) for x in streams]
-                leaves = [x.requires_grad_() for x in local[:3]]
-                out = on_ranks(layout, strategy=strategy, causal=causal, window=window)(*leaves)
-                grads = torch.autograd.grad(out, leaves, local[3])
-                errors = []
-                for x, ref in zip((out, *grads), expected, strict=True):
-                    mine = layout.shard(ref, bench.rank)
-                    errors.append(((x.double() - mine).norm() / mine.norm()).item())
-                worst = torch.tensor(max(errors), device=bench.device)
-                dist.all_reduce(worst, dist.ReduceOp.MAX)
-                where = f"{strategy} causal={causal} window={window} {layout.spans}"
-                assert worst.item() < 8e-3, f"relative error {worst.item():.1e}: {where}"
-    bench.row("all strategies against float64", worst_allowed=8e-3, passed=True)
+                _compare(bench, layout, (8, 4), strategy, causal, window)
+    bench.row("all strategies are within 8e-3 of float64", passed=True)
+
+
+def compare_long(bench: Bench) -> None:
+    """One document, large enough for cuDNN's kernels in every block."""
+    layout = SequenceLayout.zigzag((0, 4096 * bench.size), bench.size)
+    worst = _compare(bench, layout, (2, 1), "ring", True, None)
+    alone = SequenceLayout.contiguous((0, 4096 * bench.size), 1)
+    one = _compare(bench, alone, (2, 1), "ring", True, None)
+    bench.row("one document against float64", ring_error=worst, one_gpu_error=one)
+
+
+def _compare(
+    bench: Bench,
+    layout: SequenceLayout,
+    heads: tuple[int, int],
+    strategy: str,
+    causal: bool,
+    window: int | None,
+) -> float:
+    """The largest relative error of out, dq, dk, dv on any rank; raises when it is off."""
+    generator = torch.Generator().manual_seed(7)
+    streams = [
+        torch.randn(1, layout.num_tokens, h, 64, generator=generator).to(
+            bench.device, torch.bfloat16
+        )
+        for h in (heads[0], heads[1], heads[1], heads[0])
+    ]
+    rank = bench.rank if layout.world_size > 1 else 0
+    local = [layout.shard(x, rank) for x in streams]
+    leaves = [x.requires_grad_() for x in local[:3]]
+    out = on_ranks(layout, strategy=strategy, causal=causal, window=window)(*leaves)
+    results = (out, *torch.autograd.grad(out, leaves, local[3]))
+    expected = float64_attention(layout.cu_seqlens, streams, causal, window)
+    errors = []
+    for x, ref in zip(results, expected, strict=True):
+        mine = layout.shard(ref, rank)
+        errors.append(((x.double() - mine).norm() / mine.norm()).item())
+    worst = torch.tensor(max(errors), device=bench.device)
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    where = f"{strategy} causal={causal} window={window} {layout.spans}"
+    if not worst.item() < 8e-3:
+        raise AssertionError(f"relative error {worst.item():.1e}: {where}")
+    return float(worst.item())
 
 
 def float64_attention(
@@ -207,36 +261,75 @@ def float64_attention(
 
 
 def one_gpu(bench: Bench, num_tokens: int) -> tuple[float, float]:
-    """The best of torch's backends on one GPU (all GPUs run it at once, each alone)."""
-    best = (math.inf, math.inf)
+    """The best on one GPU of torch's backends and of ours (all GPUs at once, each alone)."""
     tensors = draw(num_tokens, bench.device)
-    for name, backend in BACKENDS.items():
-        times = measure(bench, f"one GPU {num_tokens} {name}", sdpa(backend), tensors)
-        best = min(best, times, key=lambda pair: pair[1])
-    alone = on_ranks(SequenceLayout.contiguous((0, num_tokens), 1))
-    return min(best, measure(bench, f"one GPU {num_tokens} seqpar", alone, tensors))
+    found = [
+        measure(bench, f"one GPU {num_tokens} torch {name}", sdpa(backend), tensors)
+        for name, backend in BACKENDS.items()
+        if name == "cudnn"
+    ]
+    if num_tokens == SIZES[0]:
+        alone = on_ranks(SequenceLayout.contiguous((0, num_tokens), 1))
+        found.append(measure(bench, f"one GPU {num_tokens} seqpar", alone, tensors))
+    return min(forward for forward, _ in found), min(total for _, total in found)
 
 
 def long_document(bench: Bench, num_tokens: int, one: tuple[float, float]) -> None:
-    """One document on all ranks: the ring over a zigzag, and Ulysses."""
+    """One document on all ranks: the ring over a zigzag, other strategies beside it."""
     layout = SequenceLayout.zigzag((0, num_tokens), bench.size)
     tensors = draw(layout.tokens_on(bench.rank), bench.device)
-    for options in (
-        {"strategy": "ring", "check": False},
-        {"strategy": "ring"},
-        {"strategy": "gather", "check": False},
-        {"strategy": "ulysses", "check": False},
-    ):
+    calls = [("ring", False), ("ring", True), ("ulysses", False)]
+    for strategy, check in calls if num_tokens == SIZES[0] else calls[:1]:
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
-        what = f"{bench.size} GPUs {num_tokens} {options}"
-        measure(bench, what, on_ranks(layout, **options), tensors, one)
-        peak = torch.cuda.max_memory_allocated() - held
-        block = tensors[0].numel() * tensors[0].element_size()
-        bench.row(f"  peak memory above q, k, v, dout {num_tokens}", in_tensors=peak / block)
+        attend = on_ranks(layout, strategy=strategy, check=check)
+        what = f"{bench.size} GPUs {num_tokens} {strategy} check={check}"
+        peak = Lazy(held, tensors[0])
+        measure(bench, what, attend, tensors, one, peak_in_tensors=peak)
+    if num_tokens == SIZES[0]:
+        what = f"  its tiles alone, nothing sent {num_tokens}"
+        measure(bench, what, tiles_alone(layout, bench.rank), tensors, one)
 
 
-def packed_documents(bench: Bench, num_tokens: int, unpacked: tuple[float, float]) -> None:
+def limited_nccl(bench: Bench, one: dict[int, tuple[float, float]]) -> None:
+    """The ring with NCCL held to a few thread blocks, which attention gains."""
+    for max_ctas in (4, 8, 16):
+        options = dist.ProcessGroupNCCL.Options()
+        options.config.max_ctas = max_ctas
+        group = dist.new_group(pg_options=options)
+        for num_tokens in SIZES:
+            layout = SequenceLayout.zigzag((0, num_tokens), bench.size)
+            tensors = draw(layout.tokens_on(bench.rank), bench.device)
+            attend = on_ranks(layout, group, strategy="ring", check=False)
+            what = f"{bench.size} GPUs {num_tokens} ring, NCCL max_ctas={max_ctas}"
+            measure(bench, what, attend, tensors, one[num_tokens])
+
+
+class Lazy:
+    """Peak memory since the start of a measurement, in units of one local tensor."""
+
+    def __init__(self, held: int, tensor: Tensor) -> None:
+        self.held, self.bytes = held, tensor.numel() * tensor.element_size()
+
+    def __call__(self) -> float:
+        return (torch.cuda.max_memory_allocated() - self.held) / self.bytes
+
+
+def tiles_alone(layout: SequenceLayout, rank: int) -> Callable[..., Tensor]:
+    """The rank's tiles on its own keys: what the ring would take if transfers were free."""
+    steps = [block_tiles(layout, layout, rank, other, Mask()) for other in range(layout.world_size)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = q.new_zeros(())
+        for tiles in steps:
+            schedule = own_schedule(tiles, k.shape[1])
+            out = out + RingAttention.apply(q, k, v, schedule, None, HEAD_DIM**-0.5)
+        return out
+
+    return attend
+
+
+def packed_documents(bench: Bench, num_tokens: int) -> None:
     """Lognormal documents: zigzag of the stream, and the balanced layout."""
     bounds = lognormal_bounds(num_tokens)
     tensors = draw(num_tokens, bench.device)
@@ -244,20 +337,15 @@ def packed_documents(bench: Bench, num_tokens: int, unpacked: tuple[float, float
     what = f"one GPU {num_tokens} in {len(bounds) - 1} documents"
     longest = max(stop - start for start, stop in itertools.pairwise(bounds))
     one = measure(bench, what, alone, tensors, longest=longest)
-    for name, layout in (
-        ("balanced", balanced_layout(bounds, bench.size)),
-        ("zigzag", SequenceLayout.zigzag(bounds, bench.size)),
+    for name, strategy, layout in (
+        ("balanced", "ring", balanced_layout(bounds, bench.size)),
+        ("balanced", "gather", balanced_layout(bounds, bench.size)),
+        ("zigzag", "ring", SequenceLayout.zigzag(bounds, bench.size)),
     ):
         local = [layout.shard(x, bench.rank) for x in tensors]
-        for strategy in ("ring", "gather"):
-            measure(
-                bench,
-                f"{bench.size} GPUs {num_tokens} packed {name} {strategy}",
-                on_ranks(layout, strategy=strategy, check=False),
-                local,
-                one,
-                imbalance=imbalance(layout),
-            )
+        what = f"{bench.size} GPUs {num_tokens} packed {name} {strategy}"
+        attend = on_ranks(layout, strategy=strategy, check=False)
+        measure(bench, what, attend, local, one, imbalance=imbalance(layout))
 
 
 def windowed(bench: Bench, num_tokens: int) -> None:
@@ -274,71 +362,83 @@ def windowed(bench: Bench, num_tokens: int) -> None:
         measure(bench, f"{bench.size} GPUs window {WINDOW} halo {name}", attend, local, one)
 
 
-def context_parallel_of_torch(bench: Bench, num_tokens: int, one: tuple[float, float]) -> None:
-    """torch's own context parallelism (head-tail balanced ring), with each of its settings."""
+def short_rows(bench: Bench) -> None:
+    """Where cuDNN begins to pay: short causal calls, and what planning a new shape costs."""
+    for num_tokens in (1024, 2048, 4096):
+        tensors = draw(num_tokens, bench.device)
+        for name, backend in BACKENDS.items():
+            torch.cuda.synchronize()
+            started = time.monotonic()
+            both(sdpa(backend), tensors)[1]()
+            torch.cuda.synchronize()
+            first_ms = 1e3 * (time.monotonic() - started)
+            what = f"one GPU {num_tokens} torch {name}"
+            measure(bench, what, sdpa(backend), tensors, first_call_ms=first_ms)
+
+
+def context_parallel_of_torch(
+    bench: Bench, num_tokens: int, backend: str, rotation: str, one: tuple[float, float]
+) -> None:
+    """torch's own context parallelism (head-tail balanced ring)."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.experimental import context_parallel
     from torch.distributed.tensor.experimental._attention import set_rotate_method
 
     mesh = init_device_mesh("cuda", (bench.size,), mesh_dim_names=("cp",))
-    for rotation in ("allgather", "alltoall"):
-        for name, backend in BACKENDS.items():
-            set_rotate_method(rotation)
-            q, k, v = (
-                torch.randn(1, HEADS, num_tokens, HEAD_DIM, device=bench.device).bfloat16()
-                for _ in range(3)
-            )
-            with (
-                sdpa_kernel(backend),
-                context_parallel(mesh, buffers=[q, k, v], buffer_seq_dims=[2, 2, 2]),
-            ):
-                tensors = [q, k, v, torch.randn_like(q)]
+    set_rotate_method(rotation)
+    q, k, v = (
+        torch.randn(1, HEADS, num_tokens, HEAD_DIM, device=bench.device).bfloat16()
+        for _ in range(3)
+    )
+    with (
+        sdpa_kernel(BACKENDS[backend]),
+        context_parallel(mesh, buffers=[q, k, v], buffer_seq_dims=[2, 2, 2]),
+    ):
+        tensors = [q, k, v, torch.randn_like(q)]
 
-                def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-                what = f"torch context_parallel {num_tokens} {name} {rotation}"
-                try:
-                    measure(bench, what, attend, tensors, one)
-                except RuntimeError as error:  # a setting that this torch cannot run
-                    bench.row(what, failed=str(error)[:120])
+        what = f"torch context_parallel {num_tokens} {backend} {rotation}"
+        measure(bench, what, attend, tensors, one)
 
 
 def main() -> None:
     """Measure all, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/h200-x2"))
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--compare-only", action="store_true", help="correctness, no timing")
     arguments = parser.parse_args()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl")
+    device = torch.device("cuda", torch.cuda.current_device())
+    dist.init_process_group("nccl", device_id=device)
     torch.manual_seed(dist.get_rank())
-    bench = Bench()
-    compare_with_float64(bench)
+    bench = Bench(arguments.output / "softmax.json")
     if arguments.compare_only:
-        dist.destroy_process_group()
-        return
-    one = {size: one_gpu(bench, size) for size in arguments.sizes}
-    for size in arguments.sizes:
-        long_document(bench, size, one[size])
-    packed_documents(bench, max(arguments.sizes), one[max(arguments.sizes)])
-    windowed(bench, max(arguments.sizes))
-    for size in arguments.sizes:
-        context_parallel_of_torch(bench, size, one[size])
-    if bench.rank == 0:
-        facts = {
-            "device": torch.cuda.get_device_name(),
-            "devices": bench.size,
-            "torch": torch.__version__,
-            "cudnn": torch.backends.cudnn.version(),
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-            "shape": {"heads": HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16"},
-        }
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        path = arguments.output / "softmax.json"
-        path.write_text(json.dumps({**facts, "rows": bench.rows}, indent=1) + "\n")
+        compare_with_float64(bench)
+        compare_long(bench)
+    else:
+        bench.attempt(compare_long)
+        measure_all(bench)
     dist.destroy_process_group()
+
+
+def measure_all(bench: Bench) -> None:
+    """Every table of docs/softmax.md; what the issue promises comes first."""
+    short, long = SIZES
+    one = {size: bench.attempt(one_gpu, size) for size in SIZES}
+    for size in SIZES:
+        bench.attempt(long_document, size, one[size])
+    for size in SIZES:
+        bench.attempt(context_parallel_of_torch, size, "cudnn", "allgather", one[size])
+    bench.attempt(windowed, long)
+    bench.attempt(compare_with_float64)
+    bench.attempt(limited_nccl, one)
+    bench.attempt(packed_documents, long)
+    bench.attempt(short_rows)
+    bench.attempt(context_parallel_of_torch, short, "cudnn", "alltoall", one[short])
+    bench.attempt(context_parallel_of_torch, short, "flash", "allgather", one[short])
+    bench.attempt(context_parallel_of_torch, long, "cudnn", "alltoall", one[long])
 
 
 if __name__ == "__main__":

@@ -124,13 +124,17 @@ def all_gather_async(x: Tensor, group: ProcessGroup | None) -> Pending[Tensor]:
     if group is None:
         return Pending((), lambda: x.detach().clone()[None])
     size = group.size()
-    message = _outgoing(x, group)
-    gathered = message.new_empty(size * message.numel())
-    count("all_gather", (size - 1) * message.numel(), (size - 1) * message.numel())
+    message = x.detach().contiguous()
+    received_bytes = (size - 1) * message.numel() * message.element_size()
+    count("all_gather", received_bytes, received_bytes)
     if not message.numel():
         return Pending((), lambda: x.new_empty(size, *x.shape))
-    work = _gather_flat(gathered, message, group)
-    return Pending((work,), lambda: _incoming(gathered, (size, *x.shape), x), keep=message)
+    if _on_host(group):
+        message = message.cpu()
+    gathered = message.new_empty(size, *x.shape)
+    outgoing, landing = (t.view(-1).view(torch.uint8) for t in (message, gathered))
+    work = _gather_flat(landing, outgoing, group)
+    return Pending((work,), lambda: gathered.to(x.device), keep=message)
 
 
 def all_to_all(
@@ -182,7 +186,8 @@ def exchange(
         recvs: (group rank to receive from, contiguous tensor that is filled in place).
 
     Messages between two ranks arrive in the order they were listed. Empty ones are not sent, so
-    both sides must know the sizes. With nothing to send or receive no call is made.
+    both sides must know the sizes. With nothing to send or receive no call is made. Over NCCL all
+    ranks of the group must have used it before, as those of `init_mesh` and `GroupPool` have.
     """
     rank = group_rank(group)
     own = [tensor for peer, tensor in sends if peer == rank]

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 JOB = ROOT / "examples" / "hybrid_lm" / "job.yaml"
 SMALL = [
     *("--steps", "4", "--budget-tokens", "8192", "--context-tokens", "4096", "--dim", "64"),
-    *("--heldout-tokens", "4096", "--memory-gib", "0.02", "--compare-every", "2"),
+    *("--heldout-tokens", "4096", "--cpu-memory-gib", "0.02", "--compare-every", "2"),
     *("--checkpoint-every", "2", "--learning-rate", "0.02"),
 ]
 

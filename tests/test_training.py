@@ -11,6 +11,7 @@ import torch.distributed as dist
 from seqpar.calibration import calibrate_model, saved_bytes_per_token
 from seqpar.comparison import FixedDegreeRival
 from seqpar.data import DocumentSampler, PlannedStep, PlannedSteps, recorded_plans
+from seqpar.feedback import CostFeedback
 from seqpar.mesh import GroupPool
 from seqpar.models import Decoder, hybrid
 from seqpar.planners import (
@@ -23,7 +24,7 @@ from seqpar.planners import (
     ScatterPlan,
     ScatterProblem,
 )
-from seqpar.training import Parity, PlanExecutor
+from seqpar.training import Parity, PlanExecutor, StepResult
 from tests.ranks import run_ranks
 
 LENGTHS = [61, 1, 9, 30, 2, 17, 1, 44]
@@ -191,3 +192,27 @@ def test_the_rival_runs_beside_the_plan_and_leaves_its_gradients() -> None:
     assert comparison.fixed_degree == 2
     assert comparison.batches == len(comparison.planned_ms) == 2
     assert comparison.speedup == sum(comparison.fixed_ms) / sum(comparison.planned_ms)
+
+
+def test_feedback_learns_the_machine_from_the_steps_that_ran() -> None:
+    slower = CostModel(
+        name="slower",
+        layers=(LayerCost(kind="softmax", quadratic_ms=2e-3, linear_ms=0.2),),
+        memory_bytes_per_token=1.0,
+    )
+    feedback = CostFeedback(COST)
+    assert feedback.cost == COST
+    plan = _plan((_group((0,), (0, 3)), _group((1,), (5,))), (_group((0,), (7, 2)),))
+    documents = tuple(reversed(range(len(LENGTHS))))  # sequence i of the plan is document 7 - i
+    lengths = list(reversed(LENGTHS))
+    measured = [
+        [slower.group_ms([LENGTHS[i] for i in group.sequences], 1) for group in micro.groups]
+        for micro in plan.micro_batches
+    ]
+    spans = tuple(tuple((5.0, 5.0 + ms) for ms in times) for times in measured)
+    result = StepResult(1.0, 0, 0, 1.0, spans)
+    for step in range(20):
+        feedback.observe(PlannedStep(step, documents, plan, 0, 0.0, 0.0), result, lengths)
+    assert feedback.cost.group_ms([61, 30], 1) == pytest.approx(measured[0][0], rel=0.05)
+    resumed = CostFeedback(COST, feedback.observations)
+    assert resumed.cost == feedback.cost

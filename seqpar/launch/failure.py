@@ -10,7 +10,7 @@ from seqpar.errors import RankFailedError
 from seqpar.launch.placement import Placement
 from seqpar.launch.rundir import RunDir
 
-__all__ = ["Failure", "exit_words"]
+__all__ = ["Failure", "exit_words", "is_echo"]
 
 
 ECHOES = ("closed by peer", "Connection reset", "Broken pipe", "remote process exited", "NCCL")
@@ -25,6 +25,12 @@ def exit_words(exit_code: int) -> str:
         return f"was killed by {signal.Signals(-exit_code).name}"
     except ValueError:
         return f"was killed by signal {-exit_code}"
+
+
+def is_echo(traceback: str) -> bool:
+    """Whether a traceback tells of a lost peer, not of a fault of the rank's own."""
+    last = traceback.strip().splitlines()[-1:] or [""]
+    return any(echo in last[0] for echo in ECHOES)
 
 
 def place_words(progress: dict[str, Any]) -> str:
@@ -66,7 +72,7 @@ class Failure:
         """
         if self.exit_code < 0:
             return (0 if self.exit_code != -signal.SIGTERM or self.first_seen else 3), self.time
-        return (2 if any(echo in self.traceback for echo in ECHOES) else 1), self.time
+        return (2 if is_echo(self.traceback) else 1), self.time
 
     def words(self) -> str:
         """One line: the rank and what became of it."""

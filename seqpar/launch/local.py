@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from torch._C._distributed_c10d import PrefixStore, TCPStore
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -115,6 +115,27 @@ class RankLogs(LogsSpecs):
         )
 
 
+class RecordingAgent(LocalElasticAgent):
+    """torch's agent, which also notes in the run's events who failed first in each attempt."""
+
+    def __init__(self, spec: WorkerSpec, logs: RankLogs, grace_s: int) -> None:
+        if "shutdown_timeout" in inspect.signature(LocalElasticAgent).parameters:
+            super().__init__(spec, logs, shutdown_timeout=grace_s)
+        else:
+            super().__init__(spec, logs)  # torch 2.11: always 30 s
+        self.run_dir = logs.run_dir
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result: RunResult = super()._monitor_workers(worker_group)
+        if result.is_failed():
+            failure = first_failure(result)
+            restarts = self._remaining_restarts > 0
+            self.run_dir.record(
+                "failed", rank=failure.rank, reason=failure.words(), restarts=restarts
+            )
+        return result
+
+
 def run_local(placement: Placement) -> None:
     """Run the job here and return when its script has succeeded on every rank.
 
@@ -142,7 +163,7 @@ def run_local(placement: Placement) -> None:
         raise supervisor.explain(failure).error(placement, run_dir)
 
 
-def _agent(placement: Placement, logs: LogsSpecs) -> LocalElasticAgent:
+def _agent(placement: Placement, logs: RankLogs) -> RecordingAgent:
     interpreter, *arguments = placement.worker_command()
     spec = WorkerSpec(
         role="rank",
@@ -154,10 +175,8 @@ def _agent(placement: Placement, logs: LogsSpecs) -> LocalElasticAgent:
         monitor_interval=0.1,
         local_addr=LOOPBACK,
     )
-    if "shutdown_timeout" not in inspect.signature(LocalElasticAgent).parameters:
-        return LocalElasticAgent(spec, logs)  # torch 2.11: always 30 s
     grace_s = max(1, round(placement.spec.stop_grace_s))
-    return LocalElasticAgent(spec, logs, shutdown_timeout=grace_s)
+    return RecordingAgent(spec, logs, grace_s)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ class Placement:
     num_devices: int
     run_dir: Path
     run_id: str
+    resume: bool = False
 
     def worker_command(self) -> list[str]:
         """The command of every rank."""
@@ -45,6 +46,8 @@ class Placement:
             "SEQPAR_CHECKPOINT_DIR": str(self.spec.checkpoint_folder()),
             "SEQPAR_HANG_TIMEOUT_S": f"{self.spec.hang_timeout_s:g}",
         }
+        if self.resume:
+            given["SEQPAR_RESUME"] = "1"
         threads = max(1, (os.cpu_count() or 1) // self.num_ranks)
         if "OMP_NUM_THREADS" not in os.environ:
             given["OMP_NUM_THREADS"] = str(threads)

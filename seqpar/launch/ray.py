@@ -48,15 +48,16 @@ HEALTH_CHECK_INTERVAL_S = 0.25
 class GeometryTrainer(TorchTrainer):  # type: ignore[misc]
     """TorchTrainer with our policies for scaling and failure, and no torch in Ray's processes."""
 
-    def __init__(self, *arguments: Any, spec: JobSpec, **options: Any) -> None:
+    def __init__(self, *arguments: Any, spec: JobSpec, run_dir: Path, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.spec = spec
+        self.run_dir = run_dir
         self.backend_config = RankConfig()
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         if self.scaling_config.elasticity_enabled:
             parts["scaling_policy"] = GeometryPolicy(self.scaling_config, self.spec)
-        parts["failure_policy"] = NodeLossPolicy(self.run_config.failure_config)
+        parts["failure_policy"] = NodeLossPolicy(self.run_config.failure_config, self.run_dir)
         return super()._initialize_and_run_controller(**parts)
 
 
@@ -109,6 +110,7 @@ def trainer(placement: Placement) -> TorchTrainer:
     return GeometryTrainer(
         run_rank,
         spec=spec,
+        run_dir=placement.run_dir,
         train_loop_config={
             "script": shipped_script(spec),
             "environment": placement.environment(),

@@ -4,14 +4,12 @@ Legend: B batch, S key tokens on this rank, M keys that this rank's queries see,
 D head dim.
 
 One exchange before the attention, one after its backward. What arrives is laid out in stream
-order, so that a document's keys are one range and a causal or windowed call needs few tiles.
+order, so that a document's keys are one range and the attention needs few tiles.
 
-    window of 4, contiguous             keys gathered by rank 1
-    rank 0   . . . . . a b c            a b c | d e f g h i j k
-    rank 1   d e f g h i j k
-
-With a window only the neighbours' nearest tokens travel (the halo); with short documents, the parts
-of documents that a border cuts; with one long document, everything before the rank's last query.
+    documents   |----- A -----|-- B --|---- C ----|
+    rank 0      A A A A A A                             fetches nothing
+    rank 1                 A A A B B B                  fetches the tokens of A that rank 0 holds
+    rank 2                             C C C C C C      fetches nothing
 """
 
 from __future__ import annotations

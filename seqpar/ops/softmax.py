@@ -60,7 +60,8 @@ def softmax_attention(
             ulysses  all-to-all over heads; needs H >= W.
             usp      ulysses within `ulysses_degree` neighbouring ranks, ring over the rest.
             gather   all keys that this rank sees, at once, then one attention.
-            halo     gather under a window: the neighbours' nearest tokens.
+            halo     the ring under a window: only the neighbours' nearest tokens travel, under
+                     the attention of the rank's own.
             auto     the cheapest by heads, layout and mask; the same on every rank.
         causal: a query sees no later key of its document.
         window: a query sees window keys, itself included, or if not causal window - 1 more ahead.
@@ -88,7 +89,7 @@ def softmax_attention(
     scale = call.key_dim**-0.5 if scale is None else scale
     if chosen in ("ulysses", "usp"):
         return _trade_heads(q, k, v, call, degree, group, scale)
-    if chosen in ("gather", "halo"):
+    if chosen == "gather":
         plan = gather_plan(layout, call.key_layout, comm.group_rank(group), mask)
         k, v = KeyGather.apply(k, v, plan, group)  # type: ignore[no-untyped-call]
         return _attend(q, k, v, own_schedule(plan.tiles, k.shape[1]), None, scale)

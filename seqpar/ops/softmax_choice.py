@@ -201,26 +201,24 @@ def _tensor_error(call: Call, q: Tensor, k: Tensor, v: Tensor, rank: int) -> Seq
 
 
 def _cheapest(call: Call) -> tuple[str, int]:
-    """Compare what each strategy leaves exposed: work of the busiest rank, and bytes waited for.
+    """The smaller of two estimates, for the slowest rank, in seconds.
 
-    The ring hides its transfers under attention, but is as slow as its busiest rank. Ulysses is
-    balanced whatever the layout, but waits for four all-to-alls. Gather waits for what it fetches,
-    and is taken while that is no more than a rank's own tokens (so that memory stays flat).
+    The ring hides its transfers under attention, but is as slow as its busiest rank, or as what
+    that must fetch. Ulysses is balanced whatever the layout, but waits for its exchanges: q, k, v
+    and out, and their gradients. `gather` is never cheaper than the ring: it fetches the same.
     """
     size = call.layout.world_size
-    if size == 1:
-        return "ring", 1
-    most_tokens = max(call.layout.tokens_on(rank) for rank in range(size))
-    fetched = _most_fetched(call)
-    if fetched <= most_tokens // 4:
-        return ("gather", 1) if call.mask.window is None else ("halo", 1)
+    ring = "ring" if call.mask.window is None else "halo"
+    if call.heads < size or size == 1:
+        return ring, 1
     busiest, mean = _work(call)
-    traded = call.batch * most_tokens * call.item_bytes
-    traded *= (call.heads + call.kv_heads) * (call.key_dim + call.value_dim)
-    ring_s, ulysses_s = busiest / FLOPS_PER_S, mean / FLOPS_PER_S + 2 * traded / BYTES_PER_S
-    if call.heads >= size and ulysses_s < ring_s:
-        return "ulysses", size
-    return "ring", 1
+    token_bytes = call.batch * call.item_bytes * (call.key_dim + call.value_dim)
+    fetched = 2 * _most_fetched(call) * token_bytes * call.kv_heads  # in backward: once more
+    most_tokens = max(call.layout.tokens_on(rank) for rank in range(size))
+    traded = 2 * most_tokens * token_bytes * (call.heads + call.kv_heads)
+    ring_s = max(busiest / FLOPS_PER_S, fetched / BYTES_PER_S)
+    ulysses_s = mean / FLOPS_PER_S + traded / BYTES_PER_S
+    return ("ulysses", size) if ulysses_s < ring_s else (ring, 1)
 
 
 def _most_fetched(call: Call) -> int:

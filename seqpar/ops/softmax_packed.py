@@ -35,7 +35,7 @@ class Wave(NamedTuple):
         bounds: left and right, along the diagonal that ends in the bottom right of each segment.
         rows, keys: the ranges of local tokens that the call covers.
         cu_q, cu_k: segment bounds, from 0, within those ranges.
-        max_q, max_k: the longest segment.
+        max_q, max_k: at least the longest segment.
         has_empty_rows: some rows of a tile have no keys.
         row_parts, key_parts: (start, stop) within those ranges of what belongs to some tile.
     """
@@ -162,18 +162,30 @@ def _wave(bounds: Bounds, tiles: list[Tile], batch: int, num_rows: int, num_keys
             if tile.num_queries:
                 pairs.append((row, key))
     cu_q, cu_k = ((0, *stops) for stops in zip(*pairs, strict=True))
+    max_q, longest_k = (
+        max(stop - start for start, stop in itertools.pairwise(cu)) for cu in (cu_q, cu_k)
+    )
     return Wave(
         bounds=bounds,
         rows=rows,
         keys=keys,
         cu_q=cu_q,
         cu_k=cu_k,
-        max_q=max(stop - start for start, stop in itertools.pairwise(cu_q)),
-        max_k=max(stop - start for start, stop in itertools.pairwise(cu_k)),
+        max_q=max_q,
+        max_k=max(longest_k, *_reach(bounds, max_q)),
         has_empty_rows=right is not None and any(t.num_queries - right > t.num_keys for t in tiles),
         row_parts=_stretches((t.q_start - rows[0], t.q_stop - rows[0]) for t in tiles),
         key_parts=_stretches((t.k_start - keys[0], t.k_stop - keys[0]) for t in tiles),
     )
+
+
+def _reach(bounds: Bounds, max_q: int) -> tuple[int, int]:
+    """What max_k must be at least: the kernel caps the right bound of a window at max_k.
+
+    In a segment higher than wide, the cap would cut keys off that a longer reach still sees.
+    """
+    left, right = bounds
+    return (max_q if left is not None else 1), (1 if right is None else right + 1)
 
 
 def _stretches(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

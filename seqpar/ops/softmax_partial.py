@@ -46,7 +46,7 @@ class _Region(NamedTuple):
 
 
 class _Written:
-    """The regions that hold a value already; neighbours are joined."""
+    """Regions that hold a value; neighbours are joined."""
 
     def __init__(self) -> None:
         self._regions: list[_Region] = []
@@ -63,6 +63,21 @@ class _Written:
         self._regions.append(region)
 
 
+class _Layer:
+    """Parts of a sum, none of which overlaps another."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[_Region, Tensor]] = []
+        self._written = _Written()
+
+    def takes(self, region: _Region, part: Tensor) -> bool:
+        if self._written.overlaps(region):
+            return False
+        self._written.add(region)
+        self.parts.append((region, part))
+        return True
+
+
 class RowSum:
     """The sum of gradients [B, n, h, K] placed on ranges of a [B, T, H, K] tensor.
 
@@ -72,51 +87,43 @@ class RowSum:
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
-        self._sum: Tensor | None = None
-        self._written = _Written()
-        self._waiting: tuple[_Region, Tensor] | None = None
+        self._layers = (_Layer(), _Layer())
+        self._wide: Tensor | None = None
 
     def add(self, part: Tensor, *, start: int = 0, head_start: int = 0) -> None:
         """Add a part whose first row and head are the given ones."""
         if not part.numel():
             return
         region = _Region(start, start + part.shape[1], head_start, head_start + part.shape[2])
-        if self._sum is None and part.shape == self._like.shape:
-            self._sum = part
-            self._written.add(region)
-            return
-        if self._sum is None:
-            self._sum = torch.zeros_like(self._like, dtype=part.dtype).contiguous()
-        if not self._written.overlaps(region):
-            region.of(self._sum).copy_(part)
-            self._written.add(region)
-        elif self._waiting is None and self._sum.dtype == self._like.dtype:
-            self._waiting = region, part
-        else:
-            self._widen()
-            self._add_now(region, part)
+        if self._wide is None:
+            if any(layer.takes(region, part) for layer in self._layers):
+                return
+            self._wide = self._combined(wide_dtype(part.dtype))
+            self._layers = (_Layer(), _Layer())
+        region.of(self._wide).add_(part)
 
     def result(self) -> Tensor:
         """The sum [B, T, H, K] in `like`'s dtype; zero where nothing was added."""
-        if self._sum is None:
-            return torch.zeros_like(self._like)
-        self._add_waiting()
-        return self._sum.to(self._like.dtype)
+        if self._wide is None:
+            return self._combined(self._like.dtype)
+        return self._wide.to(self._like.dtype)
 
-    def _widen(self) -> None:
-        assert self._sum is not None
-        self._sum = self._sum.to(wide_dtype(self._sum.dtype))
-        self._add_waiting()
-
-    def _add_waiting(self) -> None:
-        if self._waiting is not None:
-            self._add_now(*self._waiting)
-            self._waiting = None
-
-    def _add_now(self, region: _Region, part: Tensor) -> None:
-        assert self._sum is not None
-        region.of(self._sum).add_(part)
-        self._written.add(region)
+    def _combined(self, dtype: torch.dtype) -> Tensor:
+        """The layers' sum: into a part that covers all, if there is one, else into new memory."""
+        first, second = (layer.parts for layer in self._layers)
+        whole = [part for _, part in first + second if part.shape == self._like.shape]
+        if whole:
+            total = whole[0].to(dtype)
+        else:
+            covered = sum(part.numel() for _, part in first) == self._like.numel()
+            make = torch.empty if covered else torch.zeros
+            total = make(self._like.shape, dtype=dtype, device=self._like.device)
+            for region, part in first:
+                region.of(total).copy_(part)
+        for region, part in [*(first if whole else []), *second]:
+            if not whole or part is not whole[0]:
+                region.of(total).add_(part)
+        return total
 
 
 class PartialOutput:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from seqpar import comm
-from seqpar.ops.state_chain import LinkState, StateChain, decayed
+from seqpar.ops.state_chain import decayed
 from seqpar.ops.state_scan import Entries, Scan
 from seqpar.ops.steps import AllGather, Steps, Swap, Together
 
@@ -48,18 +48,15 @@ def all_gather_states(scan: Scan) -> Steps[Entries]:
 def _gathering(scan: Scan) -> tuple[AllGather, Callable[[Tensor], Entries]]:
     """The all_gather of the giving links, and what makes entries of what it delivers."""
     chain = scan.chain
-    places = _places_of_givers(chain)
+    places = chain.places_of_givers
     given = [scan.pack(scan.own[link]) for link in scan.own_links if link in places]
     missing = max(places.values()) + 1 - len(given)
     given += [scan.new_message().zero_() for _ in range(missing)]
     message = torch.stack(given) if len(given) > 1 else given[0][None]
 
     def finish(gathered: Tensor) -> Entries:
-        def summary(link: int) -> LinkState:
-            return scan.unpack(link, gathered[chain.links[link].rank, places[link]])
-
         takers = [link for link in scan.own_links if chain.links[link].takes]
-        return {link: _prefix(chain, link, summary) for link in takers}
+        return {link: _prefix(scan, link, gathered, places) for link in takers}
 
     return AllGather(message), finish
 
@@ -77,33 +74,23 @@ def _neighbours(scan: Scan) -> tuple[Swap, Callable[[], Entries]]:
     return Swap(sends, recvs), lambda: entries
 
 
-def _places_of_givers(chain: StateChain) -> dict[int, int]:
-    """Where each giving link stands among its own rank's giving links."""
-    counts = [0] * chain.world_size
-    places = {}
-    for index, link in enumerate(chain.links):
-        if link.gives:
-            places[index] = counts[link.rank]
-            counts[link.rank] += 1
-    return places
-
-
-def _prefix(chain: StateChain, link: int, summary: Callable[[int], LinkState]) -> Tensor:
+def _prefix(scan: Scan, link: int, gathered: Tensor, places: dict[int, int]) -> Tensor:
     """What enters a link, by Horner's rule over the links before it that hold its document."""
+    links = scan.chain.links
     first = link - 1
-    while chain.links[first].passes:
+    while links[first].passes:
         first -= 1
-    # A copy: a view would hold every rank's states in memory for as long as this one is wanted.
-    entry = summary(first).state.clone()
+    entry = scan.state_in(gathered[links[first].rank, places[first]])
     for index in range(first + 1, link):
-        item = summary(index)
+        item = scan.unpack(index, gathered[links[index].rank, places[index]])
         entry = item.state + decayed(entry, item.log_transition)
-    return entry
+    # A view would hold every rank's states in memory for as long as this one is wanted.
+    return entry.clone() if first == link - 1 and scan.chain.world_size > 2 else entry
 
 
 def _report_saved(scan: Scan, near: list[int]) -> None:
     """Bytes that the all_gather would have received for heads that go to the neighbour alone."""
-    places = _places_of_givers(scan.chain)
+    places = scan.chain.places_of_givers
     width = max(places.values()) + 1
     state_bytes = scan.like.state[:, 0].numel() * scan.like.state.element_size() * len(near)
     taken = sum(scan.chain.links[link].takes for link in scan.own_links)

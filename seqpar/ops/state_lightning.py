@@ -32,6 +32,8 @@ def fixed_on_host(log_decay: Tensor) -> tuple[float, ...] | None:
     """
     if log_decay.ndim != 1:
         return None
+    if log_decay.is_inference():  # has no version to remember it by
+        return tuple(log_decay.cpu().tolist())
     if log_decay in _HOST_COPIES:
         version, values = _HOST_COPIES[log_decay]
         if version == log_decay._version:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -252,14 +252,11 @@ class RankPart:
 
     def _scan(self, inputs: Inputs, chain: StateChain, own: dict[int, LinkState]) -> Scan:
         shape = (inputs[0].shape[0], *self.mixer.state_shape(inputs))
-        state = torch.empty(shape, dtype=self.state_dtype(inputs), device="meta")
-        dims = self.mixer.transition_dims()
-        transition = None if dims is None else state.new_empty(shape[: 1 + dims])
         return Scan(
             chain=chain,
             rank=self.rank,
             own=own,
-            like=LinkState(state, transition),
+            like=_like(shape, self.mixer.transition_dims(), self.state_dtype(inputs)),
             device=inputs[0].device,
             known=self._known(chain),
             host_log_decay=self.mixer.host_log_decay(),
@@ -275,3 +272,12 @@ class RankPart:
             return self.mixer.known_log_transition(chain.links[link].num_tokens)[None]
 
         return of_link
+
+
+@lru_cache(maxsize=64)
+def _like(shape: tuple[int, ...], transition_dims: int | None, dtype: torch.dtype) -> LinkState:
+    """Meta tensors of a link's summary; kept, since making them takes longer than using them."""
+    state = torch.empty(shape, dtype=dtype, device="meta")
+    if transition_dims is None:
+        return LinkState(state, None)
+    return LinkState(state, state.new_empty(shape[: 1 + transition_dims]))

@@ -107,14 +107,18 @@ class Scan:
         transition = item.log_transition.to(item.state.dtype)
         return torch.cat([item.state.reshape(-1), transition.reshape(-1)])
 
+    def state_in(self, message: Tensor) -> Tensor:
+        """The state alone from a link's message."""
+        return message[: self.like.state.numel()].view(self.like.state.shape)
+
     def unpack(self, link: int, message: Tensor) -> LinkState:
         """The summary of a link from its message."""
-        size = self.like.state.numel()
-        state = message[:size].view(self.like.state.shape)
+        state = self.state_in(message)
         if not self._carries_transition:
             return LinkState(state, None if self.known is None else self.known(link))
         assert self.like.log_transition is not None
-        return LinkState(state, message[size:].view(self.like.log_transition.shape))
+        transition = message[self.like.state.numel() :]
+        return LinkState(state, transition.view(self.like.log_transition.shape))
 
     def new_message(self, *leading: int) -> Tensor:
         """Uninitialised memory for messages."""

@@ -20,6 +20,7 @@ from seqpar.planners.baselines import baseline_packings, step_ms
 from seqpar.planners.batch import SortedBatch
 from seqpar.planners.bounds import bound_plan
 from seqpar.planners.cascade import CascadeSearch
+from seqpar.planners.degrees import search_degrees
 from seqpar.planners.improve import improve
 from seqpar.planners.microbatch import likely_counts, safe_packings
 from seqpar.planners.packing import Packing
@@ -28,8 +29,10 @@ from seqpar.planners.problem import ScatterProblem
 
 __all__ = ["Planner"]
 
-PLACEMENTS_PER_MS = 300
+PLACEMENTS_PER_MS = 250
 """Search work that a millisecond of the limit buys; the rest of it goes to everything else."""
+
+VECTOR_PLACEMENTS_PER_MS = 4
 
 POLISH_STEPS = 40
 
@@ -98,9 +101,16 @@ class Planner:
             best = safe_packings(batch)
             best_ms = step_ms(batch, best)
             yield best
-        polished = [improve(batch, packing, max_steps=POLISH_STEPS) for packing in best]
+        polished = [self._polish(batch, packing) for packing in best]
         if step_ms(batch, polished) < best_ms:
             yield polished
+
+    def _polish(self, batch: SortedBatch, packing: Packing) -> Packing:
+        """The micro-batch with its groups evened out, and other degrees tried if it is small."""
+        members = sorted(k for _, group in packing for k in group)
+        vectors = int(self.time_limit_ms * VECTOR_PLACEMENTS_PER_MS / len(members))
+        even = improve(batch, packing, max_steps=POLISH_STEPS)
+        return search_degrees(batch, members, even, max_vectors=vectors) or even
 
 
 def _with_baselines(problem: ScatterProblem, batch: SortedBatch, plan: ScatterPlan) -> ScatterPlan:

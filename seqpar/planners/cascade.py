@@ -15,9 +15,10 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, repeat
 
 from seqpar.planners.batch import SortedBatch
+from seqpar.planners.degrees import search_degrees
 from seqpar.planners.improve import improve
 from seqpar.planners.packing import Packed, Packing, Waiting, pack_most
 
@@ -25,6 +26,7 @@ __all__ = ["CascadeSearch", "least_target", "pack_micro_batch"]
 
 SHARES = (0.97, 1.0, 0.92)
 TARGET_PRECISION = 0.006
+MAX_CHANGES = 100_000
 _Key = tuple[int, tuple[float, ...]]
 
 
@@ -52,28 +54,21 @@ class CascadeSearch:
     def run(self, counts: list[int]) -> Iterator[tuple[float, list[Packing]]]:
         """Better and better (ms, packings), from cascades of these numbers of micro-batches."""
         best_ms, best_shares = float("inf"), tuple[float, ...]()
-        for shares in chain(_equal_shares(counts), self._changes()):
+        rng = random.Random(0)
+        for shares in chain(_equal_shares(counts), repeat(None, MAX_CHANGES)):
             spent = self.steps > self.max_steps or time.perf_counter() > self.deadline_s
-            if spent and best_shares:
+            if best_shares and spent:
                 return
-            if shares is None:
-                if not best_shares:
-                    return
-                shares = self._change(best_shares)
-            found = self._cascade(shares, below_ms=best_ms)
+            if shares is None and not best_shares:
+                return
+            tried = shares or self._change(rng, best_shares)
+            found = self._cascade(tried, below_ms=best_ms)
             if found is not None:
-                best_ms, best_shares = found[0], shares
+                best_ms, best_shares = found[0], tried
                 yield found
 
-    def _changes(self) -> Iterator[None]:
-        self._random = random.Random(0)
-        self._changed: set[tuple[float, ...]] = set()
-        for _ in range(10_000):
-            yield None
-
-    def _change(self, shares: tuple[float, ...]) -> tuple[float, ...]:
-        """One or two shares moved a little, or one micro-batch more or fewer."""
-        rng = self._random
+    def _change(self, rng: random.Random, shares: tuple[float, ...]) -> tuple[float, ...]:
+        """One or two shares redrawn or moved a little, the earlier the likelier; or a new count."""
         moved = list(shares)
         if rng.random() < 0.1:
             if rng.random() < 0.5:
@@ -81,8 +76,10 @@ class CascadeSearch:
             elif len(moved) > 1:
                 moved.pop()
         for _ in range(1 + (rng.random() < 0.4)):
-            at = rng.randrange(len(moved))
-            moved[at] = round(moved[at] * (1 + rng.uniform(-0.12, 0.12)), 3)
+            at = int(max(1, len(moved) - 1) * rng.random() ** 1.7)
+            redrawn = rng.random() < 0.5
+            share = rng.uniform(0.45, 1.1) if redrawn else moved[at] * rng.uniform(0.88, 1.12)
+            moved[at] = round(share, 3)
         return tuple(moved)
 
     def _cascade(
@@ -169,11 +166,14 @@ def least_target(
     return best, steps
 
 
-def pack_micro_batch(batch: SortedBatch, members: list[int]) -> Packing | None:
+def pack_micro_batch(
+    batch: SortedBatch, members: list[int], *, max_vectors: int = 400
+) -> Packing | None:
     """Groups for these sequences in one micro-batch; None if memory was not found to hold them."""
     least_end = batch.least(batch.weight_array + batch.fixed_array[:, None]).tolist()
     found, _ = least_target(batch, members, least_end, 0.0)
-    return improve(batch, found.packing, max_steps=100) if found else None
+    start = improve(batch, found.packing, max_steps=100) if found else None
+    return search_degrees(batch, members, start, max_vectors=max_vectors)
 
 
 def _equal_shares(counts: list[int]) -> Iterator[tuple[float, ...]]:

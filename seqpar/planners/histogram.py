@@ -250,6 +250,7 @@ def devices_for(
     document_tokens: int = 0,
     sequences: int = 512,
     batches: int = 4,
+    planner: Planner | None = None,
 ) -> tuple[int, Forecast]:
     """The fewest devices, doubling from one node, that reach a rate and hold a document.
 
@@ -268,7 +269,14 @@ def devices_for(
         if cost.tokens_per_device(larger.memory_bytes, devices) > 0:
             longest = longest_document(larger, cost)
             if longest >= document_tokens:
-                expected = forecast(histogram, larger, cost, sequences=sequences, batches=batches)
+                expected = forecast(
+                    histogram,
+                    larger,
+                    cost,
+                    sequences=sequences,
+                    batches=batches,
+                    planner=planner,
+                )
                 reached = expected.tokens_per_second.mean
                 if reached >= tokens_per_second:
                     return devices, expected

@@ -14,7 +14,7 @@ from seqpar.planners.batch import SortedBatch
 
 __all__ = ["best_cuts", "blaster_cuts", "likely_counts", "safe_packings"]
 
-MAX_CUT_POSITIONS = 640
+MAX_CUT_POSITIONS = 128
 
 
 def best_cuts(batch: SortedBatch, *, fill: float) -> list[int] | None:

@@ -123,7 +123,7 @@ FAULTY = """
     for step in range(9):
         if run.attempt == 0 and step == 2 and rank == 1:
             print("fault at", time.time(), flush=True)
-            {fault}
+            time.sleep(600)
         dist.all_reduce(total)
         print("attempt", run.attempt, "step", step, "at", time.time(), flush=True)
         run.report(step=step, loss=1.0, group=[0, 1], documents=[4, 5])
@@ -135,37 +135,23 @@ def times(text: str, mark: str) -> float:
     return float(next(line for line in text.splitlines() if mark in line).split()[-1])
 
 
-@pytest.mark.parametrize(
-    ("fault", "reason", "bound_s"),
-    [
-        ("os.kill(os.getpid(), signal.SIGSTOP)", "no sign of life", 3.0),
-        ("time.sleep(600)", "hung at {script}", 3.0),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "", 0.0),
-    ],
-)
-def test_a_lost_rank_is_found_within_the_bound_and_the_job_goes_on(
-    seqpar, write_script, tmp_path, fault, reason, bound_s
-):
-    script = write_script(FAULTY.format(fault=fault))
+def test_a_hung_rank_is_found_within_the_bound_and_the_job_goes_on(seqpar, write_script, tmp_path):
+    script = write_script(FAULTY)
     options = ("--nproc", 2, "--set", "restarts=1", "--set", "hang_timeout_s=3")
     outcome = seqpar("launch", *options, script)
     assert outcome.returncode == 0, outcome.stderr
     run = RunDir(tmp_path / "runs" / "train")
     logs = run.log(0).read_text(), run.log(1).read_text()
     assert "attempt 1 step 8" in logs[0]
-    lost_s = times(logs[0], "attempt 1 step 0") - times(logs[1], "fault at")
-    assert lost_s < bound_s + 5.0 + 6.0  # found within the bound and 5 s, restarted within 6 s
-    hangs = [event for event in run.events() if event["event"] == "hang"]
+    hung = times(logs[1], "fault at")
+    assert times(logs[0], "attempt 1 step 0") - hung < 3.0 + 5.0 + 6.0
     assert [event["attempt"] for event in run.events() if event["event"] == "started"] == [0, 1]
-    if bound_s:
-        found_s = hangs[0]["time"] - times(logs[1], "fault at")
-        assert hangs[0]["missing"] == [1]
-        assert bound_s - 1.5 < found_s < bound_s + 5.0
-        assert reason.format(script=script) in hangs[0]["reason"]
-        assert f'File "{script}"' in hangs[0]["stacks"]["1"]  # where the missing rank is
-        assert "all_reduce" in hangs[0]["stacks"]["0"]
-    else:
-        assert not hangs
+    (hang,) = [event for event in run.events() if event["event"] == "hang"]
+    assert hang["missing"] == [1]
+    assert 1.5 < hang["time"] - hung < 3.0 + 5.0
+    assert f"hung at {script}" in hang["reason"]
+    assert f'File "{script}"' in hang["stacks"]["1"]  # where the missing rank is
+    assert "all_reduce" in hang["stacks"]["0"]
 
 
 def test_a_hang_without_restarts_ends_the_job_with_the_missing_ranks_name(seqpar, write_script):
@@ -193,10 +179,10 @@ def test_a_failed_rank_is_told_in_sequence_parallel_terms(seqpar, write_script):
 def test_a_job_over_its_time_is_stopped(seqpar, write_script):
     script = write_script("time.sleep(600)\n")
     started = time.monotonic()
-    outcome = seqpar("launch", "--nproc", 2, "--set", "timeout_s=6", script)
+    outcome = seqpar("launch", "--nproc", 2, "--set", "timeout_s=4", script)
     assert outcome.returncode == 124
-    assert "it ran for its timeout_s of 6" in outcome.stderr
-    assert time.monotonic() - started < 6 + 10
+    assert "it ran for its timeout_s of 4" in outcome.stderr
+    assert time.monotonic() - started < 4 + 10
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

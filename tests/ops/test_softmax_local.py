@@ -26,6 +26,9 @@ TILES = {
     "window, rectangle": [Tile(4, 30, 2, 40, 5, 3)],
     "window, high: rows at both ends are empty": [Tile(0, 40, 10, 20, 3, 0)],
     "right bound alone": [Tile(0, 40, 0, 40, None, 5)],
+    "left bound alone": [Tile(0, 20, 0, 40, 30, None)],
+    "left bound alone, high: the last rows are empty": [Tile(0, 40, 0, 10, 0, None)],
+    "window both ways, high": [Tile(0, 30, 0, 10, 4, 24)],
     "overlapping rows": [Tile(0, 40, 0, 10), Tile(0, 40, 10, 25), Tile(20, 40, 25, 40)],
     "nothing": [],
 }

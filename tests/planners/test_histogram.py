@@ -75,11 +75,19 @@ def test_a_forecast_adds_up() -> None:
 def test_devices_for_a_document_and_for_a_rate() -> None:
     node = Cluster(devices=8, devices_per_node=8, memory_bytes=FLEXSP.memory_bytes)
     devices, _ = devices_for(
-        SHORT, node, preset("flexsp-7b"), document_tokens=100_000, sequences=64, batches=1
+        SHORT,
+        node,
+        preset("flexsp-7b"),
+        document_tokens=100_000,
+        sequences=64,
+        batches=1,
+        planner=QUICK,
     )
     assert devices == 32  # 16 devices hold 16 · (28 GiB - 7 GiB) / 4.48 MiB = 76,800 tokens
     with pytest.raises(PlanError, match="4096 devices reach"):
-        devices_for(SHORT, node, SMALL, tokens_per_second=1e12, sequences=8, batches=1)
+        devices_for(
+            SHORT, node, SMALL, tokens_per_second=1e12, sequences=8, batches=1, planner=QUICK
+        )
 
 
 def test_simulation_and_plots(tmp_path: Path) -> None:

@@ -112,7 +112,8 @@ def test_a_sequence_that_fits_nowhere_says_what_would_help() -> None:
     with pytest.raises(InfeasiblePlanError, match=r"sequence 1 has 70000 tokens.*holds 65536") as e:
         ScatterProblem((5, 70_000), Cluster(devices=4, memory_bytes=16384.0), SMALL)
     assert (e.value.needed_tokens, e.value.available_tokens) == (70_000, 65_536)
-    assert "5 devices" in str(e.value)
+    assert "allow groups of 8 devices" in str(e.value)
+    assert "cut the sequence to 65536" in str(e.value)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ Legend: B batch, T tokens, H heads, K key dim, V value dim, S sequences, M segme
     states of (k, v) forward in time    -> entries A          (kept from the forward pass)
     states of (q, do) backward in time  -> entries E
     dq = output_pass(do, v, k; A) forward
-    dv = output_pass(k, q, do; E) and dk = output_pass(v, do, q; E) backward, side by side
+    dv = output_pass(k, q, do; E) backward,  dk = output_pass(v, do, q; E) backward
 
 No state of a chunk is ever written to memory: each pass carries its own.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from seqpar.kernels.lightning.forward import Prepared, SegmentStates
-from seqpar.kernels.lightning.launch_output import can_pair, output_pass
+from seqpar.kernels.lightning.launch_output import output_pass
 from seqpar.kernels.lightning.tuning import configuration
 
 __all__ = ["backward_triton", "empty_entry_grad"]
@@ -37,14 +37,16 @@ def backward_triton(
     """
     q, k, v, do = prepared.tensors
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    local_states, scanned = states.into(entry_state, reverse=False)
     output_pass(
         (do, v, k),
         dq,
         states.decays,
         states.segments,
         configuration(v.shape[3], q.shape[3], q.dtype),
-        entries=states.entries,
-        initial=entry_state,
+        states=local_states,
+        scanned=scanned,
+        initial=None if scanned else entry_state,
         reverse=False,
         transposed=True,
     )
@@ -59,42 +61,23 @@ def key_value_gradients(
     exit_state_grad: Tensor | None,
     entry_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """dk and dv: in one launch where they are alike, else one after the other."""
+    """dk and dv."""
     q, k, v, do = prepared.tensors
-    for_dv, for_dk = (k, q, do), (v, do, q)
-    values_out = configuration(q.shape[3], v.shape[3], q.dtype)
-    keys_out = configuration(v.shape[3], q.shape[3], q.dtype)
-    segments, decays = grad_states.segments, grad_states.decays
-    paired = can_pair(for_dv, for_dk, values_out)
-    if paired:
-        dvk = torch.empty((2, *v.shape), dtype=v.dtype, device=v.device)
-        dv, dk = dvk.unbind()
-    else:
-        dv, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (v, k))
-    output_pass(
-        for_dv,
-        dvk if paired else dv,
-        decays,
-        segments,
-        values_out,
-        second=for_dk if paired else None,
-        entries=grad_states.entries,
-        initial=exit_state_grad,
-        final=entry_grad,
-        reverse=True,
-        transposed=False,
-    )
-    if not paired:
+    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    local_states, scanned = grad_states.into(exit_state_grad, reverse=True)
+    for roles, out, final in (((k, q, do), dv, entry_grad), ((v, do, q), dk, None)):
         output_pass(
-            for_dk,
-            dk,
-            decays,
-            segments,
-            keys_out,
-            entries=grad_states.entries,
-            initial=exit_state_grad,
+            roles,
+            out,
+            grad_states.decays,
+            grad_states.segments,
+            configuration(roles[0].shape[3], roles[2].shape[3], q.dtype),
+            states=local_states,
+            scanned=scanned,
+            initial=None if scanned else exit_state_grad,
+            final=final,
             reverse=True,
-            transposed=True,
+            transposed=out is dk,
         )
     return dk, dv
 

@@ -33,6 +33,7 @@ __all__ = [
     "attend_chunked",
     "key_value_state_chunked",
     "query_grad_state_chunked",
+    "step_recurrent",
 ]
 
 CHUNK = 64
@@ -228,6 +229,22 @@ def attend_backward_chunked(
             tail = dreach[:, sequence.start : sequence.stop].double().flip(1).cumsum(1).flip(1)
             dlog[:, sequence.start : sequence.stop] = tail + crossing[:, None]
     return dq, dk, dv, dlog, exit_grads
+
+
+def step_recurrent(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Token by token from a state that is kept as it is: o [B, T, H, V], and the new state."""
+    state = state.to(state_dtype(q.dtype))
+    o = torch.empty_like(v)
+    for t in range(q.shape[1]):
+        update = k[:, t, :, :, None].to(state.dtype) * v[:, t, :, None, :].to(state.dtype)
+        if log_decay is not None:
+            decay = log_decay if log_decay.ndim == 1 else log_decay[:, t]
+            state = state * decay.to(state.dtype).exp()[..., None, None]
+        state = state + update
+        o[:, t] = torch.matmul(q[:, t, :, None, :].to(state.dtype), state)[..., 0, :]
+    return o, state if q.shape[1] else state.clone()
 
 
 def _chunk_gradients(

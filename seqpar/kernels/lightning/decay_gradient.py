@@ -74,8 +74,8 @@ def backward_with_decay(
         grad_states.decays,
         segments,
         configuration(v.shape[3], q.shape[3], q.dtype),
-        entries=grad_states.entries,
-        initial=None,
+        states=grad_states.states,
+        scanned=True,
         reverse=True,
         transposed=True,
     )
@@ -105,7 +105,7 @@ def _all_states(
     return_final: bool,
     reverse: bool = False,
 ) -> tuple[SegmentStates, Tensor | None]:
-    """The states that enter the segments of a fine cut, what enters the sequences included."""
+    """The states that enter the segments of a fine cut, and what leaves the sequences."""
     config = configuration(y.shape[3], z.shape[3], y.dtype)
     segments = segments_of(prepared, config, z.shape[3], fine=True)
     decays = prepare_decays(prepared.log_decay, segments, config.chunk)
@@ -137,8 +137,8 @@ def _role(
         states.decays,
         states.segments,
         config,
-        entries=states.entries,
-        initial=None,
+        states=states.states,
+        scanned=True,
         final=final,
         reverse=reverse,
         transposed=transposed,
@@ -156,7 +156,7 @@ def _crossing(
 ) -> Tensor:
     """[M, H]: <state that leaves segment m, its gradient>; 0 where no gradient comes back."""
     segments = states.segments
-    entries, grads = states.entries, grad_states.entries
+    entries, grads = states.states, grad_states.states
     assert entries is not None
     assert grads is not None
     crossing = entries.new_zeros(entries.shape[:2])

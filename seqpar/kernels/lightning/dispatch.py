@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 else:
     LocalStates = object
 
-__all__ = ["LocalStates", "Needs", "attend", "backward", "forward", "summary"]
+__all__ = ["LocalStates", "Needs", "attend", "backward", "forward", "step", "summary"]
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,17 @@ def triton_backward(
         dentry = _trimmed(dentry, key_dim, value_dim)
     trimmed = (_trimmed(dq, key_dim), _trimmed(dk, key_dim), _trimmed(dv, value_dim))
     return *trimmed, dlog_decay, dentry
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A few recurrent steps from a state that is kept as it is."""
+    if on_triton(q):
+        from seqpar.kernels.lightning.step import step_triton
+
+        return step_triton(q, k, v, state, log_decay)
+    return chunked.step_recurrent(q, k, v, state, log_decay)
 
 
 def _state_for(state: Tensor | None, keys: Tensor, values: Tensor) -> Tensor | None:

@@ -3,10 +3,11 @@
 Legend: B batch, T tokens, H heads, K key dim, V value dim, S sequences, M segments.
 
     1. segment_states   what each segment adds to a passing state        reads k, v (where needed)
-    2. enter_segments   the state that enters each segment               [M, H, K, V]
+    2. enter_segments   what enters each of many segments                [M, H, K, V]
     3. output_pass      the outputs                                      reads q, k, v, writes o
 
-With as many sequences and heads as multiprocessors nothing is cut and only the third remains.
+Up to 16 segments a sequence, the third sums what comes before; with as many sequences and heads
+as multiprocessors nothing is cut and only the third remains.
 """
 
 from __future__ import annotations
@@ -28,18 +29,34 @@ from seqpar.kernels.lightning.tuning import Config, configuration
 __all__ = ["Prepared", "SegmentStates", "attend_triton", "prepare", "summarize"]
 
 _log = logging.getLogger(__name__)
+_MOST_IN_LINE = 16
+"""Segments of a sequence up to which each program sums what comes before its own."""
 MAX_GRAD_SEGMENT_CHUNKS = 32
 """A decay's gradient sums rounding errors from a token to the end of its segment."""
 
 
 @dataclass(frozen=True)
 class SegmentStates:
-    """States that enter the segments of one call, for zero into each sequence."""
+    """What the segments of one call add to a passing state."""
 
     segments: Segments
     decays: Decays
-    entries: Tensor | None
+    states: Tensor | None
     """[M, H, K, V] float32, or None if no sequence is cut."""
+
+    def into(self, initial: Tensor | None, *, reverse: bool) -> tuple[Tensor | None, bool]:
+        """`states` and `scanned` of an output pass, for `initial` into each sequence."""
+        if self.states is None or self.segments.deepest <= _MOST_IN_LINE:
+            return self.states, False
+        entries, _ = enter_segments(
+            self.states,
+            self.decays,
+            self.segments,
+            initial=initial,
+            reverse=reverse,
+            return_final=False,
+        )
+        return entries, True
 
 
 @dataclass(frozen=True)
@@ -106,7 +123,7 @@ def num_sms(x: Tensor) -> int:
 def summarize(
     y: Tensor, z: Tensor, prepared: Prepared, *, reverse: bool, return_final: bool
 ) -> tuple[SegmentStates, Tensor | None]:
-    """States that enter the segments, and what leaves the sequences, for zero in."""
+    """What the segments add, and what leaves the sequences for zero in."""
     config = configuration(y.shape[3], z.shape[3], y.dtype)
     segments = segments_of(prepared, config, z.shape[3], fine=False)
     decays = prepare_decays(prepared.log_decay, segments, config.chunk)
@@ -115,10 +132,10 @@ def summarize(
     states = segment_states(y, z, decays, segments, config, reverse=reverse, every=return_final)
     if segments.num_cut == 0:
         return SegmentStates(segments, decays, None), states
-    entries, final = enter_segments(
-        states, decays, segments, reverse=reverse, return_final=return_final
-    )
-    return SegmentStates(segments, decays, entries), final
+    final = None
+    if return_final:
+        _, final = enter_segments(states, decays, segments, reverse=reverse, return_final=True)
+    return SegmentStates(segments, decays, states), final
 
 
 def attend_triton(
@@ -135,14 +152,16 @@ def attend_triton(
     if return_final:
         shape = (len(prepared.bounds) - 1, q.shape[2], q.shape[3], v.shape[3])
         final = torch.empty(shape, dtype=torch.float32, device=q.device)
+    local_states, scanned = states.into(entry_state, reverse=False)
     output_pass(
         (q, k, v),
         o,
         states.decays,
         states.segments,
         configuration(q.shape[3], v.shape[3], q.dtype),
-        entries=states.entries,
-        initial=entry_state,
+        states=local_states,
+        scanned=scanned,
+        initial=None if scanned else entry_state,
         final=final,
         reverse=False,
         transposed=False,

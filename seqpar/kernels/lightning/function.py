@@ -138,7 +138,9 @@ class _LightningAttention(torch.autograd.Function):
         )
         if dlog_decay is not None and log_decay is not None:
             dlog_decay = dlog_decay.to(log_decay.dtype)
-        if dinitial is not None and initial_state is not None:
+        if not needs.entry_grad or initial_state is None:
+            return dq, dk, dv, dlog_decay, None, None, None
+        if dinitial is not None:
             dinitial = dinitial.to(initial_state.dtype)
         return dq, dk, dv, dlog_decay, dinitial, None, None
 
@@ -250,18 +252,7 @@ def lightning_step(
     check_inputs(k, v, queries=q, log_decay=log_decay, cu_seqlens=None)
     check_state(state, k, v, k.shape[0])
     with torch.no_grad():
-        outs = []
-        for t in range(q.shape[1]):
-            update = k[:, t, :, :, None].to(state.dtype) * v[:, t, :, None, :].to(state.dtype)
-            if log_decay is not None:
-                decay = log_decay if log_decay.ndim == 1 else log_decay[:, t]
-                update += state * decay.exp()[..., None, None]
-            else:
-                update += state
-            state = update
-            outs.append(torch.matmul(q[:, t, :, None, :].to(state.dtype), state)[..., 0, :])
-        o = torch.stack(outs, 1).to(v.dtype) if outs else torch.empty_like(v)
-        return o, state
+        return dispatch.step(q, k, v, state, log_decay)
 
 
 def _num_sequences(k: Tensor, cu_seqlens: Tensor | None) -> int:

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from seqpar.kernels.lightning.decays import head_decay, load_last, load_reach
-from seqpar.kernels.lightning.state_pass import decayed
+from seqpar.kernels.lightning.state_pass import decayed, load_tile
 
 __all__ = ["output_pass_kernel"]
 
@@ -99,18 +99,17 @@ def _chunk(
 def _run_tail(
     d_x, d_y, d_z, d_u, p_w, d_reach, p_reach, stride_reach,
     p_dreach, b_S, row, slot, stop, log2_decay,
-    i_r, flips, i_h, i_z, H, N, DZ,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, GRAD: tl.constexpr, C: tl.constexpr,
-    BX: tl.constexpr, BZ: tl.constexpr, PRECISION: tl.constexpr,
+    i_h, i_z, H, N, DX, DZ,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, GRAD: tl.constexpr, FLAT: tl.constexpr,
+    C: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The last chunk of a segment, with fewer than C tokens: the rows behind it are another's."""
-    plane_x, plane_y, plane_z = i_r ^ (flips & 1), i_r ^ ((flips >> 1) & 1), i_r ^ (flips >> 2)
-    b_x = d_x.load([plane_x, row, i_h, 0]).reshape(C, BX)
-    b_y = d_y.load([plane_y, row, i_h, 0]).reshape(C, BX)
-    b_z = d_z.load([plane_z, row, i_h, i_z * BZ]).reshape(C, BZ)
+    b_x = load_tile(d_x, row, i_h, 0, DX, C, BX, FLAT)
+    b_y = load_tile(d_y, row, i_h, 0, DX, C, BX, FLAT)
+    b_z = load_tile(d_z, row, i_h, i_z * BZ, DZ, C, BZ, FLAT)
     b_u = b_z
     if GRAD:
-        b_u = d_u.load([0, row, i_h, i_z * BZ]).reshape(C, BZ)
+        b_u = load_tile(d_u, row, i_h, i_z * BZ, DZ, C, BZ, FLAT)
     b_reach = load_reach(d_reach, slot, i_h, C, DECAY)
     last = (stop - row) * log2_decay
     if DECAY == 2:
@@ -121,7 +120,7 @@ def _run_tail(
     )  # fmt: skip
     o_row = row + tl.arange(0, C)
     o_z = i_z * BZ + tl.arange(0, BZ)[None, :]
-    p_out = p_w + ((i_r.to(tl.int64) * N + o_row) * H + i_h)[:, None] * DZ + o_z
+    p_out = p_w + (o_row.to(tl.int64) * H + i_h)[:, None] * DZ + o_z
     tl.store(p_out, tl.trans(b_w.to(b_x.dtype)), mask=(o_row < stop)[:, None] & (o_z < DZ))
     if GRAD:
         o_dreach = (i_z * H + i_h).to(tl.int64) * N + o_row
@@ -133,12 +132,12 @@ def _run_tail(
 def _run_segment(
     d_x, d_y, d_z, d_u, d_w, p_w, p_decay, d_reach, p_reach, stride_reach,
     p_dreach, b_S, start, stop, i_m,
-    i_r, flips, i_h, i_z, H, N, DZ,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, GRAD: tl.constexpr, C: tl.constexpr,
-    BX: tl.constexpr, BZ: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    i_h, i_z, H, N, DX, DZ,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, GRAD: tl.constexpr, FLAT: tl.constexpr,
+    C: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Run through the chunks of a segment in time order; returns the state that leaves it."""
-    plane_x, plane_y, plane_z = i_r ^ (flips & 1), i_r ^ ((flips >> 1) & 1), i_r ^ (flips >> 2)
     num_full = (stop - start) // C
     row_tail = start + num_full * C
     first_slot = start // C + i_m
@@ -149,19 +148,19 @@ def _run_segment(
                 d_x, d_y, d_z, d_u, p_w, d_reach, p_reach, stride_reach,
                 p_dreach, b_S,
                 row_tail, first_slot + num_full, stop, log2_decay,
-                i_r, flips, i_h, i_z, H, N, DZ, DECAY, REVERSE, GRAD, C, BX, BZ, PRECISION,
+                i_h, i_z, H, N, DX, DZ, DECAY, REVERSE, GRAD, FLAT, C, BX, BZ, PRECISION,
             )  # fmt: skip
     first_chunk = tl.maximum(num_full - 1, 0) if REVERSE else 0
     next_last = load_last(p_reach, first_slot + first_chunk, i_h, stride_reach, C, DECAY)
     for i in tl.range(0, num_full, num_stages=STAGES):
         i_c = num_full - 1 - i if REVERSE else i
         row = start + i_c * C
-        b_x = d_x.load([plane_x, row, i_h, 0]).reshape(C, BX)
-        b_y = d_y.load([plane_y, row, i_h, 0]).reshape(C, BX)
-        b_z = d_z.load([plane_z, row, i_h, i_z * BZ]).reshape(C, BZ)
+        b_x = load_tile(d_x, row, i_h, 0, DX, C, BX, FLAT)
+        b_y = load_tile(d_y, row, i_h, 0, DX, C, BX, FLAT)
+        b_z = load_tile(d_z, row, i_h, i_z * BZ, DZ, C, BZ, FLAT)
         b_u = b_z
         if GRAD:
-            b_u = d_u.load([0, row, i_h, i_z * BZ]).reshape(C, BZ)
+            b_u = load_tile(d_u, row, i_h, i_z * BZ, DZ, C, BZ, FLAT)
         b_reach = load_reach(d_reach, first_slot + i_c, i_h, C, DECAY)
         last = C * log2_decay
         if DECAY == 2:
@@ -172,7 +171,11 @@ def _run_segment(
             b_S, b_x, b_y, b_z, b_u, C, log2_decay, b_reach, last,
             DECAY, REVERSE, False, GRAD, C, PRECISION,
         )  # fmt: skip
-        d_w.store([i_r, row, i_h, i_z * BZ], tl.trans(b_w.to(b_x.dtype)).reshape(1, C, 1, BZ))
+        b_out = tl.trans(b_w.to(b_x.dtype))
+        if FLAT:
+            d_w.store([row, i_h * DZ + i_z * BZ], b_out)
+        else:
+            d_w.store([row, i_h, i_z * BZ], b_out.reshape(C, 1, BZ))
         if GRAD:
             o_dreach = (i_z * H + i_h).to(tl.int64) * N + row + tl.arange(0, C)
             tl.store(p_dreach + o_dreach, b_dreach)
@@ -182,32 +185,29 @@ def _run_segment(
                 d_x, d_y, d_z, d_u, p_w, d_reach, p_reach, stride_reach,
                 p_dreach, b_S,
                 row_tail, first_slot + num_full, stop, log2_decay,
-                i_r, flips, i_h, i_z, H, N, DZ, DECAY, REVERSE, GRAD, C, BX, BZ, PRECISION,
+                i_h, i_z, H, N, DX, DZ, DECAY, REVERSE, GRAD, FLAT, C, BX, BZ, PRECISION,
             )  # fmt: skip
     return b_S
 
 
-@triton.jit(do_not_specialize=["flips"])
+@triton.jit
 def output_pass_kernel(
     d_x, d_y, d_z, d_u, d_w, p_w, p_decay, d_reach, p_reach, stride_reach,
-    p_totals, p_dreach, p_entries, p_initial,
-    p_final, p_bounds, p_sequence, p_first, p_order, H, N, DX, DZ, stride_x, stride_z, flips,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, GRAD: tl.constexpr, ROLES: tl.constexpr,
-    C: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
+    p_totals, p_dreach, p_states, p_initial,
+    p_final, p_bounds, p_sequence, p_first, p_order, H, N, DX, DZ, stride_x, stride_z,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, GRAD: tl.constexpr, FLAT: tl.constexpr,
+    SCAN: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """w of every segment. Grid: (ROLES * M * H, tiles of DZ); the longest segments start first.
+    """w of every segment. Grid: (M * H, tiles of DZ); the longest segments start first.
 
-    With two roles, neighbours run the same chunks side by side, the first for dv and the second
-    for dk: what both read, q and do, comes from memory once and from the level-2 cache once.
-    The second role's states are the transposed ones. Its tensors are plane 1 of the descriptors,
-    or plane 0 where `flips` has the bit of x (1), y (2) or z (4).
-
+    FLAT descriptors see rows of all heads, [N, H * D]; the others [N, H, D]. With SCAN, `states`
+    is what each segment adds, and a program sums what the segments before its own add to
+    `initial`; otherwise `states` is what enters each segment.
     Example, C = 2, fixed decay 1/2, x = y = z = 1, nothing enters: w = 1, 3/2, 7/4, ...
     """
-    i_r, i_z = tl.program_id(0) % ROLES, tl.program_id(1)
-    i_h = (tl.program_id(0) // ROLES) % H
-    i_m = tl.load(p_order + tl.program_id(0) // (ROLES * H))
+    i_z, i_h = tl.program_id(1), tl.program_id(0) % H
+    i_m = tl.load(p_order + tl.program_id(0) // H)
     start, stop = tl.load(p_bounds + i_m), tl.load(p_bounds + i_m + 1)
     i_s = tl.load(p_sequence + i_m)
     first, end = tl.load(p_first + i_s), tl.load(p_first + i_s + 1)
@@ -215,30 +215,29 @@ def output_pass_kernel(
     o_x = tl.arange(0, BX)[None, :]
     m_S = (o_z < DZ) & (o_x < DX)
     o_S = o_z * stride_z + o_x * stride_x
-    if ROLES == 2:
-        if i_r == 1:
-            o_S = o_z * stride_x + o_x * stride_z
     o_sequence = (i_s * H + i_h).to(tl.int64) * DX * DZ
     b_S = tl.zeros([BZ, BX], tl.float32)
-    if p_entries is not None:
-        o_entry = (i_m * H + i_h).to(tl.int64) * DX * DZ
-        b_S += tl.load(p_entries + o_entry + o_S, mask=m_S, other=0.0)
     if p_initial is not None:
-        reach = 0.0
-        if DECAY == 1:
-            tokens = start - tl.load(p_bounds + first)
-            if REVERSE:
-                tokens = tl.load(p_bounds + end) - stop
-            reach = tokens.to(tl.float32) * head_decay(p_decay, i_h, DECAY)
-        elif DECAY == 2:
-            for i in range(i_m + 1 if REVERSE else first, end if REVERSE else i_m):
-                reach += tl.load(p_totals + i * H + i_h)
-        b_S += tl.exp2(reach) * tl.load(p_initial + o_sequence + o_S, mask=m_S, other=0.0)
+        b_S += tl.load(p_initial + o_sequence + o_S, mask=m_S, other=0.0)
+    if SCAN:
+        num_before = end - 1 - i_m if REVERSE else i_m - first
+        for i in range(0, num_before):
+            i_p = end - 1 - i if REVERSE else first + i
+            if DECAY == 1:
+                tokens = tl.load(p_bounds + i_p + 1) - tl.load(p_bounds + i_p)
+                b_S = b_S * tl.exp2(tokens.to(tl.float32) * head_decay(p_decay, i_h, DECAY))
+            elif DECAY == 2:
+                b_S = b_S * tl.exp2(tl.load(p_totals + i_p * H + i_h))
+            o_state = (i_p * H + i_h).to(tl.int64) * DX * DZ
+            b_S += tl.load(p_states + o_state + o_S, mask=m_S, other=0.0)
+    elif p_states is not None:
+        o_state = (i_m * H + i_h).to(tl.int64) * DX * DZ
+        b_S += tl.load(p_states + o_state + o_S, mask=m_S, other=0.0)
     b_S = _run_segment(
         d_x, d_y, d_z, d_u, d_w, p_w, p_decay, d_reach, p_reach, stride_reach,
         p_dreach, b_S, start, stop, i_m,
-        i_r, flips, i_h, i_z, H, N, DZ, DECAY, REVERSE, GRAD, C, BX, BZ, STAGES, PRECISION,
+        i_h, i_z, H, N, DX, DZ, DECAY, REVERSE, GRAD, FLAT, C, BX, BZ, STAGES, PRECISION,
     )  # fmt: skip
     if p_final is not None:
-        if (i_m == (first if REVERSE else end - 1)) & (i_r == 0):
+        if i_m == (first if REVERSE else end - 1):
             tl.store(p_final + o_sequence + o_S, b_S, mask=m_S)

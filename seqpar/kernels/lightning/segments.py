@@ -32,6 +32,8 @@ class Segments:
     """Segments that another one of their sequence follows."""
     longest: int
     """Tokens of the longest segment."""
+    deepest: int
+    """Segments of the sequence that has most."""
     bounds: Tensor
     """[M + 1]: segment i holds rows bounds[i] to bounds[i + 1] of the flattened [B * T]."""
     sequence: Tensor
@@ -106,4 +108,5 @@ def _tables(bounds: tuple[int, ...], tokens: int, device: str) -> Segments:
     table = torch.tensor([x for part in parts for x in part], dtype=torch.int32)
     views = torch.split(table.to(device), [len(part) for part in parts])
     longest = max((stop - start for start, stop in itertools.pairwise(edges)), default=0)
-    return Segments(len(starts), len(bounds) - 1, len(successor), longest, *views)
+    deepest = max((stop - start for start, stop in itertools.pairwise(first)), default=0)
+    return Segments(len(starts), len(bounds) - 1, len(successor), longest, deepest, *views)

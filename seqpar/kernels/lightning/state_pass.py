@@ -27,7 +27,15 @@ from seqpar.kernels.lightning.decays import Decays, head_decay, load_reach
 from seqpar.kernels.lightning.segments import Segments
 from seqpar.kernels.lightning.tuning import Config, padded
 
-__all__ = ["decayed", "descriptor", "enter_segments", "precision", "segment_states"]
+__all__ = [
+    "can_be_flat",
+    "decayed",
+    "descriptor",
+    "enter_segments",
+    "load_tile",
+    "precision",
+    "segment_states",
+]
 
 REACH_BITS = tl.constexpr(32.0)
 
@@ -43,6 +51,17 @@ def decayed(b_y, b_factor):
     b_high = b_factor.to(b_y.dtype)
     b_low = (b_factor - b_high.to(tl.float32)).to(b_y.dtype)
     return tl.fma(b_y, tl.broadcast_to(b_high[:, None], b_y.shape), b_y * b_low[:, None])
+
+
+@triton.jit
+def load_tile(d_x, row, i_h, column, D, C: tl.constexpr, B: tl.constexpr, FLAT: tl.constexpr):
+    """[C, B] of head i_h. Without the reshape, products take their left operand from shared memory
+    and not through registers: FLAT wants heads side by side and D a power of two.
+    """
+    if FLAT:
+        return d_x.load([row, i_h * D + column])
+    else:
+        return d_x.load([row, i_h, column]).reshape(C, B)
 
 
 @triton.jit
@@ -71,13 +90,13 @@ def _add_chunk(
 
 @triton.jit
 def _add_tail(
-    b_U, d_y, d_z, d_reach, row, slot, num_tokens, distance, log2_decay, i_h, i_v,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, C: tl.constexpr,
+    b_U, d_y, d_z, d_reach, row, slot, num_tokens, distance, log2_decay, i_h, i_v, K, V,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, FLAT: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """U plus the last chunk of a segment, which has fewer than C tokens, and its log2 decay."""
-    b_y = d_y.load([row, i_h, 0]).reshape(C, BK)
-    b_z = d_z.load([row, i_h, i_v * BV]).reshape(C, BV)
+    b_y = load_tile(d_y, row, i_h, 0, K, C, BK, FLAT)
+    b_z = load_tile(d_z, row, i_h, i_v * BV, V, C, BV, FLAT)
     b_reach = load_reach(d_reach, slot, i_h, C, DECAY)
     last = tl.min(b_reach, 0) if DECAY == 2 else num_tokens * log2_decay
     b_U = _add_chunk(
@@ -90,7 +109,7 @@ def _add_tail(
 @triton.jit
 def segment_states_kernel(
     d_y, d_z, p_decay, d_reach, p_windows, p_states, p_list, p_bounds, H, K, V,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, C: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, FLAT: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """states[m] = U of segment m, for the listed segments.
@@ -117,14 +136,14 @@ def segment_states_kernel(
         if row_tail < stop:
             b_U, last = _add_tail(
                 b_U, d_y, d_z, d_reach, row_tail, first_slot + num_full, stop - row_tail, distance,
-                log2_decay, i_h, i_v, DECAY, REVERSE, C, BK, BV, PRECISION,
+                log2_decay, i_h, i_v, K, V, DECAY, REVERSE, FLAT, C, BK, BV, PRECISION,
             )  # fmt: skip
             distance += last
     for i in tl.range(0, num_chunks, num_stages=STAGES):
         i_c = i if REVERSE else num_full - 1 - i
         row = start + i_c * C
-        b_y = d_y.load([row, i_h, 0]).reshape(C, BK)
-        b_z = d_z.load([row, i_h, i_v * BV]).reshape(C, BV)
+        b_y = load_tile(d_y, row, i_h, 0, K, C, BK, FLAT)
+        b_z = load_tile(d_z, row, i_h, i_v * BV, V, C, BV, FLAT)
         b_reach = load_reach(d_reach, first_slot + i_c, i_h, C, DECAY)
         last = tl.min(b_reach, 0) if DECAY == 2 else C * log2_decay
         b_U = _add_chunk(
@@ -136,7 +155,7 @@ def segment_states_kernel(
         if (row_tail < stop) & (num_chunks == num_full):
             b_U, last = _add_tail(
                 b_U, d_y, d_z, d_reach, row_tail, first_slot + num_full, stop - row_tail, distance,
-                log2_decay, i_h, i_v, DECAY, REVERSE, C, BK, BV, PRECISION,
+                log2_decay, i_h, i_v, K, V, DECAY, REVERSE, FLAT, C, BK, BV, PRECISION,
             )  # fmt: skip
     o_k = tl.arange(0, BK)[:, None]
     o_v = i_v * BV + tl.arange(0, BV)[None, :]
@@ -186,11 +205,19 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
-def descriptor(x: Tensor, chunk: int, columns: int) -> Any:
-    """A [chunk, 1, columns] window on x [B, T, H, D] seen as [B * T, H, D]; zero outside."""
+def can_be_flat(*tensors: Tensor) -> bool:
+    """Whether each tensor's heads lie side by side and fill their tiles."""
+    return all(x.stride(2) == x.shape[3] == padded(x.shape[3]) for x in tensors)
+
+
+def descriptor(x: Tensor, chunk: int, columns: int, *, flat: bool) -> Any:
+    """A window of `chunk` rows and `columns` of one head on x [B, T, H, D]; zero outside."""
     batch, tokens, heads, dim = x.shape
+    rows = batch * tokens
+    if flat:
+        return TensorDescriptor(x, [rows, heads * dim], [x.stride(1), 1], [chunk, columns])
     strides = [x.stride(1), x.stride(2), 1]
-    return TensorDescriptor(x, [batch * tokens, heads, dim], strides, [chunk, 1, columns])
+    return TensorDescriptor(x, [rows, heads, dim], strides, [chunk, 1, columns])
 
 
 def segment_states(
@@ -212,9 +239,10 @@ def segment_states(
     if len(needed) == 0:
         return states
     tile_k, tile_v = padded(key_dim), config.value_tile
+    flat = can_be_flat(y, z)
     segment_states_kernel[(len(needed) * heads, triton.cdiv(value_dim, tile_v))](
-        descriptor(y, config.chunk, tile_k),
-        descriptor(z, config.chunk, tile_v),
+        descriptor(y, config.chunk, tile_k, flat=flat),
+        descriptor(z, config.chunk, tile_v, flat=flat),
         decays.per_head,
         decays.descriptor(config.chunk),
         decays.windows_back if reverse else decays.windows_ahead,
@@ -226,6 +254,7 @@ def segment_states(
         value_dim,
         DECAY=decays.kind,
         REVERSE=reverse,
+        FLAT=flat,
         C=config.chunk,
         BK=tile_k,
         BV=tile_v,

@@ -45,7 +45,5 @@ def configuration(key_dim: int, value_dim: int, dtype: torch.dtype) -> Config:
 
 
 def with_gradient(config: Config) -> Config:
-    """The configuration of a pass that also carries the gradient of the decays: half the tile."""
-    if config.value_tile < 128:
-        return config
-    return replace(config, value_tile=64, num_stages=2)
+    """The configuration of a pass that also carries the gradient of the decays and its tensor."""
+    return replace(config, num_stages=min(config.num_stages, 3))
