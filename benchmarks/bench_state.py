@@ -13,6 +13,7 @@ Legend: T tokens of one rank, W ranks, H heads, D key and value dim.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -33,9 +34,12 @@ from seqpar.layout import SequenceLayout
 from seqpar.mesh import init_mesh
 from seqpar.ops.state import explain_exchange, state_attention
 from seqpar.ops.state_exchange import EXCHANGES
+from seqpar.ops.state_lightning import LightningMixer
 from seqpar.ops.state_local import RankPart
-from seqpar.ops.state_mixer import LightningMixer
 from seqpar.ops.steps import run_steps
+
+SAMPLE_MS = 12.0
+"""A sample is as many calls back to back as take about this long."""
 
 TOLERANCE = 8e-3
 """Relative error of bfloat16 results, as in the tests."""
@@ -79,23 +83,40 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--decays", nargs="+", default=["slopes", "no decay"])
+    parser.add_argument("--forms", nargs="+", help="only these forms, and the local kernel")
+    parser.add_argument("--quick", action="store_true", help="check and time less")
     parser.add_argument("--lasp", type=Path, help="a checkout of OpenNLPLab/LASP to measure too")
     parser.add_argument("--out", type=Path, help="folder for state.json")
     options = parser.parse_args(arguments)
     setup = _setup(options)
+    folder = options.out or Path("benchmarks/results") / _hardware(setup)["folder"]
     results: dict[str, Any] = {"hardware": _hardware(setup), "world_size": setup.world_size}
-    results["errors"] = check(setup)
-    results["exchange_ms"] = time_exchanges(setup)
-    results["layer"] = []
-    for tokens in options.tokens:
-        for name, decay in (("slopes", setup.slopes()), ("no decay", None)):
-            results["layer"] += time_layer(setup, tokens, name, decay, options.lasp)
-    if setup.rank == 0:
-        folder = options.out or Path("benchmarks/results") / results["hardware"]["folder"]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "state.json").write_text(json.dumps(results, indent=1) + "\n")
+    decays = {"slopes": setup.slopes(), "no decay": None}
+    layers = [(name, tokens) for name in options.decays for tokens in options.tokens]
+    quick, every = ["slopes"], ["slopes", "none", "fast", "per token"]
+    _keep(setup, folder, results, errors=check(setup, quick, ["auto", "all_gather"]))
+    if not options.quick:
+        _keep(setup, folder, results, exchange_ms=time_exchanges(setup))
+    for name, tokens in layers:
+        rows = time_layer(setup, tokens, name, decays[name], None, options.forms)
+        _keep(setup, folder, results, layer=results.get("layer", []) + rows)
+    if not options.quick:
+        every_exchange = ["auto", *EXCHANGES, "all_to_all"]
+        _keep(setup, folder, results, errors=check(setup, every, every_exchange))
+    for tokens in options.tokens if options.lasp else ():
+        rows = time_layer(setup, tokens, "slopes", decays["slopes"], options.lasp, None)
+        _keep(setup, folder, results, peers=results.get("peers", []) + rows)
     dist.destroy_process_group()
     return 0
+
+
+def _keep(setup: Setup, folder: Path, results: dict[str, Any], **found: Any) -> None:
+    """Write what is known so far: a run that is stopped leaves what it had."""
+    results.update(found)
+    if setup.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "state.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _setup(options: argparse.Namespace) -> Setup:
@@ -128,45 +149,64 @@ def _hardware(setup: Setup) -> dict[str, Any]:
 # -- correctness ------------------------------------------------------------------------------
 
 
-def check(setup: Setup) -> dict[str, float]:
-    """Relative errors of o and the gradients against one device; raises above the tolerance."""
-    errors = {}
+def check(setup: Setup, decay_names: list[str], exchanges: list[str]) -> dict[str, Any]:
+    """Relative errors of o and the gradients against one device in float64, worst rank.
+
+    May be at most the table's, or a quarter more than that of the kernel on one device.
+    """
+    errors: dict[str, dict[str, float]] = {}
+    failures = 0
     bounds = (0, 700, 701, 3000, 4099)
     layouts = {
         "contiguous": SequenceLayout.contiguous(bounds, setup.world_size),
         "zigzag": SequenceLayout.zigzag(bounds, setup.world_size),
     }
-    per_token = -torch.rand(1, bounds[-1], setup.heads, device=setup.device)
+    per_token = -setup.stream(bounds[-1], 1)[0][..., 0].float().abs()
     fast = setup.slopes().clamp(max=-0.5) * 4
-    decays = {"none": None, "slopes": setup.slopes(), "fast": fast, "per token": per_token * 0.1}
+    decays: dict[str, Tensor | None] = {
+        "none": None,
+        "slopes": setup.slopes(),
+        "fast": fast,
+        "per token": per_token * 0.1,
+    }
     for kind, layout in layouts.items():
-        for name, decay in decays.items():
-            expected = _one_device(setup, layout, decay)
-            for exchange in ("auto", *EXCHANGES, "all_to_all"):
-                found = _scattered(setup, layout, decay, exchange)
-                worst = max(
-                    _relative(x, layout.shard(r, setup.rank))
-                    for x, r in zip(found, expected, strict=True)
-                )
-                worst = float(
-                    comm.all_gather(torch.tensor(worst, device=setup.device), setup.group).max()
-                )
-                errors[f"{kind}, {name}, {exchange}"] = worst
-                if not worst <= TOLERANCE:
-                    setup.say(f"FAILED {kind}, decay {name}, {exchange}: {worst:.2e}")
+        for name in decay_names:
+            expected = _one_device(setup, layout, decays[name], torch.float64)
+            kernel = _one_device(setup, layout, decays[name], setup.dtype)
+            own = _worst(setup, layout, [layout.shard(x, setup.rank) for x in kernel], expected)
+            for exchange in exchanges:
+                found = _scattered(setup, layout, decays[name], exchange)
+                worst = _worst(setup, layout, found, expected)
+                limit = max(TOLERANCE, 1.25 * own)
+                errors[f"{kind}, {name}, {exchange}"] = {"error": worst, "one device": own}
+                if not worst <= limit:
+                    setup.say(f"FAILED {kind}, decay {name}, {exchange}: {worst:.2e} > {limit:.2e}")
+                    failures += 1
     setup.say(
-        f"correct: {sum(e <= TOLERANCE for e in errors.values())} of {len(errors)} cases, "
-        f"worst relative error {max(errors.values()):.2e}"
+        f"correct: {len(errors) - failures} of {len(errors)} cases, worst relative error "
+        f"{max(e['error'] for e in errors.values()):.2e}, of one device in the same dtype "
+        f"{max(e['one device'] for e in errors.values()):.2e}"
     )
     return errors
 
 
-def _one_device(setup: Setup, layout: SequenceLayout, decay: Tensor | None) -> list[Tensor]:
+def _worst(
+    setup: Setup, layout: SequenceLayout, found: list[Tensor], expected: list[Tensor]
+) -> float:
+    """The largest relative error of any tensor on any rank."""
+    pairs = zip(found, expected, strict=True)
+    worst = max(_relative(x, layout.shard(ref, setup.rank)) for x, ref in pairs)
+    return float(comm.all_gather(torch.tensor(worst, device=setup.device), setup.group).max())
+
+
+def _one_device(
+    setup: Setup, layout: SequenceLayout, decay: Tensor | None, dtype: torch.dtype
+) -> list[Tensor]:
     *inputs, do = setup.stream(layout.num_tokens)
-    leaves = [x.float().requires_grad_() for x in inputs]
+    leaves = [x.to(dtype).requires_grad_() for x in inputs]
     bounds = torch.tensor(layout.cu_seqlens, dtype=torch.int32)
     o, _ = lightning_attention(*leaves, log_decay=decay, cu_seqlens=bounds)
-    return [o.detach(), *torch.autograd.grad(o, leaves, do.float())]
+    return [o.detach(), *torch.autograd.grad(o, leaves, do.to(dtype))]
 
 
 def _scattered(
@@ -202,7 +242,8 @@ def time_exchanges(setup: Setup) -> list[dict[str, Any]]:
         forms = {
             name: _exchange_form(setup, part, inputs, summary, name) for name in sorted(EXCHANGES)
         }
-        row = {"state_bytes": heads * setup.dim**2 * 4, **_take_turns(setup, forms, inner=20)}
+        times = {name: t.ms for name, t in _take_turns(setup, forms).items()}
+        row: dict[str, Any] = {"state_bytes": heads * setup.dim**2 * 4, **times}
         rows.append(row)
         setup.say(
             f"exchange of {row['state_bytes'] / 2**20:6.1f} MiB a rank, ms: "
@@ -224,7 +265,12 @@ def _exchange_form(
 
 
 def time_layer(
-    setup: Setup, tokens: int, decay_name: str, decay: Tensor | None, lasp: Path | None
+    setup: Setup,
+    tokens: int,
+    decay_name: str,
+    decay: Tensor | None,
+    lasp: Path | None,
+    only: list[str] | None,
 ) -> list[dict[str, Any]]:
     """Forward and backward of every form, and its ratio to the local kernel."""
     layout = SequenceLayout.contiguous((0, tokens * setup.world_size), setup.world_size)
@@ -249,33 +295,56 @@ def time_layer(
         "gather, then compute": _gather_then_compute(setup, leaves, decay),
     }
     forms = {name: _forward_backward(output, leaves, do) for name, output in outputs.items()}
+    if only is not None:
+        forms = {name: form for name, form in forms.items() if name in ("local kernel", *only)}
     if lasp is not None and decay is not None:
+        forms = {name: forms[name] for name in ("local kernel", "auto", "gather, then compute")}
         forms |= _lasp_forms(setup, lasp, leaves, do, decay)
     setup.say(
         f"\n{tokens} tokens a rank, {setup.world_size} ranks, decay: {decay_name}; "
         f"forward and backward, ms (ratio to the local kernel)"
     )
     setup.say(str(explain_exchange(q, k, v, log_decay=decay, layout=layout, group=setup.group)))
-    times = _take_turns(setup, forms, inner=4)
+    times = _take_turns(setup, forms)
+    graphs = _graphed(setup, forms) if lasp is None else {}
+    graph_times = _take_turns(setup, graphs) if graphs else {}
     rows = []
-    for name, ms in times.items():
+    for name, time_ in times.items():
         with comm.count_traffic() as traffic:
             forms[name]()
+        graph = graph_times.get(name)
         row = {
             "tokens": tokens,
             "decay": decay_name,
             "form": name,
-            "ms": ms,
-            "ratio": ms / times["local kernel"],
+            "ms": time_.ms,
+            "host_ms": time_.host_ms,
+            "ratio": time_.ms / times["local kernel"].ms,
+            "graph_ms": graph.ms if graph else None,
+            "graph_ratio": _ratio(graph, graph_times),
             "received_bytes": traffic.received_bytes,
             "saved_bytes": traffic.saved_bytes,
         }
         rows.append(row)
-        setup.say(
-            f"  {name:30} {ms:9.3f} ({row['ratio']:.3f})  rank 0 received "
-            f"{traffic.received_bytes / 2**20:.1f} MiB"
-        )
+        setup.say(_line(row))
     return rows
+
+
+def _ratio(times: Times | None, every: dict[str, Times]) -> float | None:
+    """To the local kernel, where both were captured."""
+    if times is None or "local kernel" not in every:
+        return None
+    return times.ms / every["local kernel"].ms
+
+
+def _line(row: dict[str, Any]) -> str:
+    graph = ""
+    if row["graph_ms"] is not None:
+        graph = f", in a graph {row['graph_ms']:.3f} ({row['graph_ratio'] or 0:.3f})"
+    return (
+        f"  {row['form']:30} {row['ms']:9.3f} ({row['ratio']:.3f})  host {row['host_ms']:.3f}"
+        f"{graph}, rank 0 received {row['received_bytes'] / 2**20:.1f} MiB"
+    )
 
 
 def _forward_backward(
@@ -299,7 +368,7 @@ class _GatherTokens(torch.autograd.Function):
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
         own = torch.empty_like(dx.chunk(ctx.group.size(), 1)[0])
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        scatter(own, dx.contiguous(), group=ctx.group)
+        scatter(own.view(-1), dx.contiguous().view(-1), group=ctx.group)
         return own, None
 
 
@@ -347,42 +416,100 @@ def _lasp_forms(
 
     found = {}
     for name in ("lasp_fuse", "lasp_fuse_parallel"):
-        try:
-            form(name)()
+        if _lasp_runs(setup, name, (*heads_first, slopes, do_)):
             found[f"{name} (OpenNLPLab)"] = form(name)
-        except Exception as error:
-            setup.say(f"{name} does not run here: {str(error)[:300]!r}")
     return found
+
+
+def _lasp_runs(setup: Setup, name: str, tensors: tuple[Tensor, ...]) -> bool:
+    """Whether its kernels run on every rank, tried without its ring: a failure there would hang."""
+    q, k, v, slopes, do = (x.detach() for x in tensors)
+    problem = ""
+    try:
+        module = importlib.import_module(f"lasp.{name}")
+        state = torch.zeros(1, setup.heads, setup.dim, setup.dim, device=setup.device)
+        if name == "lasp_fuse":
+            module.lasp_forward(q, k, v, slopes, state)
+            module.lasp_backward(q, k, v, slopes, do, state, state.clone())
+        else:
+            _, blocks, _ = module.lasp_forward(q, k, v, slopes, state, 256, 64)
+            module.lasp_backward(q, k, v, slopes, do, blocks, state, state.clone(), 256, 64)
+        _synchronize(setup)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {str(error)[:300]}"
+    failed = torch.tensor([bool(problem)], device=setup.device)
+    if not comm.all_gather(failed, setup.group).any():
+        return True
+    setup.say(f"{name} does not run here: {problem!r}")
+    return False
 
 
 # -- timing -----------------------------------------------------------------------------------
 
 
-def _take_turns(
-    setup: Setup, forms: dict[str, Callable[[], None]], *, inner: int
-) -> dict[str, float]:
-    """ms of each form: the slowest rank, the median of rounds in which the forms take turns."""
-    for form in forms.values():
+@dataclass(frozen=True)
+class Times:
+    """Medians of one form, of the slowest rank."""
+
+    ms: float
+    """From a common start to the device's end."""
+    host_ms: float
+    """Until the host had queued it; near `ms`, the host is what limits."""
+
+
+def _take_turns(setup: Setup, forms: dict[str, Callable[[], None]]) -> dict[str, Times]:
+    """Times of one call of each form, over rounds in which the forms take turns."""
+    inner = {}
+    for name, form in forms.items():
         for _ in range(2):
             form()
-    samples: dict[str, list[float]] = {name: [] for name in forms}
+        once = torch.tensor([_timed(setup, form, 1)[0]], device=setup.device)
+        slowest = float(comm.all_gather(once, setup.group).max())
+        inner[name] = max(1, min(20, round(SAMPLE_MS / slowest)))
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
     for _ in range(setup.rounds):
         for name, form in forms.items():
-            samples[name].append(_timed(setup, form, inner))
-    mine = torch.tensor([statistics.median(samples[name]) for name in forms], device=setup.device)
-    slowest = comm.all_gather(mine, setup.group).amax(0).tolist()
-    return dict(zip(forms, slowest, strict=True))
+            samples[name].append(_timed(setup, form, inner[name]))
+    medians = [
+        [statistics.median(column) for column in zip(*samples[name], strict=True)] for name in forms
+    ]
+    mine = torch.tensor(medians, device=setup.device)
+    slowest_rank = comm.all_gather(mine, setup.group).amax(0).tolist()
+    return {name: Times(*pair) for name, pair in zip(forms, slowest_rank, strict=True)}
 
 
-def _timed(setup: Setup, form: Callable[[], None], inner: int) -> float:
-    """ms of one call: `inner` calls back to back, from a common start to the device's end."""
+def _graphed(setup: Setup, forms: dict[str, Callable[[], None]]) -> dict[str, Callable[[], None]]:
+    """Each form as a CUDA graph, so that its time is the device's; those that can be captured."""
+    found: dict[str, Callable[[], None]] = {}
+    if setup.device.type != "cuda":
+        return found
+    for name, form in forms.items():
+        graph, problem = torch.cuda.CUDAGraph(), ""
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                form()
+        except Exception as error:
+            problem = f"{type(error).__name__}: {str(error)[:200]}"
+        _synchronize(setup)
+        failed = torch.tensor([bool(problem)], device=setup.device)
+        if comm.all_gather(failed, setup.group).any():
+            setup.say(f"  {name} cannot be captured in a graph: {problem!r}")
+        else:
+            found[name] = graph.replay
+    return found
+
+
+def _timed(setup: Setup, form: Callable[[], None], inner: int) -> tuple[float, float]:
+    """(ms, host ms) of one call: `inner` calls back to back, from a common start."""
     dist.barrier(setup.group)
     _synchronize(setup)
     start = time.perf_counter()
     for _ in range(inner):
         form()
+    queued = time.perf_counter()
     _synchronize(setup)
-    return (time.perf_counter() - start) * 1e3 / inner
+    stop = time.perf_counter()
+    return (stop - start) * 1e3 / inner, (queued - start) * 1e3 / inner
 
 
 def _synchronize(setup: Setup) -> None:

@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 2 benchmarks/bench_wrap.py --out wrap.json       # two GPUs
     torchrun --nproc-per-node 2 benchmarks/bench_wrap.py --tiny --out /tmp/w   # the same on CPU
 
+- parity: tiny fp32 models on these ranks against one device.
 - overhead: the wrapped model on one rank against the unwrapped one with torch's attention.
 - scaling: tokens a second a GPU on all ranks, by strategy, against one GPU on the same stream
   (share = one GPU's time over ranks times ours) and against torch's context parallelism, which
@@ -32,10 +33,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import seqpar
+from seqpar.adapters.tiny import tiny_model, tiny_stream
 from seqpar.batch import Batch, pack, shard
 from seqpar.loss import chunked_token_loss, token_loss_sum
 from seqpar.mesh import init_mesh
 from seqpar.parallelize import parallelize, unparallelize
+from seqpar.parity import check_parity
 
 LLAMA = {
     "hidden_size": 2048,
@@ -188,6 +191,17 @@ class Bench:
         best = min(value for name, value in found.items() if name.startswith("sdpa"))
         return {**found, "wrapped_over_best": round(found["wrapped_ms"] / best, 4)}
 
+    def parity(self) -> dict[str, Any]:
+        """Tiny fp32 models on these ranks against one device: (loss error, gradient error)."""
+        found = {}
+        for family in ("llama", "mistral", "minimax", "mamba2"):
+            model = parallelize(tiny_model(family).to(self.device), self.mesh)
+            stream = tiny_stream(model, (130, 1, 290, 27))
+            batch = shard(stream, self.mesh, layout="zigzag", device=self.device)
+            report = check_parity(model, batch, loss_tolerance=1.0, gradient_tolerance=1.0)
+            found[family] = (report.loss_error, report.gradient_error, report.worst_parameter)
+        return found
+
     def hybrid(self) -> dict[str, Any]:
         """A MiniMax-shaped model, 65,536 tokens a rank, against one GPU on the whole stream."""
         count = self.tokens(65536) * self.ranks
@@ -296,7 +310,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="where the JSON goes")
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
     parser.add_argument("--time-limit-s", type=float, default=80.0)
-    parser.add_argument("--sections", default="overhead,hybrid,scaling,longest")
+    parser.add_argument("--sections", default="parity,overhead,scaling,hybrid,longest")
     bench = Bench(parser.parse_args())
     for name in bench.options.sections.split(","):
         bench.section(name)

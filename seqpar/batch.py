@@ -34,11 +34,13 @@ __all__ = [
     "documents_of_positions",
     "group_of",
     "pack",
+    "pack_pairs",
     "shard",
     "unshard",
 ]
 
 Group: TypeAlias = dist.ProcessGroup | None
+LayoutChoice: TypeAlias = Literal["contiguous", "zigzag"] | SequenceLayout
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,15 @@ class PackedStream:
         cu_seqlens: bounds of the documents, D + 1 integers.
         features: further tensors with one entry per token, [1, N, ...], passed on to the model
             under their names (`token_type_ids`, say).
+        source: the encoder's stream, in an encoder-decoder model: document d of this stream is
+            generated from its document d.
     """
 
     ids: Tensor
     labels: Tensor
     cu_seqlens: tuple[int, ...]
     features: Mapping[str, Tensor] = field(default_factory=dict)
+    source: PackedStream | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -75,6 +80,7 @@ class Batch:
         group: the ranks that the stream is scattered over; None for this rank alone.
         rank: this rank within the group.
         features: further per-token tensors, [1, T, ...].
+        source: the encoder's batch, in an encoder-decoder model.
     """
 
     ids: Tensor
@@ -84,6 +90,7 @@ class Batch:
     group: Group
     rank: int
     features: Mapping[str, Tensor] = field(default_factory=dict)
+    source: Batch | None = None
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -92,6 +99,15 @@ class Batch:
         The layout and the group travel with the call, never in a global: every micro-batch uses
         its own, in a recomputed forward too.
         """
+        if self.source is not None:
+            return {
+                "input_ids": self.source.ids,
+                "decoder_input_ids": self.ids,
+                "source_layout": self.source.layout,
+                "layout": self.layout,
+                "group": self.group,
+                **self.features,
+            }
         return {
             "input_ids": self.ids,
             "position_ids": self.position_ids,
@@ -113,6 +129,7 @@ class Batch:
             labels=self.labels.to(device),
             position_ids=self.position_ids.to(device),
             features={name: tensor.to(device) for name, tensor in self.features.items()},
+            source=None if self.source is None else self.source.to(device),
         )
 
 
@@ -157,11 +174,39 @@ def pack(
     return PackedStream(ids, aligned, cu_seqlens, packed_features)
 
 
+def pack_pairs(
+    sources: Sequence[Tensor | Sequence[int]],
+    targets: Sequence[Tensor | Sequence[int]],
+    *,
+    start_token: int = 0,
+) -> PackedStream:
+    """Pack source and target documents for an encoder-decoder model.
+
+    The decoder reads each target behind a start token and predicts it token by token, so that a
+    target of n tokens takes n decoder tokens and has n labels.
+
+    Args:
+        sources, targets: as many of each, at least one token each; document d belongs to d.
+        start_token: the config's `decoder_start_token_id`.
+
+    Raises:
+        DataError: what `pack` refuses, or different numbers of sources and targets.
+    """
+    if len(sources) != len(targets):
+        raise DataError(f"{len(sources)} sources but {len(targets)} targets: give each its own")
+    tokens = [torch.as_tensor(target, dtype=torch.int64) for target in targets]
+    _checked_lengths(tokens)
+    shifted = [torch.cat([t.new_full((1,), start_token), t[:-1]]) for t in tokens]
+    stream = pack(shifted, labels=tokens, shift_labels=False)
+    return replace(stream, source=pack(sources))
+
+
 def shard(
     stream: PackedStream,
     where: DeviceMesh | Group,
     *,
-    layout: Literal["contiguous", "zigzag"] | SequenceLayout = "contiguous",
+    layout: LayoutChoice = "contiguous",
+    source_layout: LayoutChoice = "contiguous",
     device: torch.device | str | None = None,
     check: bool = True,
 ) -> Batch:
@@ -173,6 +218,7 @@ def shard(
             alone.
         layout: "contiguous" (best for state layers), "zigzag" (balances causal softmax layers)
             or any SequenceLayout over the same documents and as many ranks.
+        source_layout: the same for the encoder's stream, which is bidirectional.
         device: where the batch's tensors go; by default they stay where the stream's are.
         check: compare a checksum of the stream and layout over the group (one all_gather of 16
             bytes): ranks that read different documents would train on nonsense without an error.
@@ -191,6 +237,9 @@ def shard(
         agree(problem, group, same=(_checksum(stream), layout.cu_seqlens, layout.spans))
     elif problem is not None:
         raise LayoutError(problem)
+    source = None
+    if stream.source is not None:
+        source = shard(stream.source, group, layout=source_layout, device=device, check=check)
     batch = Batch(
         ids=layout.shard(stream.ids, rank),
         labels=layout.shard(stream.labels, rank),
@@ -199,6 +248,7 @@ def shard(
         group=group,
         rank=rank,
         features={name: layout.shard(x, rank) for name, x in stream.features.items()},
+        source=source,
     )
     return batch if device is None else batch.to(device)
 

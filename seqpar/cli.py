@@ -43,7 +43,19 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
+        if name in PASS_THROUGH:
+            rest = job_file_last(rest)
         return name, load_command(name) if name in COMMANDS else command, rest
+
+
+def job_file_last(args: list[str]) -> list[str]:
+    """A job file takes no words after it, so options may stand on either side of it."""
+    for index, word in enumerate(args):
+        if word == "--" or word.endswith(".py"):
+            break
+        if word.endswith((".yaml", ".yml")):
+            return [*args[:index], *args[index + 1 :], word]
+    return args
 
 
 def load_command(name: str) -> TyperCommand:

@@ -10,20 +10,15 @@ What backends lack is known here alone: gloo moves CPU tensors only (CUDA tensor
 the host), and sums 16-bit floats in float32; `all_gather_into_tensor` was renamed
 `all_gather_single` in torch 2.12. Tensors travel as bytes, so any dtype goes over any backend.
 
-Counting. `with count_traffic() as traffic:` adds up calls and payload bytes of this rank, by
-operation. The counter is a context variable; autograd runs the backward of CUDA tensors on threads
-of its own, so a Function that communicates takes `current_traffic()` in forward and enters
-`count_into(...)` in backward.
+`with count_traffic() as traffic:` adds up calls and payload bytes of this rank, by operation; see
+`seqpar.traffic`.
 """
 
 from __future__ import annotations
 
 import pickle
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -32,6 +27,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from seqpar.errors import LayoutError, MeshError, SeqparError
+from seqpar.traffic import (
+    Operation,
+    Traffic,
+    count,
+    count_into,
+    count_traffic,
+    current_traffic,
+    report_saved,
+)
 
 __all__ = [
     "Operation",
@@ -57,95 +61,6 @@ __all__ = [
 
 T = TypeVar("T")
 _OBJECT_BYTES = 65536
-
-
-# -- counting ---------------------------------------------------------------------------------
-
-
-@dataclass
-class Operation:
-    """What one kind of operation moved on this rank. Bytes are payload, own copies left out."""
-
-    calls: int = 0
-    sent_bytes: int = 0
-    received_bytes: int = 0
-    saved_bytes: int = 0
-    """What need not be received because it had decayed away."""
-
-
-@dataclass
-class Traffic:
-    """Calls and bytes of this rank by operation name; an operation never used counts nothing."""
-
-    operations: dict[str, Operation] = field(default_factory=dict)
-
-    def __getitem__(self, name: str) -> Operation:
-        return self.operations.get(name, Operation())
-
-    @property
-    def calls(self) -> int:
-        return sum(op.calls for op in self.operations.values())
-
-    @property
-    def sent_bytes(self) -> int:
-        return sum(op.sent_bytes for op in self.operations.values())
-
-    @property
-    def received_bytes(self) -> int:
-        return sum(op.received_bytes for op in self.operations.values())
-
-    @property
-    def saved_bytes(self) -> int:
-        return sum(op.saved_bytes for op in self.operations.values())
-
-    def add(self, name: str, *, sent_bytes: int, received_bytes: int) -> None:
-        """Count one call."""
-        operation = self.operations.setdefault(name, Operation())
-        operation.calls += 1
-        operation.sent_bytes += sent_bytes
-        operation.received_bytes += received_bytes
-
-
-_TRAFFIC: ContextVar[Traffic | None] = ContextVar("seqpar_traffic", default=None)
-
-
-@contextmanager
-def count_traffic() -> Iterator[Traffic]:
-    """Count what this rank sends and receives inside the block, backward passes included.
-
-    Counters nest: what the inner block counts, the outer one does not.
-    """
-    with count_into(Traffic()) as traffic:
-        assert traffic is not None
-        yield traffic
-
-
-@contextmanager
-def count_into(traffic: Traffic | None) -> Iterator[Traffic | None]:
-    """Count into a counter that exists already (None: do not count)."""
-    token = _TRAFFIC.set(traffic)
-    try:
-        yield traffic
-    finally:
-        _TRAFFIC.reset(token)
-
-
-def current_traffic() -> Traffic | None:
-    """The counter in force, to hand to another thread."""
-    return _TRAFFIC.get()
-
-
-def _count(name: str, sent_bytes: int, received_bytes: int) -> None:
-    traffic = _TRAFFIC.get()
-    if traffic is not None:
-        traffic.add(name, sent_bytes=sent_bytes, received_bytes=received_bytes)
-
-
-def report_saved(name: str, saved_bytes: int) -> None:
-    """Count bytes that an exchange need not receive on this rank; no call is made."""
-    traffic = _TRAFFIC.get()
-    if traffic is not None:
-        traffic.operations.setdefault(name, Operation()).saved_bytes += saved_bytes
 
 
 # -- waiting ----------------------------------------------------------------------------------
@@ -209,13 +124,17 @@ def all_gather_async(x: Tensor, group: ProcessGroup | None) -> Pending[Tensor]:
     if group is None:
         return Pending((), lambda: x.detach().clone()[None])
     size = group.size()
-    message = _outgoing(x, group)
-    gathered = message.new_empty(size * message.numel())
-    _count("all_gather", (size - 1) * message.numel(), (size - 1) * message.numel())
+    message = x.detach().contiguous()
+    received_bytes = (size - 1) * message.numel() * message.element_size()
+    count("all_gather", received_bytes, received_bytes)
     if not message.numel():
         return Pending((), lambda: x.new_empty(size, *x.shape))
-    work = _gather_flat(gathered, message, group)
-    return Pending((work,), lambda: _incoming(gathered, (size, *x.shape), x), keep=message)
+    if _on_host(group):
+        message = message.cpu()
+    gathered = message.new_empty(size, *x.shape)
+    outgoing, landing = (t.view(-1).view(torch.uint8) for t in (message, gathered))
+    work = _gather_flat(landing, outgoing, group)
+    return Pending((work,), lambda: gathered.to(x.device), keep=message)
 
 
 def all_to_all(
@@ -243,7 +162,7 @@ def all_to_all_async(
     in_sizes = [tensor.numel() * item for tensor in sends]
     message = torch.cat([_outgoing(tensor, group) for tensor in sends])
     received = message.new_empty(sum(out_sizes))
-    _count("all_to_all", sum(in_sizes) - in_sizes[rank], sum(out_sizes) - out_sizes[rank])
+    count("all_to_all", sum(in_sizes) - in_sizes[rank], sum(out_sizes) - out_sizes[rank])
     work = dist.all_to_all_single(
         received, message, out_sizes, in_sizes, group=group, async_op=True
     )
@@ -267,7 +186,8 @@ def exchange(
         recvs: (group rank to receive from, contiguous tensor that is filled in place).
 
     Messages between two ranks arrive in the order they were listed. Empty ones are not sent, so
-    both sides must know the sizes. With nothing to send or receive no call is made.
+    both sides must know the sizes. With nothing to send or receive no call is made. Over NCCL all
+    ranks of the group must have used it before, as those of `init_mesh` and `GroupPool` have.
     """
     rank = group_rank(group)
     own = [tensor for peer, tensor in sends if peer == rank]
@@ -296,7 +216,7 @@ def exchange(
 
     if not ops:
         return Pending((), finish)
-    _count("exchange", sent_bytes, received_bytes)
+    count("exchange", sent_bytes, received_bytes)
     return Pending(dist.batch_isend_irecv(ops), finish, keep=keep)
 
 
@@ -306,7 +226,7 @@ def all_reduce_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:
     if group is None:
         return total
     ring_bytes = 2 * (group.size() - 1) * total.numel() * total.element_size() // group.size()
-    _count("all_reduce_sum", ring_bytes, ring_bytes)
+    count("all_reduce_sum", ring_bytes, ring_bytes)
     if _on_host(group):
         narrow = total.dtype in (torch.float16, torch.bfloat16)
         total = total.to(device="cpu", dtype=torch.float32 if narrow else total.dtype)
@@ -321,7 +241,7 @@ def broadcast(x: Tensor, group: ProcessGroup | None, *, source: int = 0) -> Tens
     message = _outgoing(x, group).clone()
     is_source = group_rank(group) == source
     others = group.size() - 1
-    _count(
+    count(
         "broadcast",
         message.numel() * others if is_source else 0,
         0 if is_source else message.numel(),

@@ -34,10 +34,11 @@ __all__ = [
     "mean_over_mesh",
     "token_loss",
     "token_loss_sum",
+    "trainer_loss",
 ]
 
 GradReduction = Literal["mean", "sum"]
-_BLOCK_LOGITS = 1 << 27  # elements of a block's fp32 logits: 512 MiB, 1024 tokens of 131,072
+_BLOCK_LOGITS = 1 << 26  # elements of a block's fp32 logits: 256 MiB, 512 tokens of 131,072
 
 
 def token_loss(
@@ -105,6 +106,28 @@ def chunked_token_loss(
     )
 
 
+def trainer_loss(
+    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """transformers' `Trainer(compute_loss_func=trainer_loss)`: this rank's share of the mean.
+
+    The Trainer counts the step's targets over all ranks and micro-batches, and multiplies by the
+    ranks what DDP's average takes away (`average_tokens_across_devices`, on by default).
+
+    Args:
+        outputs: with `.logits` [1, T, V].
+        labels: [1, T] of this rank, as `TrainerLoader` gives them.
+        num_items_in_batch: the step's targets.
+
+    Raises:
+        DataError: the Trainer did not count them; the loss would depend on the split.
+    """
+    if num_items_in_batch is None:
+        raise DataError("the Trainer counted no targets: leave average_tokens_across_devices on")
+    nll_sum, _ = token_loss_sum(outputs.logits, labels)
+    return nll_sum / num_items_in_batch
+
+
 def token_loss_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of -log p(label) over this rank's targets, and their number.
 
@@ -142,7 +165,7 @@ def lm_head_loss_sum(
         labels: int64 [...].
         scale: the logits are multiplied by it.
         softcap: if given, logits become softcap * tanh(logits / softcap), after the scale.
-        block_tokens: tokens whose logits exist at one time; by default 512 MiB of them in fp32.
+        block_tokens: tokens whose logits exist at one time; by default 256 MiB of them in fp32.
 
     Memory beyond its arguments: one block of fp32 logits, and when gradients are wanted one
     tensor like `hidden` and an fp32 one like `weight`. Under autocast the matrix products run in
@@ -184,7 +207,7 @@ def mean_over_mesh(
     """Each rank's (sum, number of targets) -> the mean over the mesh; see `token_loss`."""
     if grad_reduction not in ("mean", "sum"):
         raise LayoutError(f"grad_reduction must be 'mean' or 'sum', got {grad_reduction!r}")
-    groups = _groups_of(mesh)
+    groups = groups_of(mesh)
     totals = torch.stack([nll_sum.detach().double(), local_targets.double()])
     for group in groups:
         totals = all_reduce_sum(totals, group)
@@ -204,7 +227,7 @@ def count_targets(batches: Iterable[Batch], *, mesh: DeviceMesh | None = None) -
         DataError: there is none, so that the step's mean loss does not exist.
     """
     batches = list(batches)
-    groups = _groups_of(mesh)
+    groups = groups_of(mesh)
     if mesh is None and batches and batches[0].group is not None:
         groups = [batches[0].group]
     device = batches[0].labels.device if batches else torch.device("cpu")
@@ -218,7 +241,7 @@ def count_targets(batches: Iterable[Batch], *, mesh: DeviceMesh | None = None) -
     return int(total)
 
 
-def _groups_of(mesh: DeviceMesh | dist.ProcessGroup | None) -> list[dist.ProcessGroup]:
+def groups_of(mesh: DeviceMesh | dist.ProcessGroup | None) -> list[dist.ProcessGroup]:
     """Groups that, summed over one after the other, sum over the whole mesh."""
     if mesh is None:
         return []
@@ -248,6 +271,19 @@ def _block_gradient(logits: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
     rows = torch.arange(len(labels), device=labels.device)
     gradient[rows, labels.clamp(min=0)] -= 1
     return gradient.masked_fill_((labels == IGNORE_INDEX)[:, None], 0)
+
+
+def _block_nll_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Both at once, in the logits' own memory: (sum over targets, softmax - one-hot [T, V])."""
+    index, target = labels.clamp(min=0), labels != IGNORE_INDEX
+    chosen = logits.gather(-1, index[:, None])[:, 0]
+    largest = logits.amax(-1, keepdim=True)
+    weights = logits.sub_(largest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    nll = torch.where(target, (largest + total.log())[:, 0] - chosen, 0).sum()
+    gradient = weights.div_(total)
+    gradient[torch.arange(len(labels), device=labels.device), index] -= 1
+    return nll, gradient.masked_fill_(~target[:, None], 0)
 
 
 class _LogitsLoss(torch.autograd.Function):
@@ -311,12 +347,12 @@ class _HeadLoss(torch.autograd.Function):
             logits = raw.to(accumulate).mul_(scale)
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
-            nll, lse = _block_nll(logits, block_labels)
+            slope = scale if softcap is None else scale * (1 - (logits / softcap).square())
+            nll, d_logits = _block_nll_and_gradient(logits, block_labels)
             total += nll
             if not any(wanted):
                 continue
-            slope = scale if softcap is None else scale * (1 - (logits / softcap).square())
-            d_logits = (_block_gradient(logits, block_labels, lse) * slope).to(hidden.dtype)
+            d_logits = d_logits.mul_(slope).to(hidden.dtype)
             if d_hidden is not None:
                 torch.mm(d_logits, weight, out=d_hidden[start : start + block_tokens])
             if d_weight is not None:

@@ -25,12 +25,13 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from seqpar.adapters.hf_head import head_loss_sum
-from seqpar.adapters.hf_models import check_supported, hugging_face_model, mixers_of
+from seqpar.adapters.hf_models import check_supported, hugging_face_model, mixers_of, whole_forward
 from seqpar.adapters.sequence import SequenceContext, outside_graph
 from seqpar.batch import group_of
 from seqpar.comm import agree, group_size
 from seqpar.errors import LayoutError, UnsupportedModelError
 from seqpar.layout import SequenceLayout
+from seqpar.ops.softmax_choice import Strategy
 
 __all__ = ["is_parallelized", "parallelize", "unparallelize"]
 
@@ -57,7 +58,7 @@ class _Wrapping:
     """What a wrapped model was given at wrap time; the same value for its copies."""
 
     group: ProcessGroup | None
-    strategy: str
+    strategy: Strategy
     exchange: str
     check: bool
 
@@ -66,7 +67,13 @@ class _Wrapping:
 
     @outside_graph
     def context(
-        self, layout: SequenceLayout | None, group: Any, tokens: Tensor | None
+        self,
+        layout: SequenceLayout | None,
+        group: Any,
+        tokens: Tensor | None,
+        *,
+        source_layout: SequenceLayout | None = None,
+        source_tokens: Tensor | None = None,
     ) -> SequenceContext:
         """The call's context; refused on all ranks alike if one rank's tokens do not fit."""
         if layout is None:
@@ -75,10 +82,15 @@ class _Wrapping:
                 "batch from seqpar.shard"
             )
         group = self.group if group is _Bound else group
-        sequence = SequenceContext(layout, group, self.strategy, self.exchange)
-        problem = _misfit(sequence, tokens)
+        sequence = SequenceContext(layout, group, self.strategy, self.exchange, source_layout)
+        problem = _misfit(layout, sequence, tokens)
+        if source_layout is not None:
+            problem = problem or _misfit(source_layout, sequence, source_tokens)
+            sources, targets = source_layout.num_documents, layout.num_documents
+            if sources != targets:
+                problem = problem or f"{sources} sources but {targets} targets: use pack_pairs"
         if group is not None and self.check:
-            agree(problem, group, same=(layout.cu_seqlens, layout.spans))
+            agree(problem, group, same=(layout, source_layout))
         elif problem is not None:
             raise LayoutError(problem)
         return sequence
@@ -88,7 +100,7 @@ def parallelize(
     model: M,
     mesh: DeviceMesh | ProcessGroup | None,
     *,
-    strategy: str = "auto",
+    strategy: Strategy = "auto",
     exchange: str = "auto",
     check: bool = True,
 ) -> M:
@@ -203,7 +215,8 @@ def _wrap_hugging_face(model: nn.Module, wrapping: _Wrapping) -> None:
     config._attn_implementation = ATTENTION_NAME
     for module, forward in mixers_of(model):
         _replace_forward(module, forward)
-    _replace_forward(model, _hugging_face_forward)
+    whole = whole_forward(model)
+    _replace_forward(model, functools.partial(_hugging_face_forward, whole=whole))
     setattr(model, _MARK, wrapping)
 
 
@@ -221,23 +234,34 @@ def _hugging_face_forward(
     *args: Any,
     layout: SequenceLayout | None = None,
     group: Any = _Bound,
+    source_layout: SequenceLayout | None = None,
     head_labels: Tensor | None = None,
     original: Callable[..., Any],
+    whole: Callable[..., Any] | None,
     **inputs: Any,
 ) -> Any:
+    if whole is not None:
+        original = functools.partial(whole, self)
     if head_labels is not None:
         original = functools.partial(head_loss_sum, self, head_labels)
     inputs = _named_inputs(args, inputs)
-    given = [inputs.get(name) for name in ("input_ids", "inputs_embeds")]
-    tokens = next((tensor for tensor in given if tensor is not None), None)
-    sequence = getattr(self, _MARK).context(layout, group, tokens)
-    assert tokens is not None  # or the context would have refused
-    if inputs.get("position_ids") is None:
+    tokens, source_tokens = _first(inputs, "input_ids", "inputs_embeds"), None
+    if self.config.is_encoder_decoder:  # type: ignore[union-attr]
+        source_tokens = tokens
+        tokens = _first(inputs, "decoder_input_ids", "decoder_inputs_embeds")
+    sequence = getattr(self, _MARK).context(
+        layout, group, tokens, source_layout=source_layout, source_tokens=source_tokens
+    )
+    if source_layout is None and inputs.get("position_ids") is None:
+        assert tokens is not None  # or the context would have refused
         positions = sequence.layout.position_ids(sequence.rank)
         inputs["position_ids"] = positions[None].to(tokens.device)
-    if sequence.num_tokens:
-        return original(**inputs, sequence=sequence)
-    return _cut_tokens(original(**_padded(inputs), sequence=sequence))
+    output = original(**_padded(inputs), sequence=sequence)
+    return output if sequence.num_tokens else _cut_tokens(output)
+
+
+def _first(inputs: dict[str, Any], *names: str) -> Tensor | None:
+    return next((inputs[name] for name in names if inputs.get(name) is not None), None)
 
 
 _REFUSED_INPUTS = {
@@ -287,9 +311,9 @@ def _cut_tokens(output: Any) -> Any:
 # -- both -----------------------------------------------------------------------------------------
 
 
-def _misfit(sequence: SequenceContext, tokens: Tensor | None) -> str | None:
+def _misfit(layout: SequenceLayout, sequence: SequenceContext, tokens: Tensor | None) -> str | None:
     """What does not fit together in this rank's call; None if nothing."""
-    ranks, size = sequence.layout.world_size, group_size(sequence.group)
+    ranks, size = layout.world_size, group_size(sequence.group)
     if ranks != size:
         return (
             f"the layout is for {ranks} ranks but the group has {size}: shard the batch over the "
@@ -298,10 +322,10 @@ def _misfit(sequence: SequenceContext, tokens: Tensor | None) -> str | None:
     if tokens is None or tokens.ndim < 2 or tokens.shape[0] != 1:
         shape = None if tokens is None else tuple(tokens.shape)
         return f"a wrapped model takes one packed stream, input_ids [1, T], got shape {shape}"
-    if tokens.shape[1] != sequence.num_tokens:
+    if tokens.shape[1] != layout.tokens_on(sequence.rank):
         return (
             f"this rank has {tokens.shape[1]} tokens but the layout gives it "
-            f"{sequence.num_tokens}: pass the batch that seqpar.shard made"
+            f"{layout.tokens_on(sequence.rank)}: pass the batch that seqpar.shard made"
         )
     return None
 
@@ -313,7 +337,8 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     @functools.wraps(module.forward)
     def replaced(self: nn.Module, *args: Any, **inputs: Any) -> Any:
         before = self.__dict__["_seqpar_previous_forward"]
-        original = type(self).forward.__get__(self) if before is _Bound else before
+        own = functools.partial(type(self).forward, self)
+        original = own if before is _Bound else before
         return forward(self, *args, original=original, **inputs)
 
     module.__dict__["_seqpar_previous_forward"] = previous

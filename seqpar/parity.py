@@ -1,7 +1,7 @@
 """The one call that compares a wrapped model with one device.
 
-The reference is the unwrapped model on whole documents, one after the other, each by itself: no
-packing, no layout, no exchange, torch's own cross-entropy. So a leak between documents, a wrong
+The reference is the unwrapped model on whole documents, each by itself on one device: no packing,
+no layout, no exchange, torch's own cross-entropy. So a leak between documents, a wrong
 position, a lost key or a loss off by the group's size all show.
 """
 
@@ -11,7 +11,7 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from seqpar.adapters.hf_models import hugging_face_model
 from seqpar.batch import Batch, PackedStream, unshard
-from seqpar.comm import all_reduce_sum
+from seqpar.comm import all_reduce_sum, group_rank
 from seqpar.errors import ParityError, UnsupportedModelError
 from seqpar.layout import IGNORE_INDEX, SequenceLayout
 from seqpar.loss import token_loss
@@ -117,9 +117,9 @@ def check_parity(
 ) -> ParityReport:
     """Compare loss and every parameter's gradient of a wrapped model with one device's.
 
-    Collective: every rank of the mesh calls it, with its own batch. Every rank computes the
-    reference, so the whole stream must fit one device. Parameters, gradients and the random
-    state stay as they were. The default tolerances are for float32.
+    Collective: every rank of the mesh calls it, with its own batch. The reference's documents are
+    dealt to the ranks, each whole, so the longest must fit one device. Parameters, gradients and
+    the random state stay as they were. The default tolerances are for float32.
 
     Args:
         model: wrapped by `parallelize`, before `fully_shard`.
@@ -137,7 +137,7 @@ def check_parity(
     groups = [group for group in _groups(batch, mesh) if group is not None]
     streams = _all_streams(batch, groups)
     reference_model = unparallelize(copy.deepcopy(model))
-    reference_loss, reference_gradients = _reference(reference_model, streams)
+    reference_loss, reference_gradients = _reference(reference_model, streams, groups)
     loss, gradients = _wrapped(model, batch, mesh, groups)
     errors = _gradient_errors(gradients, reference_gradients)
     report = ParityReport(loss, reference_loss, errors, loss_tolerance, gradient_tolerance)
@@ -154,23 +154,21 @@ def check_parity(
 
 def _wrapped(
     model: nn.Module, batch: Batch, mesh: DeviceMesh | None, groups: Sequence[ProcessGroup]
-) -> tuple[float, dict[str, Tensor | None]]:
+) -> tuple[float, dict[str, Tensor]]:
     logits = logits_of(model(**batch.inputs))
     loss = token_loss(logits, batch, mesh=mesh, grad_reduction="sum")
-    gradients = _gradients(loss, model)
-    for name, gradient in gradients.items():
-        if gradient is not None:
-            for group in groups:
-                gradients[name] = gradient = all_reduce_sum(gradient, group)
-    return loss.item(), gradients
+    return loss.item(), _summed(_gradients(loss, model), model, groups)
 
 
 def _reference(
-    model: nn.Module, streams: Sequence[PackedStream]
-) -> tuple[float, dict[str, Tensor | None]]:
+    model: nn.Module, streams: Sequence[PackedStream], groups: Sequence[ProcessGroup]
+) -> tuple[float, dict[str, Tensor]]:
+    """Each document whole on one device; the documents are dealt to the ranks."""
     targets = sum(int((stream.labels != IGNORE_INDEX).sum()) for stream in streams)
-    loss, total = 0.0, dict[str, Tensor | None]()
-    for document in itertools.chain.from_iterable(map(_documents, streams)):
+    documents = list(itertools.chain.from_iterable(map(_documents, streams)))
+    index, ranks = _place(groups)
+    loss, total = torch.zeros((), dtype=torch.float64), dict[str, Tensor | None]()
+    for document in documents[index::ranks]:
         logits = logits_of(_run_document(model, document))
         nll = nn.functional.cross_entropy(
             logits.flatten(0, -2).float(),
@@ -178,22 +176,57 @@ def _reference(
             ignore_index=IGNORE_INDEX,
             reduction="sum",
         )
-        part = nll / targets
-        loss += part.item()
-        for name, gradient in _gradients(part, model).items():
+        loss += nll.item() / targets
+        for name, gradient in _gradients(nll / targets, model).items():
             before = total.get(name)
             total[name] = gradient if before is None or gradient is None else before + gradient
-    return loss, total
+    summed = _summed(total, model, groups)
+    for group in groups:
+        loss = all_reduce_sum(loss.to(next(model.parameters()).device), group)
+    return loss.item(), summed
 
 
-def _documents(stream: PackedStream) -> Iterable[PackedStream]:
-    for start, stop in itertools.pairwise(stream.cu_seqlens):
-        yield PackedStream(
+def _summed(
+    gradients: dict[str, Tensor | None], model: nn.Module, groups: Sequence[ProcessGroup]
+) -> dict[str, Tensor]:
+    """Summed over the mesh; a rank that did not use a parameter takes part all the same."""
+    totals = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            gradient = gradients.get(name)
+            total = torch.zeros_like(parameter) if gradient is None else gradient
+            for group in groups:
+                total = all_reduce_sum(total, group)
+            totals[name] = total
+    return totals
+
+
+def _place(groups: Sequence[ProcessGroup]) -> tuple[int, int]:
+    """This rank's number in the mesh, and how many ranks it has."""
+    index, ranks = 0, 1
+    for group in groups:
+        index = index * group.size() + group_rank(group)
+        ranks *= group.size()
+    return index, ranks
+
+
+def _documents(stream: PackedStream) -> list[PackedStream]:
+    """Each document as a stream of its own, its source beside it."""
+    sources = [None] * (len(stream.cu_seqlens) - 1)
+    if stream.source is not None:
+        sources = _documents(stream.source)  # type: ignore[assignment]
+    return [
+        PackedStream(
             stream.ids[:, start:stop],
             stream.labels[:, start:stop],
             (0, stop - start),
             {name: tensor[:, start:stop] for name, tensor in stream.features.items()},
+            source,
         )
+        for (start, stop), source in zip(
+            itertools.pairwise(stream.cu_seqlens), sources, strict=True
+        )
+    ]
 
 
 def _run_document(model: nn.Module, document: PackedStream) -> Any:
@@ -202,6 +235,8 @@ def _run_document(model: nn.Module, document: PackedStream) -> Any:
     positions = layout.position_ids(0)[None].to(document.ids.device)
     if hugging_face_model(model) is None:
         return model(document.ids, positions, layout=layout, group=None, **document.features)
+    if document.source is not None:
+        return model(input_ids=document.source.ids, decoder_input_ids=document.ids, use_cache=False)
     return model(
         input_ids=document.ids, position_ids=positions, use_cache=False, **document.features
     )
@@ -226,21 +261,17 @@ def _gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor | None]:
 
 
 def _gradient_errors(
-    gradients: dict[str, Tensor | None], references: dict[str, Tensor | None]
+    gradients: dict[str, Tensor], references: dict[str, Tensor]
 ) -> dict[str, float]:
-    present = [reference.double() for reference in references.values() if reference is not None]
+    present = [reference.double() for reference in references.values()]
     count = sum(reference.numel() for reference in present)
     rms = math.sqrt(sum(float(reference.square().sum()) for reference in present) / max(count, 1))
-    errors = {}
-    for name, reference in references.items():
-        gradient = gradients[name]
-        if gradient is None and reference is None:
-            continue
-        gradient = torch.zeros_like(reference) if gradient is None else gradient  # type: ignore[arg-type]
-        reference = torch.zeros_like(gradient) if reference is None else reference
-        least = _SMALL_GRADIENT * rms * math.sqrt(reference.numel())
-        errors[name] = _relative(gradient, reference, least)
-    return errors
+    return {
+        name: _relative(
+            gradients[name], reference, _SMALL_GRADIENT * rms * math.sqrt(reference.numel())
+        )
+        for name, reference in references.items()
+    }
 
 
 def _relative(found: Tensor, reference: Tensor, least: float) -> float:
@@ -374,6 +405,7 @@ def _whole(batch: Batch) -> PackedStream:
         unshard(batch.labels, batch),
         batch.layout.cu_seqlens,
         {name: unshard(tensor, batch) for name, tensor in batch.features.items()},
+        None if batch.source is None else _whole(batch.source),
     )
 
 

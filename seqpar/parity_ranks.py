@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from seqpar.adapters.tiny import TINY_VOCABULARY, masked_language_model, tiny_model
-from seqpar.batch import pack, shard
+from seqpar.adapters.tiny import check_family, tiny_model, tiny_stream
+from seqpar.batch import shard
 from seqpar.errors import LaunchError, MeshError, SeqparError, UnsupportedModelError
+from seqpar.ops.softmax_choice import Strategy
 from seqpar.parallelize import parallelize
 from seqpar.parity import ParityReport, check_parity
 
@@ -50,7 +51,7 @@ class ParityJob:
     model: str
     ranks: int = 4
     lengths: Sequence[int] = DEFAULT_LENGTHS
-    strategy: str = "auto"
+    strategy: Strategy = "auto"
     exchange: str = "auto"
     layout: str = "contiguous"
     device: str = "cpu"
@@ -71,7 +72,10 @@ def check_on_ranks(job: ParityJob, *, timeout_s: float = 300.0) -> ParityReport:
             f"{job.ranks} ranks need as many CUDA devices, found {torch.cuda.device_count()}: "
             "ask for fewer ranks, or for the CPU"
         )
-    context = multiprocessing.get_context("spawn")
+    _check_name(job.model)
+    # Ranks fork from a server that has imported what all of them need, and no CUDA yet.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers.modeling_utils"])
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(target=_rank_main, args=(rank, job, folder, timeout_s), daemon=True)
@@ -98,14 +102,22 @@ def build_model(name: str) -> nn.Module:
     if ":" not in name:
         return tiny_model(name)
     module_name, _, function_name = name.partition(":")
+    model: nn.Module = getattr(importlib.import_module(module_name), function_name)()
+    return model
+
+
+def _check_name(name: str) -> None:
+    """Refuse an unknown model before any process is started."""
+    module_name, colon, function_name = name.partition(":")
+    if not colon:
+        check_family(name)
+        return
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise UnsupportedModelError(
             name, f"there is no such function ({error})", "name it as package.module:function"
         ) from error
-    model: nn.Module = function()
-    return model
 
 
 def _rank_main(rank: int, job: ParityJob, folder: str, timeout_s: float) -> None:
@@ -140,23 +152,11 @@ def _check(rank: int, job: ParityJob, folder: str, timeout_s: float) -> ParityRe
         model = build_model(job.model).to(job.device)
         group = dist.group.WORLD
         parallelize(model, group, strategy=job.strategy, exchange=job.exchange)
-        generator = torch.Generator().manual_seed(job.seed)
-        vocabulary = _vocabulary(model)
-        documents = [
-            torch.randint(min(3, vocabulary - 1), vocabulary, (n,), generator=generator)
-            for n in job.lengths
-        ]
-        stream = pack(documents, shift_labels=not masked_language_model(model))
+        stream = tiny_stream(model, job.lengths, seed=job.seed)
         batch = shard(stream, group, layout=job.layout, device=job.device)  # type: ignore[arg-type]
         return check_parity(model, batch)
     finally:
         dist.destroy_process_group()
-
-
-def _vocabulary(model: nn.Module) -> int:
-    """Rows of the first embedding: by convention the tokens'."""
-    tables = (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
-    return next(tables, TINY_VOCABULARY)
 
 
 def _result(folder: Path, rank: int) -> Any:

@@ -87,6 +87,7 @@ class RunReport:
     device: str
     document_lengths: Sequence[int]
     cost: dict[str, Any]
+    prediction_error: float
     settings: dict[str, Any]
     steps: Sequence[dict[str, Any]]
 

@@ -78,6 +78,7 @@ def _summary(report: dict[str, Any]) -> str:
         f"{report['heldout_loss_last']:.3f} nats a byte",
         "Parity with one process": f"relative error {report['parity_relative_error']:.1e}",
         "Against the best fixed degree": against,
+        "Step times, predicted": f"off by {report['prediction_error']:.0%} on average",
         "Ranks": f"{report['ranks']} on {report['device']}",
         "Wall time": f"{report['wall_s']:.0f} s",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,17 @@ from seqpar.launch.checkpoint import CheckpointStore
 __all__ = ["TrainingState"]
 
 
+def warm_up_and_cosine(step: int, total_steps: int) -> float:
+    """The share of the peak learning rate: a linear warm-up over a fifth, then a cosine to 0.1."""
+    warm_up = max(1, total_steps // 5)
+    if step < warm_up:
+        return (step + 1) / (warm_up + 1)
+    progress = (step - warm_up) / max(1, total_steps - warm_up)
+    return 0.55 + 0.45 * math.cos(math.pi * min(progress, 1.0))
+
+
 class TrainingState:
-    """A model with its AdamW optimizer and one-cycle schedule, saved and restored as one.
+    """A model with its AdamW optimizer and learning-rate schedule, saved and restored as one.
 
     Attributes:
         step: optimizer steps taken.
@@ -36,8 +46,8 @@ class TrainingState:
         self.optimizer = torch.optim.AdamW(
             model.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=0.01
         )
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, learning_rate, total_steps=total_steps + 1, pct_start=0.2
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: warm_up_and_cosine(step, total_steps)
         )
         self.step = 0
         self.position = 0

@@ -25,9 +25,34 @@ ALLOWED = {
     "adapters": {"errors", "layout", "comm", "mesh", "ops", "kernels", "models", "batch", "loss"},
     "launch": {"errors"},
 }
-TOP = {"errors", "layout", "balance", "comm", "mesh", "kernels", "ops", "batch", "loss", "models",
-       "adapters", "planners", "launch", "data", "training", "calibration", "comparison", "report",
-       "report_html", "console", "parallelize", "parity", "commands"}  # fmt: skip
+TOP = set(
+    [
+        "errors",
+        "layout",
+        "balance",
+        "comm",
+        "mesh",
+        "kernels",
+        "ops",
+        "batch",
+        "loss",
+        "models",
+        "adapters",
+        "planners",
+        "launch",
+        "data",
+        "training",
+        "calibration",
+        "comparison",
+        "feedback",
+        "report",
+        "report_html",
+        "console",
+        "parallelize",
+        "parity",
+        "commands",
+    ]
+)
 
 
 def _imports(path: Path) -> set[str]:

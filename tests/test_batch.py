@@ -8,7 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from seqpar.batch import documents_of_padded, documents_of_positions, pack, shard, unshard
+from seqpar.batch import (
+    documents_of_padded,
+    documents_of_positions,
+    pack,
+    pack_pairs,
+    shard,
+    unshard,
+)
 from seqpar.errors import DataError, LayoutError, MeshError
 from seqpar.layout import IGNORE_INDEX, SequenceLayout
 from tests.ranks import run_ranks
@@ -56,6 +63,20 @@ def test_a_layout_of_another_stream_is_refused() -> None:
         shard(stream, None, layout=SequenceLayout.contiguous((0, 11), 1))
     with pytest.raises(LayoutError, match="'contiguous', 'zigzag'"):
         shard(stream, None, layout="striped")  # type: ignore[arg-type]
+
+
+def test_pairs_start_each_target_with_a_token_and_shift_nothing() -> None:
+    stream = pack_pairs([[1, 2, 3], [4]], [[5, 6], [7, 8, 9]], start_token=0)
+    assert stream.ids.tolist() == [[0, 5, 0, 7, 8]]
+    assert stream.labels.tolist() == [[5, 6, 7, 8, 9]]
+    assert stream.source is not None
+    assert stream.source.ids.tolist() == [[1, 2, 3, 4]]
+    batch = shard(stream, None)
+    assert batch.inputs["input_ids"].tolist() == [[1, 2, 3, 4]]
+    assert batch.inputs["decoder_input_ids"].tolist() == [[0, 5, 0, 7, 8]]
+    assert batch.inputs["source_layout"].cu_seqlens == (0, 3, 4)
+    with pytest.raises(DataError, match="1 sources but 2 targets"):
+        pack_pairs([[1]], [[1], [2]])
 
 
 def test_padding_becomes_documents() -> None:

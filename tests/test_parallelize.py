@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from seqpar.adapters.tiny import TINY_VOCABULARY, tiny_model
+from seqpar.adapters.tiny import TINY_VOCABULARY, tiny_model, tiny_stream
 from seqpar.batch import Batch, PackedStream, pack, shard
 from seqpar.errors import LayoutError, MeshError, UnsupportedModelError
 from seqpar.layout import SequenceLayout
@@ -92,6 +92,7 @@ class _WithRecurrence(nn.Module):
         (_hugging_face("mamba", state_size=4), "layers.0.mixer", "Mamba-1"),
         (_hugging_face("phi3", num_key_value_heads=1), "Phi3ForCausalLM", "'phi3' to be exact"),
         (_bert_with_pooler, "pooler", "first token"),
+        (lambda: tiny_model("t5", dropout_rate=0.1), "dropout_rate", "every degree"),
         (_classifier, "LlamaForSequenceClassification", "one place of each row"),
         (lambda: nn.Linear(3, 3), "Linear", "no group and no layout"),
         (_WithRecurrence, "mixer (GRU)", "mixes tokens"),
@@ -224,9 +225,10 @@ def test_two_forwards_before_two_backwards_use_each_their_own_layout() -> None:
 
 def _few_tokens(rank: int) -> list[int]:
     held = []
-    for model in (tiny_model("llama"), tiny_model("minimax"), tiny_model("bert"), small_hybrid()):
+    models = [tiny_model(family) for family in ("llama", "minimax", "bert", "t5")]
+    for model in (*models, small_hybrid()):
         parallelize(model, dist.group.WORLD)
-        batch: Batch = shard(_stream(2), dist.group.WORLD)
+        batch: Batch = shard(tiny_stream(model, (2,)), dist.group.WORLD)
         held.append(batch.ids.shape[1])
         assert _logits(model(**batch.inputs)).shape == (1, held[-1], TINY_VOCABULARY)
         check_parity(model, batch)
@@ -234,7 +236,7 @@ def _few_tokens(rank: int) -> list[int]:
 
 
 def test_a_rank_may_hold_nothing() -> None:
-    assert run_ranks(3, _few_tokens) == [[0] * 4, [1] * 4, [1] * 4]
+    assert run_ranks(3, _few_tokens) == [[0] * 5, [1] * 5, [1] * 5]
 
 
 # -- and back -------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from seqpar.comparison import FixedDegreeRival
 from seqpar.console import TrainingConsole
 from seqpar.data import DocumentSampler, PlannedStep, PlannedSteps, limit_documents, recorded_plans
 from seqpar.errors import ParityError
+from seqpar.feedback import CostFeedback
 from seqpar.mesh import GroupPool
 from seqpar.models import Decoder, DecoderConfig, hybrid
 from seqpar.planners import (
@@ -50,13 +52,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--over-limit", choices=["split", "drop"], default="split")
     parser.add_argument("--heldout-tokens", type=int, default=32_768)
     parser.add_argument("--degrees", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--memory-gib", type=float, default=0.75, help="activations of one rank")
+    parser.add_argument("--cpu-memory-gib", type=float, default=1.1, help="for one CPU rank")
     parser.add_argument("--compare-every", type=int, default=3, help="0: do not compare")
     parser.add_argument("--checkpoint-every", type=int, default=4, help="steps")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--replay", type=Path, help="plans.jsonl of an earlier run")
     return parser.parse_args()
 
@@ -108,6 +110,7 @@ class HybridLM:
         visible = self.executor.rank == 0
         self.screen = TrainingConsole(total_steps=settings.steps, visible=visible)
         self.degrees = [d for d in settings.degrees if d <= self.executor.num_ranks]
+        self.memory_bytes = self.memory_for_activations()
 
     def main(self) -> None:
         """Calibrate, prove parity, train, compare with a fixed degree, report."""
@@ -116,10 +119,11 @@ class HybridLM:
         if not is_resumed:
             self.state.notes = {"cost": self.calibrate().to_json(), "steps": []}
         cost = CostModel.from_json(self.state.notes["cost"])
+        self.feedback = CostFeedback(cost, self.state.notes.get("observations", ()))
         planner = Planner(time_limit_ms=50)
 
         def plan_documents(step: int, lengths: Sequence[int]) -> ScatterPlan:
-            return planner.plan(self.problem(lengths, cost))
+            return planner.plan(self.problem(lengths, self.feedback.cost))
 
         steps = PlannedSteps(
             self.sampler(),
@@ -162,6 +166,16 @@ class HybridLM:
         if is_resumed:
             self.screen.say(f"resumed from the checkpoint after {self.state.step} steps")
 
+    def memory_for_activations(self) -> float:
+        """What a plan may use of every rank: on CUDA most of what is free, on CPU as told."""
+        if self.executor.device.type == "cpu":
+            return self.settings.cpu_memory_gib * 2**30
+        free, _ = torch.cuda.mem_get_info()
+        of_ranks = comm.all_gather(
+            torch.tensor(0.8 * free, device=self.executor.device), self.executor.world
+        )
+        return of_ranks.min().item()
+
     def calibrate(self) -> CostModel:
         """The machine's costs, measured on all ranks; what rank 0 fitted is what all keep."""
         calibration = calibrate_model(self.executor, degrees=self.degrees, vocab_size=VOCAB_SIZE)
@@ -171,7 +185,7 @@ class HybridLM:
     def problem(self, lengths: Sequence[int], cost: CostModel) -> ScatterProblem:
         cluster = Cluster(
             devices=self.executor.num_ranks,
-            memory_bytes=self.settings.memory_gib * 2**30,
+            memory_bytes=self.memory_bytes,
             degrees=tuple(self.degrees),
         )
         return ScatterProblem(tuple(lengths), cluster, cost, context_tokens=max(self.lengths))
@@ -191,6 +205,8 @@ class HybridLM:
         result = self.rival.forward_backward(planned, self.documents_of(planned))
         self.state.take_step(position=planned.position)
         self.state.notes["steps"].append(vars(StepReport.of(planned, result)))
+        self.feedback.observe(planned, result, self.lengths)
+        self.state.notes["observations"] = self.feedback.observations
         self.screen.show_step(planned, result)
         if self.state.step % self.settings.checkpoint_every == 0:
             self.state.save()
@@ -242,12 +258,19 @@ class HybridLM:
             ranks=self.executor.num_ranks,
             device=self.executor.device.type,
             document_lengths=self.lengths,
-            cost=notes["cost"],
+            cost=self.feedback.cost.to_json(),
+            prediction_error=prediction_error(notes["steps"]),
             settings={key: str(value) for key, value in vars(self.settings).items()},
             steps=notes["steps"],
         )
         report.write(self.run_dir)
         self.screen.say(f"report: {self.run_dir / 'report.html'} ({report.wall_s:.0f} s in all)")
+
+
+def prediction_error(steps: Sequence[dict[str, Any]]) -> float:
+    """Mean of |predicted - measured| / measured over the steps, as they were planned."""
+    errors = [abs(s["predicted_ms"] / s["measured_ms"] - 1) for s in steps]
+    return sum(errors) / len(errors)
 
 
 def main() -> None:

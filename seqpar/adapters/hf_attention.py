@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from seqpar.adapters.sequence import (
     SequenceContext,
+    autocast_together,
     held_tokens,
     outside_graph,
     refilled,
@@ -98,10 +99,11 @@ def _attend(
     window: int | None,
     scale: float | None,
 ) -> Tensor:
+    q, k, v = autocast_together(q_BTHD, k_BTGD, v_BTGD)
     output = softmax_attention(
-        held_tokens(q_BTHD, sequence),
-        held_tokens(k_BTGD, sequence),
-        held_tokens(v_BTGD, sequence),
+        held_tokens(q, sequence),
+        held_tokens(k, sequence),
+        held_tokens(v, sequence),
         layout=sequence.layout,
         group=sequence.group,
         strategy=sequence.strategy,

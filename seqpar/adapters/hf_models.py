@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from seqpar.adapters.mamba2 import mamba2_causal_forward, mamba2_mixer_forward
 from seqpar.adapters.minimax import minimax_lightning_forward
+from seqpar.adapters.t5 import t5_attention_forward
 from seqpar.errors import UnsupportedModelError
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "check_supported",
     "hugging_face_model",
     "mixers_of",
+    "whole_forward",
 ]
 
 Mixer = Callable[..., Any]
@@ -32,13 +35,27 @@ Mixer = Callable[..., Any]
 SOFTMAX_FAMILIES = frozenset(
     {"bert", "gemma2", "gemma3_text", "gpt_neox", "llama", "mistral", "modernbert", "qwen3"}
 )
-STATE_FAMILIES = frozenset({"minimax"})
-ENCODER_DECODER_FAMILIES: frozenset[str] = frozenset()
+STATE_FAMILIES = frozenset({"bamba", "mamba2", "minimax", "nemotron_h"})
+ENCODER_DECODER_FAMILIES = frozenset({"t5"})
 FAMILIES = SOFTMAX_FAMILIES | STATE_FAMILIES | ENCODER_DECODER_FAMILIES
 
-_MIXERS: dict[str, Mixer] = {"MiniMaxLightningAttention": minimax_lightning_forward}
+_MIXERS: dict[str, Mixer] = {
+    "BambaMixer": mamba2_mixer_forward,
+    "Mamba2Mixer": mamba2_mixer_forward,
+    "MiniMaxLightningAttention": minimax_lightning_forward,
+    "NemotronHMamba2Mixer": mamba2_mixer_forward,
+    "T5Attention": t5_attention_forward,
+}
+_WHOLE_FORWARDS: dict[str, Callable[..., Any]] = {"Mamba2ForCausalLM": mamba2_causal_forward}
 
-_PER_TOKEN_HEADS = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification", "LMHeadModel", "Model")
+_PER_TOKEN_HEADS = (
+    "ForCausalLM",
+    "ForConditionalGeneration",
+    "ForMaskedLM",
+    "ForTokenClassification",
+    "LMHeadModel",
+    "Model",
+)
 _ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
@@ -67,6 +84,11 @@ def hugging_face_model(model: nn.Module) -> nn.Module | None:
     if ("peft", "PeftModel") in names:
         return hugging_face_model(model.get_base_model())  # type: ignore[operator]
     return model if ("transformers", "PreTrainedModel") in names else None
+
+
+def whole_forward(model: nn.Module) -> Callable[..., Any] | None:
+    """What to run in place of the model's own forward, if that drops the layout on its way."""
+    return _WHOLE_FORWARDS.get(type(model).__name__)
 
 
 def mixers_of(model: nn.Module) -> Iterator[tuple[nn.Module, Mixer]]:
@@ -125,7 +147,8 @@ def _check_head(model: nn.Module) -> None:
 
 def _check_config(config: Any) -> None:
     name = type(config).__name__
-    for option in _ATTENTION_DROPOUTS:
+    t5_dropout = ("dropout_rate",) if config.model_type in ENCODER_DECODER_FAMILIES else ()
+    for option in (*_ATTENTION_DROPOUTS, *t5_dropout):
         rate = getattr(config, option, None)
         if rate:
             raise UnsupportedModelError(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from seqpar.adapters.sequence import (
     SequenceContext,
+    autocast_together,
     held_tokens,
     outside_graph,
     refilled,
@@ -51,7 +52,8 @@ def minimax_lightning_forward(
 def _lightning(
     q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, log_decay_H: Tensor, sequence: SequenceContext
 ) -> Tensor:
-    q, k, v = (held_tokens(x, sequence) for x in (q_BTHD, k_BTHD, v_BTHD))
+    together = autocast_together(q_BTHD, k_BTHD, v_BTHD)
+    q, k, v = (held_tokens(x, sequence) for x in together)
     output, _ = state_attention(
         q,
         k,

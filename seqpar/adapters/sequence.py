@@ -13,8 +13,16 @@ from torch.distributed import ProcessGroup
 from seqpar.comm import group_rank
 from seqpar.errors import UnsupportedModelError
 from seqpar.layout import SequenceLayout
+from seqpar.ops.softmax_choice import Strategy
 
-__all__ = ["SequenceContext", "held_tokens", "outside_graph", "refilled", "refuse_unknown"]
+__all__ = [
+    "SequenceContext",
+    "autocast_together",
+    "held_tokens",
+    "outside_graph",
+    "refilled",
+    "refuse_unknown",
+]
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -38,6 +46,7 @@ _HARMLESS = frozenset(
         "position_embeddings",
         "position_ids",
         "return_dict",
+        "shift_labels",
         "use_cache",
     }
 )
@@ -61,7 +70,7 @@ class SequenceContext:
 
     layout: SequenceLayout
     group: ProcessGroup | None
-    strategy: str = "auto"
+    strategy: Strategy = "auto"
     exchange: str = "auto"
     source_layout: SequenceLayout | None = None
 
@@ -80,9 +89,14 @@ def outside_graph(function: F) -> F:
     return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
-def held_tokens(x: Tensor, sequence: SequenceContext) -> Tensor:
-    """[B, T, ...] without the token that stands in on a rank that holds none."""
-    return x[:, : sequence.num_tokens]
+def held_tokens(
+    x: Tensor, sequence: SequenceContext, layout: SequenceLayout | None = None
+) -> Tensor:
+    """[B, T, ...] without the token that stands in on a rank that holds none.
+
+    `layout` is the stream's that x belongs to, if it is not the context's own.
+    """
+    return x[:, : (layout or sequence.layout).tokens_on(sequence.rank)]
 
 
 def refilled(x: Tensor, num_tokens: int) -> Tensor:
@@ -104,3 +118,12 @@ def refuse_unknown(module: nn.Module, others: dict[str, Any]) -> None:
                 f"it takes {argument!r}, which seqpar's operators do not",
                 "use a configuration without it, or another model",
             )
+
+
+def autocast_together(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In autocast's dtype where it is on, as torch's own attention would get them."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(tensor.to(dtype) for tensor in tensors)

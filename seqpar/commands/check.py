@@ -35,7 +35,7 @@ def command(
         parts = tuple(int(part) for part in lengths.split(","))
     except ValueError:
         raise DataError(f"--lengths takes whole numbers with commas, got {lengths!r}") from None
-    job = ParityJob(model, ranks, parts, strategy, exchange, layout, device)
+    job = ParityJob(model, ranks, parts, strategy, exchange, layout, device)  # type: ignore[arg-type]
     try:
         report = check_on_ranks(job)
     except ParityError as error:

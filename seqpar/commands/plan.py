@@ -1,4 +1,7 @@
-"""`seqpar plan LENGTHS`: the scatter plan of one step, with its bounds and baselines."""
+"""`seqpar plan LENGTHS`: the scatter plan of one step, with its bounds and baselines.
+
+`seqpar plan --histogram H.json` says what to expect of a cluster before any data is read.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from seqpar.errors import PlanError
+
 if TYPE_CHECKING:
     from seqpar.planners import Cluster, CostModel, ScatterPlan, ScatterProblem
+    from seqpar.planners.histogram import Forecast
 
 
 def command(
     lengths: Annotated[
-        str, typer.Argument(help="Sequence lengths: one a line, a JSON list, or .npy.")
-    ],
-    devices: Annotated[int, typer.Option(help="Devices of the cluster.")],
+        str | None,
+        typer.Argument(
+            help="Sequence lengths: one a line, a JSON list, or .npy.", metavar="LENGTHS"
+        ),
+    ] = None,
+    devices: Annotated[int, typer.Option(help="Devices of the cluster.")] = 0,
     cost: Annotated[
         str, typer.Option(help="flexsp-7b, flexsp-13b, flexsp-30b, or a cost file (JSON).")
-    ],
+    ] = "",
     devices_per_node: Annotated[
         int, typer.Option(help="Devices that share a node (default: 8, or all if fewer).")
     ] = 0,
@@ -29,27 +38,64 @@ def command(
         str, typer.Option(help="Allowed group sizes, as 1,2,4 (default: powers of two).")
     ] = "",
     context_tokens: Annotated[
-        int, typer.Option(help="Longest document of the run; the fixed degree must hold it.")
+        int, typer.Option(help="Longest document of the run: the fixed degree must hold it.")
     ] = 0,
     time_limit_ms: Annotated[float, typer.Option(help="Work allowed for planning.")] = 200.0,
     bound: Annotated[
         str, typer.Option(help="degree (milliseconds) or configuration (column generation).")
     ] = "degree",
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Polish with the mixed-integer programme, offline.")
+    ] = False,
+    solver: Annotated[
+        str, typer.Option(help="Of --exact: HiGHS, CBC, or any PuLP knows.")
+    ] = "HiGHS",
+    exact_seconds: Annotated[float, typer.Option(help="Of --exact, for each micro-batch.")] = 10.0,
+    plot: Annotated[str, typer.Option(help="Draw a Gantt chart to this file.")] = "",
+    histogram: Annotated[
+        str, typer.Option(help="Expect from a length histogram (JSON) instead of planning lengths.")
+    ] = "",
+    sequences: Annotated[int, typer.Option(help="Of --histogram: sequences a batch.")] = 512,
+    batches: Annotated[int, typer.Option(help="Of --histogram: batches to sample.")] = 8,
+    target_tokens_per_second: Annotated[
+        float, typer.Option(help="Of --histogram: say how many devices reach this rate.")
+    ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Plan one step: micro-batches, and in each the groups of devices that its sequences take."""
     from seqpar.planners import Planner, ScatterProblem
+    from seqpar.planners.bounds import bound_plan
     from seqpar.planners.lengths import read_lengths
 
-    sizes = read_lengths(lengths)
+    if bool(lengths) == bool(histogram):
+        raise PlanError("give a file of lengths, or --histogram FILE: one of the two")
     model = load_cost(cost)
-    problem = ScatterProblem(
-        sizes,
-        make_cluster(devices, devices_per_node, memory_gib, degrees, cost),
-        model,
-        context_tokens or None,
-    )
-    plan = Planner(time_limit_ms=time_limit_ms, bound=bound).plan(problem)
+    cluster = make_cluster(devices, devices_per_node, memory_gib, degrees, cost)
+    if histogram:
+        _forecast(
+            histogram,
+            cluster,
+            model,
+            sequences=sequences,
+            batches=batches,
+            context_tokens=context_tokens,
+            time_limit_ms=time_limit_ms,
+            target=target_tokens_per_second,
+            as_json=as_json,
+        )
+        return
+    assert lengths is not None
+    problem = ScatterProblem(read_lengths(lengths), cluster, model, context_tokens or None)
+    plan = Planner(time_limit_ms=time_limit_ms, bound="none" if exact else bound).plan(problem)
+    if exact:
+        from seqpar.planners.milp import polish
+
+        polished = polish(problem, plan, solver=solver, time_limit_s=exact_seconds)
+        plan = bound_plan(problem, polished, kind=bound)
+    if plot:
+        from seqpar.planners.plot import plot_plan
+
+        plot_plan(plan, problem, plot)
     if as_json:
         typer.echo(json.dumps(plan.to_json()))
     else:
@@ -57,10 +103,16 @@ def command(
 
 
 def load_cost(name: str) -> CostModel:
-    """A preset by name, or a JSON cost file."""
+    """A preset by name, or a JSON cost file.
+
+    Raises:
+        PlanError: no name, or a file that cannot be read or is no cost model.
+    """
     from seqpar.planners import CostModel
     from seqpar.planners.presets import preset, preset_names
 
+    if not name:
+        raise PlanError(f"say what it costs: --cost {', '.join(preset_names())}, or a cost file")
     return preset(name) if name in preset_names() else CostModel.load(name)
 
 
@@ -70,12 +122,15 @@ def make_cluster(
     """The cluster that the options describe.
 
     Raises:
-        PlanError: degrees that are not integers, or no memory given with a cost file.
+        PlanError: no devices, degrees that are not integers, or no memory with a cost file.
     """
-    from seqpar.errors import PlanError
     from seqpar.planners import Cluster
     from seqpar.planners.presets import MEMORY_GIB, preset_names
 
+    if devices < 1:
+        raise PlanError(
+            f"say how many devices to plan for: --devices N, at least 1 (got {devices})"
+        )
     if memory_gib < 0:
         raise PlanError(f"--memory-gib must be over 0, got {memory_gib}")
     if not memory_gib and cost not in preset_names():
@@ -86,7 +141,7 @@ def make_cluster(
         raise PlanError(f"--degrees takes integers, as 1,2,4; got {degrees!r}") from None
     return Cluster(
         devices=devices,
-        devices_per_node=devices_per_node or min(8, max(1, devices)),
+        devices_per_node=devices_per_node or min(8, devices),
         memory_bytes=(memory_gib or MEMORY_GIB) * 1024**3,
         degrees=allowed,
     )
@@ -99,18 +154,18 @@ def print_plan(plan: ScatterPlan, problem: ScatterProblem) -> None:
 
     console = Console()
     table = Table(title=f"{len(problem.lengths)} sequences on {problem.cluster.devices} devices")
-    for heading in ("micro-batch", "ms", "gap", "groups", "tokens", "fullest device"):
-        table.add_column(heading, justify="right" if heading != "groups" else "left")
+    for heading in ("micro-batch", "ms", "gap", "groups", "sequences", "tokens", "fullest device"):
+        table.add_column(heading, justify="left" if heading == "groups" else "right")
     for index, batch in enumerate(plan.micro_batches):
         degrees = sorted((group.degree for group in batch.groups), reverse=True)
-        mix = " ".join(f"{d}×{degrees.count(d)}" for d in dict.fromkeys(degrees))
         fullest = max(g.tokens / g.degree for g in batch.groups) / problem.tokens_per_device
         table.add_row(
             str(index),
             f"{batch.makespan_ms:.1f}",
             f"{batch.gap:.2%}",
-            mix,
-            str(sum(group.tokens for group in batch.groups)),
+            " ".join(f"{d}×{degrees.count(d)}" for d in dict.fromkeys(degrees)),
+            str(sum(len(group.sequences) for group in batch.groups)),
+            f"{sum(group.tokens for group in batch.groups):,}",
             f"{fullest:.0%}",
         )
     console.print(table)
@@ -122,3 +177,73 @@ def print_plan(plan: ScatterPlan, problem: ScatterProblem) -> None:
     )
     for name, ms in sorted(plan.baselines.items(), key=lambda entry: entry[1]):
         console.print(f"  {name}: {ms:.1f} ms, {ms / plan.makespan_ms:.2f} times the plan")
+
+
+def _forecast(
+    path: str,
+    cluster: Cluster,
+    model: CostModel,
+    *,
+    sequences: int,
+    batches: int,
+    context_tokens: int,
+    time_limit_ms: float,
+    target: float,
+    as_json: bool,
+) -> None:
+    from seqpar.planners import Planner
+    from seqpar.planners.histogram import LengthHistogram, devices_for, forecast
+
+    lengths = LengthHistogram.load(path)
+    expected = forecast(
+        lengths,
+        cluster,
+        model,
+        sequences=sequences,
+        batches=batches,
+        context_tokens=context_tokens or None,
+        planner=Planner(time_limit_ms=time_limit_ms, bound="none"),
+    )
+    needed = None
+    if target or context_tokens:
+        needed, _ = devices_for(
+            lengths,
+            cluster,
+            model,
+            tokens_per_second=target,
+            document_tokens=context_tokens,
+            sequences=sequences,
+        )
+    if as_json:
+        typer.echo(json.dumps(expected.to_json() | {"devices_needed": needed}))
+    else:
+        print_forecast(expected, cluster.devices, needed)
+
+
+def print_forecast(expected: Forecast, devices: int, needed: int | None) -> None:
+    """What to expect, each figure with its 95% interval."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = {
+        "step, ms": (expected.step_ms, ".0f"),
+        "tokens a second": (expected.tokens_per_second, ",.0f"),
+        "micro-batches": (expected.micro_batches, ".1f"),
+        "memory headroom": (expected.memory_headroom, ".1%"),
+        "idle device time": (expected.idle_share, ".1%"),
+        **{f"over {name}": (found, ".2f") for name, found in expected.speedup.items()},
+    }
+    table = Table(
+        title=f"{devices} devices, {expected.batches} sampled batches of {expected.sequences}"
+    )
+    for heading in ("", "mean", "± (95%)"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, (estimate, form) in rows.items():
+        table.add_row(name, format(estimate.mean, form), format(estimate.plus_minus, form))
+    console = Console()
+    console.print(table)
+    shares = ", ".join(f"{d}: {share:.0%}" for d, share in expected.degree_share.items())
+    console.print(f"busy device time by degree: {shares}")
+    console.print(f"longest document that fits: {expected.longest_tokens:,} tokens")
+    if needed is not None:
+        console.print(f"devices needed for the target: {needed}")

@@ -33,7 +33,13 @@ def reached_tokens(log_decay: float, num_tokens: int) -> int:
 
 
 def add_entry_product(
-    out: Tensor, x: Tensor, matrix: Tensor, *, log_decay: tuple[float, ...], from_end: bool
+    out: Tensor,
+    x: Tensor,
+    matrix: Tensor,
+    *,
+    log_decay: Tensor,
+    on_host: tuple[float, ...],
+    from_end: bool,
 ) -> None:
     """Add in place; products in float32 (tf32 on CUDA for half inputs), the sum in out's dtype.
 
@@ -41,17 +47,18 @@ def add_entry_product(
         out: [B, T, H, Y], any strides.
         x: [B, T, H, X], any strides.
         matrix: [B, H, X, Y] float32, any strides.
-        log_decay: fixed natural log decay <= 0 of each head, known on the host.
+        log_decay: [H] float32, fixed natural log decay <= 0 of each head, on x's device.
+        on_host: the same numbers; the launch needs them without waiting for the device.
         from_end: count steps to the end, from 0, instead of from the start, from 1.
     """
     tokens = x.shape[1]
     # From the end the last token is 0 steps away, so one token more is reached.
     extra = 1 if from_end else 0
-    reached = [min(tokens, reached_tokens(g, tokens) + extra) for g in log_decay]
+    reached = [min(tokens, reached_tokens(g, tokens) + extra) for g in on_host]
     if x.is_cuda:
         _launch(out, x, matrix, log_decay, max(reached), from_end)
         return
-    for head, (g, count) in enumerate(zip(log_decay, reached, strict=True)):
+    for head, (g, count) in enumerate(zip(on_host, reached, strict=True)):
         start = tokens - count if from_end else 0
         steps = torch.arange(count, dtype=matrix.dtype, device=x.device)
         steps = steps.flip(0) if from_end else steps + 1
@@ -65,7 +72,7 @@ def _launch(
     out: Tensor,
     x: Tensor,
     matrix: Tensor,
-    log_decay: tuple[float, ...],
+    log_decay: Tensor,
     reached: int,
     from_end: bool,
 ) -> None:
@@ -75,14 +82,13 @@ def _launch(
 
     batch, tokens, heads, inner = x.shape
     width = out.shape[-1]
-    decay = torch.tensor(log_decay, dtype=torch.float32).to(x.device, non_blocking=True)
     grid = (triton.cdiv(reached, _BLOCK_T), triton.cdiv(width, _BLOCK_Y), batch * heads)
     kernel: Any = entry_product_kernel
     kernel[grid](
         out,
         x,
         matrix,
-        decay,
+        log_decay.float().contiguous(),
         tokens,
         heads,
         inner,

@@ -35,6 +35,10 @@ def merge_lse(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> tup
     Source: Milakov and Gimelshein, arXiv 1805.02867; the log1p form keeps small differences.
     """
     _check(out, lse, new_out, new_lse)
+    if out.is_cuda:
+        from seqpar.kernels.merge_lse_triton import merge_lse_triton
+
+        return merge_lse_triton(out, lse, new_out, new_lse)
     top = torch.maximum(lse, new_lse)
     low = torch.minimum(lse, new_lse)
     merged = torch.where(torch.isneginf(low), top, top + torch.log1p(torch.exp(low - top)))

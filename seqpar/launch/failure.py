@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass
+from typing import Any
 
 from seqpar.errors import RankFailedError
 from seqpar.launch.placement import Placement
 from seqpar.launch.rundir import RunDir
 
-__all__ = ["Failure", "exit_words"]
+__all__ = ["Failure", "exit_words", "is_echo"]
 
 
 ECHOES = ("closed by peer", "Connection reset", "Broken pipe", "remote process exited", "NCCL")
@@ -24,6 +25,28 @@ def exit_words(exit_code: int) -> str:
         return f"was killed by {signal.Signals(-exit_code).name}"
     except ValueError:
         return f"was killed by signal {-exit_code}"
+
+
+def is_echo(traceback: str) -> bool:
+    """Whether a traceback tells of a lost peer, not of a fault of the rank's own."""
+    last = traceback.strip().splitlines()[-1:] or [""]
+    return any(echo in last[0] for echo in ECHOES)
+
+
+def place_words(progress: dict[str, Any]) -> str:
+    """Where in its training a rank was, in its own last report: step, micro-batch, group."""
+    if not progress:
+        return ""
+    words = f", at step {progress['step']}"
+    if progress["micro_batch"] is not None:
+        words += f", micro-batch {progress['micro_batch']}"
+    if progress["group"]:
+        words += f", group {progress['group']}"
+    if progress["documents"]:
+        shown = progress["documents"][:8]
+        more = len(progress["documents"]) - len(shown)
+        words += f", documents {shown}" + (f" and {more} more" if more else "")
+    return words
 
 
 @dataclass(frozen=True)
@@ -49,7 +72,7 @@ class Failure:
         """
         if self.exit_code < 0:
             return (0 if self.exit_code != -signal.SIGTERM or self.first_seen else 3), self.time
-        return (2 if any(echo in self.traceback for echo in ECHOES) else 1), self.time
+        return (2 if is_echo(self.traceback) else 1), self.time
 
     def words(self) -> str:
         """One line: the rank and what became of it."""
@@ -63,9 +86,10 @@ class Failure:
         """The failure as the error that ends the job."""
         budget = placement.spec.restarts
         spent = f"; its {budget} restarts are spent" if budget else "; it had no restarts"
+        where = place_words(run_dir.progress().get(self.rank, {}))
         error = RankFailedError(
-            f"job {placement.spec.name}: {self.words()}, of {placement.num_ranks} ranks{spent}; "
-            f"its log is {run_dir.log(self.rank)}",
+            f"job {placement.spec.name}: {self.words()}, of {placement.num_ranks} ranks{where}"
+            f"{spent}; its log is {run_dir.log(self.rank)}",
             global_rank=self.rank,
             exit_code=self.exit_code,
         )

@@ -25,7 +25,7 @@ def run_job(placement: Placement, *, resume: bool = False) -> dict[str, Any]:
     """
     run_dir = RunDir(placement.run_dir)
     if resume:
-        placement = replace(placement, run_id=_run_id(run_dir, placement))
+        placement = replace(placement, run_id=_run_id(run_dir, placement), resume=True)
     run_dir.prepare()
     started = time.time()
     run_dir.write_state(

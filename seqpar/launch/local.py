@@ -8,6 +8,7 @@ held from the moment it is chosen; rank 0's output on the terminal; and who fail
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import signal
@@ -16,10 +17,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore, TCPStore
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -29,10 +29,10 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
 )
 
-from seqpar.errors import LaunchError
 from seqpar.launch.failure import Failure
 from seqpar.launch.placement import LOOPBACK, Placement
 from seqpar.launch.rundir import RunDir
+from seqpar.launch.stopping import stop_error
 from seqpar.launch.supervise import Supervisor
 from seqpar.launch.terminal import Relay
 
@@ -115,6 +115,27 @@ class RankLogs(LogsSpecs):
         )
 
 
+class RecordingAgent(LocalElasticAgent):
+    """torch's agent, which also notes in the run's events who failed first in each attempt."""
+
+    def __init__(self, spec: WorkerSpec, logs: RankLogs, grace_s: int) -> None:
+        if "shutdown_timeout" in inspect.signature(LocalElasticAgent).parameters:
+            super().__init__(spec, logs, shutdown_timeout=grace_s)
+        else:
+            super().__init__(spec, logs)  # torch 2.11: always 30 s
+        self.run_dir = logs.run_dir
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result: RunResult = super()._monitor_workers(worker_group)
+        if result.is_failed():
+            failure = first_failure(result)
+            restarts = self._remaining_restarts > 0
+            self.run_dir.record(
+                "failed", rank=failure.rank, reason=failure.words(), restarts=restarts
+            )
+        return result
+
+
 def run_local(placement: Placement) -> None:
     """Run the job here and return when its script has succeeded on every rank.
 
@@ -124,13 +145,14 @@ def run_local(placement: Placement) -> None:
     """
     run_dir = RunDir(placement.run_dir)
     relay = Relay(run_dir.log(0))
-    supervisor = Supervisor(placement, run_dir)
+    supervisor = Supervisor(placement, run_dir, holds_ranks=True)
     agent = _agent(placement, RankLogs(run_dir, relay))
     try:
         with _environment(placement), _quiet_agent(), supervisor:
             result = agent.run()
     except SignalException as received:
-        raise _stopped(placement, supervisor, received) from None
+        number = int(received.sigval)
+        raise stop_error(placement, number, out_of_time=supervisor.out_of_time) from None
     finally:
         for pid in supervisor.pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -141,7 +163,7 @@ def run_local(placement: Placement) -> None:
         raise supervisor.explain(failure).error(placement, run_dir)
 
 
-def _agent(placement: Placement, logs: LogsSpecs) -> LocalElasticAgent:
+def _agent(placement: Placement, logs: RankLogs) -> RecordingAgent:
     interpreter, *arguments = placement.worker_command()
     spec = WorkerSpec(
         role="rank",
@@ -154,7 +176,7 @@ def _agent(placement: Placement, logs: LogsSpecs) -> LocalElasticAgent:
         local_addr=LOOPBACK,
     )
     grace_s = max(1, round(placement.spec.stop_grace_s))
-    return LocalElasticAgent(spec, logs, shutdown_timeout=grace_s)
+    return RecordingAgent(spec, logs, grace_s)
 
 
 @contextmanager
@@ -186,20 +208,6 @@ def _quiet_agent() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _stopped(placement: Placement, supervisor: Supervisor, received: Any) -> LaunchError:
-    if supervisor.out_of_time:
-        error = LaunchError(
-            f"job {placement.spec.name} was stopped: it ran for its timeout_s of "
-            f"{placement.spec.timeout_s:g}; raise timeout_s, or resume with --resume"
-        )
-        error.exit_code = 124  # type: ignore[attr-defined]
-        return error
-    number = int(received.sigval)
-    error = LaunchError(f"job {placement.spec.name} was stopped by {signal.Signals(number).name}")
-    error.exit_code = 128 + number  # type: ignore[attr-defined]
-    return error
 
 
 def first_failure(result: RunResult) -> Failure:

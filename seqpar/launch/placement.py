@@ -16,7 +16,7 @@ from typing import Any
 from seqpar.errors import JobSpecError
 from seqpar.launch.spec import JobSpec
 
-__all__ = ["Placement", "count_cuda_devices", "place"]
+__all__ = ["Placement", "count_cuda_devices", "place", "rank_command"]
 
 WORKER = Path(__file__).with_name("worker.py")
 LOOPBACK = "127.0.0.1"
@@ -32,10 +32,11 @@ class Placement:
     num_devices: int
     run_dir: Path
     run_id: str
+    resume: bool = False
 
     def worker_command(self) -> list[str]:
-        """The command of every rank; `-P` keeps the worker's own folder off the path."""
-        return [sys.executable, "-u", "-P", str(WORKER), *self.spec.command()]
+        """The command of every rank."""
+        return rank_command(self.spec.command())
 
     def environment(self) -> dict[str, str]:
         """What every rank finds set besides torchrun's own variables; the job's `env` wins."""
@@ -45,6 +46,8 @@ class Placement:
             "SEQPAR_CHECKPOINT_DIR": str(self.spec.checkpoint_folder()),
             "SEQPAR_HANG_TIMEOUT_S": f"{self.spec.hang_timeout_s:g}",
         }
+        if self.resume:
+            given["SEQPAR_RESUME"] = "1"
         threads = max(1, (os.cpu_count() or 1) // self.num_ranks)
         if "OMP_NUM_THREADS" not in os.environ:
             given["OMP_NUM_THREADS"] = str(threads)
@@ -79,6 +82,11 @@ class Placement:
     def with_ranks(self, num_ranks: int) -> Placement:
         """The same job on fewer ranks."""
         return replace(self, num_ranks=num_ranks)
+
+
+def rank_command(script: list[str]) -> list[str]:
+    """How this machine runs a rank; `-P` keeps the worker's own folder off the path."""
+    return [sys.executable, "-u", "-P", str(WORKER), *script]
 
 
 def count_cuda_devices() -> int:

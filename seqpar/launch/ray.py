@@ -19,20 +19,24 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seqpar.errors import LaunchError, MissingExtraError
+from seqpar.errors import JobSpecError, LaunchError, MissingExtraError
 from seqpar.launch.failure import Failure
 from seqpar.launch.placement import Placement
 from seqpar.launch.rundir import RunDir
+from seqpar.launch.spec import JobSpec
+from seqpar.launch.stopping import StoppedError, stop_error, stopped_by_signals
+from seqpar.launch.supervise import Supervisor
 
 try:
     import ray
     import ray.train
-    from ray.train.backend import Backend
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from seqpar.launch.ray_geometry import GeometryPolicy, NodeLossPolicy, RankConfig
+    from seqpar.launch.ray_worker import RankEndedError, run_rank
 except ImportError as error:
     raise MissingExtraError("ray", "ray", "the ray engine") from error
 
@@ -41,19 +45,20 @@ __all__ = ["run_ray"]
 HEALTH_CHECK_INTERVAL_S = 0.25
 
 
-class NoProcessGroup(Backend):  # type: ignore[misc]
-    """Ray's own processes form no process group: the ranks, their children, do."""
+class GeometryTrainer(TorchTrainer):  # type: ignore[misc]
+    """TorchTrainer with our policies for scaling and failure, and no torch in Ray's processes."""
 
-    share_cuda_visible_devices = True
+    def __init__(self, *arguments: Any, spec: JobSpec, run_dir: Path, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.spec = spec
+        self.run_dir = run_dir
+        self.backend_config = RankConfig()
 
-
-@dataclass
-class RankConfig(TorchConfig):  # type: ignore[misc]
-    """TorchTrainer's configuration without its process group."""
-
-    @property
-    def backend_cls(self) -> type[Backend]:
-        return NoProcessGroup
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        if self.scaling_config.elasticity_enabled:
+            parts["scaling_policy"] = GeometryPolicy(self.scaling_config, self.spec)
+        parts["failure_policy"] = NodeLossPolicy(self.run_config.failure_config, self.run_dir)
+        return super()._initialize_and_run_controller(**parts)
 
 
 def run_ray(placement: Placement) -> None:
@@ -61,37 +66,62 @@ def run_ray(placement: Placement) -> None:
 
     Raises:
         RankFailedError: a rank died and no restart is left; carries its rank and exit code.
-        LaunchError: the cluster cannot be reached, or cannot hold the ranks, or was lost.
+        LaunchError: the cluster cannot be reached, or cannot hold the ranks, or was lost; or the
+            launcher was told to stop, or the job's time was up.
     """
     run_dir = RunDir(placement.run_dir)
-    with cluster(placement), FollowLog(run_dir.log(0)):
+    supervisor = Supervisor(placement, run_dir, holds_ranks=False)
+    try:
+        with cluster(placement), FollowLog(run_dir.log(0)), stopped_by_signals(), supervisor:
+            fit(trainer(placement))
+    except ray.train.TrainingFailedError as error:
+        raise explain(error, placement, run_dir) from None
+    except StoppedError as error:
+        raise stop_error(placement, error.number, out_of_time=supervisor.out_of_time) from None
+
+
+def fit(job: TorchTrainer) -> None:
+    """Run `job.fit()` in a thread: Ray would take the main thread's signals and end with code 0."""
+    outcome: list[BaseException] = []
+
+    def run() -> None:
         try:
-            _trainer(placement).fit()
-        except ray.train.TrainingFailedError as error:
-            raise explain(error, placement, run_dir) from None
+            job.fit()
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, name="seqpar-ray-fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if outcome:
+        raise outcome[0]
 
 
-def _trainer(placement: Placement) -> TorchTrainer:
-    from seqpar.launch.ray_worker import run_rank
-
+def trainer(placement: Placement) -> TorchTrainer:
+    """Ray Train's trainer for the job; on a cluster, one that shrinks to what the job allows."""
     spec = placement.spec
     resources = {"CPU": spec.resources.cpus_per_rank}
     if spec.resources.memory_bytes_per_rank:
         resources["memory"] = float(spec.resources.memory_bytes_per_rank)
     if placement.device == "cuda":
         resources["GPU"] = 1.0
-    return TorchTrainer(
+    shrinks = spec.address is not None and spec.can_shrink
+    return GeometryTrainer(
         run_rank,
+        spec=spec,
+        run_dir=placement.run_dir,
         train_loop_config={
-            "command": placement.worker_command(),
+            "script": shipped_script(spec),
             "environment": placement.environment(),
             "run_dir": str(placement.run_dir),
-            "cwd": str((spec.working_dir or Path.cwd()).absolute()),
+            "cwd": None if ships(spec) else str((spec.working_dir or Path.cwd()).absolute()),
             "restarts": spec.restarts,
         },
-        torch_config=RankConfig(),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=placement.num_ranks,
+            num_workers=(spec.smallest_allowed(), placement.num_ranks)
+            if shrinks
+            else placement.num_ranks,
             use_gpu=placement.device == "cuda",
             resources_per_worker=resources,
             placement_strategy=spec.resources.placement,
@@ -104,6 +134,25 @@ def _trainer(placement: Placement) -> TorchTrainer:
     )
 
 
+def ships(spec: JobSpec) -> bool:
+    """Whether the working directory travels to the nodes: where named, and they are others."""
+    return spec.address is not None and spec.working_dir is not None
+
+
+def shipped_script(spec: JobSpec) -> list[str]:
+    """Script and arguments as a node finds them: from the shipped folder, if it was shipped."""
+    command = spec.command()
+    if ships(spec) and spec.script is not None:
+        folder = Path(spec.working_dir or "").expanduser().absolute()
+        if not spec.script.is_relative_to(folder):
+            raise JobSpecError(
+                f"script {spec.script} is not in working_dir {folder}, which is what travels to "
+                "the nodes: move it there, or widen working_dir"
+            )
+        command[0] = str(spec.script.relative_to(folder))
+    return command
+
+
 @contextmanager
 def cluster(placement: Placement) -> Iterator[None]:
     """A connection to the job's cluster; an embedded one lives as long as the context."""
@@ -114,6 +163,7 @@ def cluster(placement: Placement) -> Iterator[None]:
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": f"{spec.start_timeout_s:g}",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{spec.start_timeout_s:g}",
         "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
     with contextlib.ExitStack() as stack:
@@ -128,7 +178,15 @@ def cluster(placement: Placement) -> Iterator[None]:
                 log_to_driver=False,
             )
         else:
-            ray.init(address=spec.address, logging_level=logging.WARNING, log_to_driver=False)
+            package: dict[str, Any] = {"py_modules": [str(Path(__file__).parents[1])]}
+            if ships(spec):
+                package["working_dir"] = str(spec.working_dir)
+            ray.init(
+                address=spec.address,
+                runtime_env=package,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+            )
         stack.callback(ray.shutdown)
         yield
 
@@ -156,8 +214,6 @@ def explain(error: Any, placement: Placement, run_dir: RunDir) -> LaunchError:
 
 
 def _failure(rank: int, cause: Any) -> Failure | None:
-    from seqpar.launch.ray_worker import RankEndedError
-
     inner = getattr(cause, "cause", None) or cause
     for candidate in (cause, inner, cause.__cause__):
         if isinstance(candidate, RankEndedError):

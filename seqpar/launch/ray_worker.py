@@ -23,11 +23,16 @@ import ray
 import ray.train
 from ray.train.collective import broadcast_from_rank_zero
 
+from seqpar.launch.failure import is_echo
+from seqpar.launch.placement import rank_command
 from seqpar.launch.rundir import RunDir
+from seqpar.launch.supervise import serve_request
 
 __all__ = ["RankEndedError", "run_rank"]
 
 PEER_DELAY_S = 0.5
+ECHO_WAIT_S = 30.0
+"""How long a rank that lost its peer keeps silent: Ray needs up to 20 s to see a node's death."""
 POLL_INTERVAL_S = 0.2
 
 
@@ -76,19 +81,28 @@ def run_rank(config: dict[str, Any]) -> None:
         "SEQPAR_PARENT_PID": str(os.getpid()),
     }
     process = subprocess.Popen(
-        config["command"],
+        rank_command(config["script"]),
         env=environment,
-        cwd=config["cwd"] if os.path.isdir(config["cwd"]) else None,
+        cwd=config["cwd"],
         start_new_session=True,
     )
     try:
         with held_store(listener):
-            exit_code = process.wait()
+            exit_code = wait(process, run_dir, rank, meeting["attempt"])
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # what the rank left behind in its session
+        run_dir.mark_ended(rank)
     if exit_code:
         raise rank_exit(run_dir, rank, meeting["attempt"], exit_code)
+
+
+def wait(process: subprocess.Popen[bytes], run_dir: RunDir, rank: int, attempt: int) -> int:
+    """Wait for the rank's end, and serve what its supervisor asks of it; the exit code."""
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(POLL_INTERVAL_S)
+        serve_request(run_dir, rank, attempt, process.pid)
 
 
 @contextlib.contextmanager
@@ -110,15 +124,17 @@ def held_store(listener: socket.socket | None) -> Any:
 
 
 def rank_exit(run_dir: RunDir, rank: int, attempt: int, exit_code: int) -> RankEndedError:
-    """The failure of a rank; one that may be a dead peer's echo is reported a moment later."""
+    """The failure of a rank; one that is a dead peer's echo is reported last, if at all."""
     ended = time.time()
     trace = ""
     with contextlib.suppress(OSError, json.JSONDecodeError, KeyError):
         record = json.loads(run_dir.error_file(attempt, rank).read_text())
         trace, ended = record["message"]["extraInfo"]["py_callstack"], record["time"]
-    if exit_code > 0:
+    if is_echo(trace):
+        time.sleep(ECHO_WAIT_S)  # Ray ends this worker when it learns of the cause
+    elif exit_code > 0:
         time.sleep(PEER_DELAY_S)
-    return RankEndedError(rank, exit_code, ended, trace, run_dir.end_request(rank) or "")
+    return RankEndedError(rank, exit_code, ended, trace, run_dir.end_reason(rank, attempt))
 
 
 def interface_of(address: str) -> str:

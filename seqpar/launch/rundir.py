@@ -4,16 +4,19 @@ runs/<name>/
   run.json          run id, state, launcher's pid, engine, ranks, exit code
   events.jsonl      one JSON object a line: started, failed, restarted, resumed, ended
   logs/rank-<r>.log output of each rank, all attempts
-  ranks/            rank-<r>.alive (beat), rank-<r>.progress (step), rank-<r>.stack
+  ranks/            rank-<r>.alive (beat), rank-<r>.progress (step), rank-<r>.stack-<a>
   errors/           attempt-<a>-rank-<r>.json: traceback of a rank that raised
   checkpoints/      seqpar.launch.checkpoint
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,14 +66,35 @@ class RunDir:
         path.write_text(str(attempt + 1))
         return attempt
 
-    def request_end(self, rank: int, reason: str) -> None:
-        """Ask whoever holds the rank's process to end it, and say why."""
-        write_atomically(self.ranks / f"rank-{rank}.end", {"reason": reason})
+    def request(self, rank: int, attempt: int, action: str, reason: str = "") -> None:
+        """Ask whoever holds a rank's process for its "stack", or for its "end" and why."""
+        content: dict[str, object] = {"attempt": attempt, "action": action, "reason": reason}
+        write_atomically(self.ranks / f"rank-{rank}.request", content)
 
-    def end_request(self, rank: int) -> str | None:
-        """The reason of an open request to end a rank."""
-        reason = self._read(self.ranks / f"rank-{rank}.end").get("reason")
-        return None if reason is None else str(reason)
+    def take_request(self, rank: int, attempt: int) -> str | None:
+        """The action asked of a rank in this attempt; a request is taken once, its reason kept."""
+        path = self.ranks / f"rank-{rank}.request"
+        request = self._read(path)
+        if request.get("attempt") != attempt:
+            return None
+        taken = path.with_suffix(f".{request['action']}-taken")
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(path, taken)
+            return str(request["action"])
+        return None
+
+    def end_reason(self, rank: int, attempt: int) -> str:
+        """Why the rank was ended on request in this attempt; empty if it was not."""
+        request = self._read(self.ranks / f"rank-{rank}.end-taken")
+        return str(request["reason"]) if request.get("attempt") == attempt else ""
+
+    def stacks(self, ranks: Iterable[int], attempt: int) -> dict[int, str]:
+        """The stacks that ranks have dumped in this attempt."""
+        found = {}
+        for rank in ranks:
+            with contextlib.suppress(OSError):
+                found[rank] = (self.ranks / f"rank-{rank}.stack-{attempt}").read_text()
+        return found
 
     def record(self, event: str, /, **values: Any) -> None:
         """Append one event to events.jsonl."""
@@ -97,6 +121,12 @@ class RunDir:
     def beats(self) -> dict[int, dict[str, Any]]:
         """Last beat of every rank that has beaten, by global rank."""
         return self._of_ranks("alive")
+
+    def mark_ended(self, rank: int) -> None:
+        """Note in a rank's beat that its process has ended; by the holder of that process."""
+        path = self.ranks / f"rank-{rank}.alive"
+        if beat := self._read(path):
+            write_atomically(path, {**beat, "ended": True})
 
     def progress(self) -> dict[int, dict[str, Any]]:
         """Last progress report of every rank that has made one, by global rank."""

@@ -107,6 +107,16 @@ class JobSpec(BaseModel):
         fitting = (n for n in range(min(num_ranks, self.nproc), 0, -1) if self.allows(n))
         return next(fitting, 0)
 
+    def smallest_allowed(self) -> int:
+        """The smallest allowed number of ranks, not below `min_nproc`."""
+        return next(n for n in range(self.min_nproc, self.nproc + 1) if self.allows(n))
+
+    @property
+    def can_shrink(self) -> bool:
+        """Whether the job may go on with fewer ranks: it has said what its groups may be."""
+        geometry = bool(self.degrees) or self.sp is not None
+        return geometry and self.smallest_allowed() < self.nproc
+
     def run_folder(self) -> Path:
         """Absolute path of the run's folder; by default runs/<name> under the current one."""
         return (self.run_dir or Path("runs") / self.name).expanduser().absolute()

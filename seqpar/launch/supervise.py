@@ -20,14 +20,17 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
+
 from seqpar.launch.failure import Failure
 from seqpar.launch.placement import Placement
 from seqpar.launch.rundir import RunDir
 
-__all__ = ["Hang", "Supervisor", "find_hang"]
+__all__ = ["Hang", "Supervisor", "find_hang", "serve_request"]
 
 POLL_INTERVAL_S = 0.5
-STACK_WAIT_S = 0.5
+SERVE_WAIT_S = 1.0
+DUMP_WAIT_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -39,16 +42,17 @@ class Hang:
     reason: str
 
 
-def find_hang(beats: dict[int, dict[str, Any]], now: float, bound_s: float) -> Hang | None:
+def find_hang(beats: dict[int, dict[str, Any]], bound_s: float) -> Hang | None:
     """Who hangs, judged from the last beat of every rank; None if nobody does.
 
-    `beats[rank]` holds `time` (seconds, as `now`), `collective` (the call waited in, or None) and
-    `idle_s` (how long the rank has been there without using the processor).
+    `beats[rank]` holds `quiet_s` (seconds since it was last heard), `collective` (the call waited
+    in, or None), `idle_s` (how long it has been at one place without using the processor) and
+    `where` (that place).
     """
-    silent = tuple(rank for rank, beat in beats.items() if now - beat["time"] > bound_s)
+    silent = tuple(rank for rank, beat in beats.items() if beat["quiet_s"] > bound_s)
     if silent:
         waiting = tuple(rank for rank in beats if rank not in silent and beats[rank]["collective"])
-        quiet_s = now - beats[silent[0]]["time"]
+        quiet_s = beats[silent[0]]["quiet_s"]
         return Hang(silent, waiting, f"gave no sign of life for {quiet_s:.0f} s")
     stuck = tuple(
         rank for rank, beat in beats.items() if beat["collective"] and beat["idle_s"] > bound_s
@@ -58,11 +62,12 @@ def find_hang(beats: dict[int, dict[str, Any]], now: float, bound_s: float) -> H
     waited_s = max(beats[rank]["idle_s"] for rank in stuck)
     missing = tuple(rank for rank in beats if not beats[rank]["collective"])
     if missing:
-        names = ", ".join(str(rank) for rank in stuck)
+        waiting = tuple(rank for rank in beats if beats[rank]["collective"])
+        names = ", ".join(str(rank) for rank in waiting)
         call = beats[stuck[0]]["collective"]
         where = beats[missing[0]]["where"]
-        reason = f"hung at {where}: ranks {names} waited {waited_s:.0f} s for it in {call}"
-        return Hang(missing, stuck, reason)
+        reason = f"hung at {where}: rank {names} waited {waited_s:.0f} s for it in {call}"
+        return Hang(missing, waiting, reason)
     if len(stuck) < len(beats):
         return None  # the rest are in a collective, but not for long: they may yet arrive
     return Hang(_odd_ones(beats), stuck, _mismatch(beats, waited_s))
@@ -80,16 +85,47 @@ def _mismatch(beats: dict[int, dict[str, Any]], waited_s: float) -> str:
     return f"waited {waited_s:.0f} s in a collective, as all ranks did: {calls}"
 
 
-class Supervisor:
-    """A thread beside an engine that runs its ranks on this machine; used as a context."""
+class Ears:
+    """How long each rank has not been heard, by the listener's own clock.
 
-    def __init__(self, placement: Placement, run_dir: RunDir) -> None:
+    Clocks of hosts differ, and a listener that was itself stopped must not blame the ranks: time
+    counts by the listener's polls, each for two intervals at most.
+    """
+
+    def __init__(self) -> None:
+        self.last: dict[int, float] = {}
+        self.quiet_s: dict[int, float] = {}
+        self.polled = time.monotonic()
+
+    def hear(self, beats: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        """The beats with `quiet_s` added."""
+        now = time.monotonic()
+        passed_s = min(now - self.polled, 2 * POLL_INTERVAL_S)
+        self.polled = now
+        for rank, beat in beats.items():
+            heard = self.last.get(rank) != beat["time"]
+            self.quiet_s[rank] = 0.0 if heard else self.quiet_s[rank] + passed_s
+            self.last[rank] = beat["time"]
+        return {rank: {**beat, "quiet_s": self.quiet_s[rank]} for rank, beat in beats.items()}
+
+
+class Supervisor:
+    """A thread beside an engine; used as a context.
+
+    It asks for stacks and ends through files in the run's folder, which whoever holds a rank's
+    process serves: a Ray worker for its rank, this thread itself if `holds_ranks`. When the job's
+    time is up it sends its own process SIGTERM, and the engine stops the ranks on that.
+    """
+
+    def __init__(self, placement: Placement, run_dir: RunDir, *, holds_ranks: bool) -> None:
         self.placement = placement
         self.run_dir = run_dir
+        self.holds_ranks = holds_ranks
         self.pids: set[int] = set()
         self.out_of_time = False
-        self.hangs: dict[int, str] = {}
+        self.hangs: dict[tuple[int, int], str] = {}
         self.attempt = -1
+        self.ears = Ears()
         self.started = time.monotonic()
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="seqpar-supervisor", daemon=True)
@@ -104,35 +140,51 @@ class Supervisor:
         self._note(self.run_dir.beats())
 
     def explain(self, failure: Failure) -> Failure:
-        """The failure, with the reason if it was this supervisor that ended the rank."""
-        return replace(failure, reason=self.hangs.get(failure.rank, failure.reason))
+        """The failure, with the reason if this supervisor ended the rank in the last attempt."""
+        reason = self.hangs.get((self.attempt, failure.rank), failure.reason)
+        return replace(failure, reason=reason)
 
     def _watch(self) -> None:
+        bound_s = self.placement.spec.hang_timeout_s
         while not self.ended.wait(POLL_INTERVAL_S):
             limit_s = self.placement.spec.timeout_s
             if limit_s is not None and time.monotonic() - self.started > limit_s:
                 self.out_of_time = True
-                os.kill(os.getpid(), signal.SIGTERM)  # the agent stops its ranks on this
+                os.kill(os.getpid(), signal.SIGTERM)
                 return
-            beats = self._note(self.run_dir.beats())
-            hang = find_hang(beats, time.time(), self.placement.spec.hang_timeout_s)
+            beats = self.ears.hear(self._note(self.run_dir.beats()))
+            hang = find_hang(beats, bound_s)
             if hang is not None:
                 self._end(hang, beats)
 
     def _note(self, beats: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-        """Keep process ids and attempts; the beats of the newest attempt, once all have beaten."""
-        self.pids |= {beat["pid"] for beat in beats.values()}
+        """Keep process ids and attempts; the beats of ranks that run, in the newest attempt."""
         newest = max((beat["attempt"] for beat in beats.values()), default=-1)
         if newest > self.attempt:
             self.attempt = newest
-            self.run_dir.record("started", attempt=newest, ranks=self.placement.num_ranks)
-        current = {rank: beat for rank, beat in beats.items() if beat["attempt"] == newest}
-        return {rank: beat for rank, beat in current.items() if is_alive(beat["pid"])}
+            ranks = next(beat["world"] for beat in beats.values() if beat["attempt"] == newest)
+            self.run_dir.record("started", attempt=newest, ranks=ranks)
+        if self.holds_ranks:
+            self.pids |= {beat["pid"] for beat in beats.values()}
+        return {
+            rank: beat
+            for rank, beat in beats.items()
+            if beat["attempt"] == newest and not beat["ended"] and self._exists(beat["pid"])
+        }
+
+    def _exists(self, pid: int) -> bool:
+        """Whether a rank held here has a process; of others their holders tell."""
+        return not self.holds_ranks or psutil.pid_exists(pid)
 
     def _end(self, hang: Hang, beats: dict[int, dict[str, Any]]) -> None:
-        stacks = collect_stacks(self.run_dir, beats)
+        """Collect stacks, end the first missing rank, and wait for what the engine makes of it."""
         target = hang.missing[0]
-        self.hangs[target] = hang.reason
+        self.hangs[self.attempt, target] = hang.reason
+        others = {rank: beat for rank, beat in beats.items() if rank != target}
+        self._request(others, "stack")
+        self._request({target: beats[target]}, "end", hang.reason)
+        self.ended.wait(SERVE_WAIT_S)
+        stacks = self.run_dir.stacks(beats, self.attempt)
         self.run_dir.record(
             "hang",
             attempt=self.attempt,
@@ -141,28 +193,31 @@ class Supervisor:
             reason=hang.reason,
             stacks={str(rank): text for rank, text in stacks.items()},
         )
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(beats[target]["pid"], signal.SIGKILL)
-        self.ended.wait(2.0)  # the next attempt's beats take the place of these
+        attempt, patience = self.attempt, time.monotonic() + 10 * SERVE_WAIT_S
+        while not self.ended.wait(POLL_INTERVAL_S) and time.monotonic() < patience:
+            self._note(self.run_dir.beats())
+            if self.attempt > attempt:
+                return
+
+    def _request(self, beats: dict[int, dict[str, Any]], action: str, reason: str = "") -> None:
+        for rank, beat in beats.items():
+            self.run_dir.request(rank, self.attempt, action, reason)
+            if self.holds_ranks:
+                serve_request(self.run_dir, rank, self.attempt, beat["pid"])
 
 
-def is_alive(pid: int) -> bool:
-    """Whether the process exists."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.kill(pid, 0)
-        return True
-    return False
+def serve_request(run_dir: RunDir, rank: int, attempt: int, pid: int) -> None:
+    """Do what is asked of a rank, once, as the holder of its process: dump its stack, or end it.
 
-
-def collect_stacks(run_dir: RunDir, beats: dict[int, dict[str, Any]]) -> dict[int, str]:
-    """Every rank's stack, by faulthandler on SIGUSR1; a stopped rank is continued for it."""
-    for beat in beats.values():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(beat["pid"], signal.SIGUSR1)
-            os.kill(beat["pid"], signal.SIGCONT)
-    time.sleep(STACK_WAIT_S)
-    stacks = {}
-    for rank in beats:
-        with contextlib.suppress(OSError):
-            stacks[rank] = (run_dir.ranks / f"rank-{rank}.stack").read_text()
-    return stacks
+    The stack comes from faulthandler, on SIGUSR1. A rank that is to end dumps its own first, and
+    is continued for it if it was stopped.
+    """
+    action = run_dir.take_request(rank, attempt)
+    if action is None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGUSR1)
+        if action == "end":
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(DUMP_WAIT_S)
+            os.kill(pid, signal.SIGKILL)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import sys
 import termios
 import threading
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 __all__ = ["Relay"]
+
+CLOSE_POLL_S = 0.1
 
 
 class Relay:
@@ -30,11 +33,17 @@ class Relay:
             size = fcntl.ioctl(sys.stdout.fileno(), termios.TIOCGWINSZ, b"\0" * 8)
             fcntl.ioctl(self.write_end, termios.TIOCSWINSZ, size)
         self.path = os.ttyname(self.write_end) if on_terminal else f"/dev/fd/{self.write_end}"
+        self.closing = threading.Event()
         self.thread = threading.Thread(target=self._copy, name="seqpar-relay", daemon=True)
         self.thread.start()
 
     def _copy(self) -> None:
         while True:
+            ready, _, _ = select.select([self.read_end], [], [], CLOSE_POLL_S)
+            if not ready:
+                if self.closing.is_set():
+                    return
+                continue
             try:
                 data = os.read(self.read_end, 1 << 16)
             except OSError:  # a pseudo-terminal reads as an error once its last writer is gone
@@ -49,7 +58,8 @@ class Relay:
 
     def close(self) -> None:
         """Copy what is left and close; call when rank 0 has ended."""
+        self.closing.set()
+        self.thread.join()
         os.close(self.write_end)
-        self.thread.join(timeout=2.0)
         os.close(self.read_end)
         self.log.close()

@@ -18,6 +18,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import sys
 import threading
 import time
@@ -73,7 +74,13 @@ class Pulse(threading.Thread):
     def __init__(self, folder: Path, rank: int, attempt: int) -> None:
         super().__init__(name="seqpar-pulse", daemon=True)
         self.path = folder / f"rank-{rank}.alive"
-        self.fixed: dict[str, object] = {"rank": rank, "pid": os.getpid(), "attempt": attempt}
+        self.fixed: dict[str, object] = {
+            "rank": rank,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "attempt": attempt,
+            "world": int(os.environ.get("WORLD_SIZE", "1")),
+        }
         self.main_thread = threading.main_thread().ident
         self.place: tuple[int, int] | None = None
         self.since = time.monotonic()
@@ -91,6 +98,8 @@ class Pulse(threading.Thread):
         """End before the interpreter does: a thread cut off in its exit can abort the process."""
         self.ended.set()
         self.join()
+        with contextlib.suppress(OSError):
+            self.beat()
 
     def beat(self) -> None:
         frame = sys._current_frames().get(self.main_thread or 0)
@@ -102,6 +111,7 @@ class Pulse(threading.Thread):
                 "idle_s": round(self.idle_seconds(frame), 3),
                 "where": f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else None,
                 "collective": waiting_in(frame),
+                "ended": self.ended.is_set(),
             },
         )
 
@@ -166,7 +176,7 @@ def main() -> None:
         send_output_to(log)
     ranks = Path(os.environ["SEQPAR_RUN_DIR"]) / "ranks"
     ranks.mkdir(parents=True, exist_ok=True)
-    stacks = (ranks / f"rank-{rank}.stack").open("w")
+    stacks = (ranks / f"rank-{rank}.stack-{attempt}").open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     pulse = Pulse(ranks, rank, attempt)
     pulse.start()

@@ -17,6 +17,7 @@ from seqpar.comm import group_rank
 from seqpar.layout import SequenceLayout
 from seqpar.models.layers import SimpleGatedUnit, SimpleRMSNorm
 from seqpar.models.mixers import LightningMixer, SoftmaxMixer, lightning_log_decay
+from seqpar.ops.softmax_choice import Strategy
 
 __all__ = ["Decoder", "DecoderConfig", "hybrid", "transnormer"]
 
@@ -35,7 +36,7 @@ class DecoderConfig:
     softmax_heads: int = 0
     softmax_kv_heads: int = 0
     softmax_head_dim: int = 0
-    softmax_strategy: str = "auto"
+    softmax_strategy: Strategy = "auto"
     use_lrpe: bool = False
 
     def is_softmax(self, layer: int) -> bool:
@@ -68,7 +69,7 @@ def hybrid(
     softmax_heads: int,
     softmax_kv_heads: int,
     softmax_head_dim: int,
-    softmax_strategy: str = "auto",
+    softmax_strategy: Strategy = "auto",
 ) -> DecoderConfig:
     """MiniMax-style: lightning layers, and one grouped-query softmax layer in every few."""
     return DecoderConfig(

@@ -15,6 +15,7 @@ from torch.nn.functional import silu
 from seqpar.layout import SequenceLayout
 from seqpar.models.layers import SimpleRMSNorm, lrpe, rotary, rotary_frequencies
 from seqpar.ops.softmax import softmax_attention
+from seqpar.ops.softmax_choice import Strategy
 from seqpar.ops.state import state_attention
 
 __all__ = ["LightningMixer", "SoftmaxMixer", "lightning_log_decay"]
@@ -82,10 +83,16 @@ class SoftmaxMixer(nn.Module):
     frequencies: Tensor
 
     def __init__(
-        self, dim: int, num_heads: int, num_kv_heads: int, head_dim: int, *, strategy: str = "auto"
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        strategy: Strategy = "auto",
     ) -> None:
         super().__init__()
-        self.strategy = strategy
+        self.strategy: Strategy = strategy
         self.sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
         self.head_dim = head_dim
         self.projection = nn.Linear(dim, sum(self.sizes) + self.sizes[0], bias=False)

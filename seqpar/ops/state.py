@@ -10,6 +10,8 @@ is of the size of a state, whatever the number of tokens.
 
 from __future__ import annotations
 
+import zlib
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,8 +25,9 @@ from seqpar.layout import SequenceLayout
 from seqpar.ops.state_auto import choose_for, default_link
 from seqpar.ops.state_exchange import EXCHANGES
 from seqpar.ops.state_job import Kept, StateJob
+from seqpar.ops.state_lightning import LightningMixer, fixed_on_host
 from seqpar.ops.state_local import RankPart
-from seqpar.ops.state_mixer import LightningMixer, Mixer, fixed_on_host
+from seqpar.ops.state_mixer import Mixer
 from seqpar.ops.state_steps import backward_steps, forward_steps
 from seqpar.ops.steps import run_steps
 from seqpar.planners.exchange import ExchangeChoice, Link
@@ -123,7 +126,7 @@ def scatter_mixer(
     """
     problem = _problem(mixer, inputs, layout, group, initial_state, exchange)
     if check:
-        what = (layout, exchange, initial_state is None, _row_shapes(inputs))
+        what = (_fingerprint(layout), exchange, initial_state is None, _row_shapes(inputs))
         comm.agree(problem, group, same=what)
     elif problem is not None:
         raise LayoutError(problem)
@@ -212,6 +215,16 @@ class _ScatteredMixer(torch.autograd.Function):
             shape, dtype = ctx.initial
             dinitial = torch.zeros(shape, dtype=dtype, device=do.device)
         return None, None, dinitial, *dinputs
+
+
+@lru_cache(maxsize=64)
+def _fingerprint(layout: SequenceLayout) -> str:
+    """A few words that differ between layouts that differ."""
+    digest = zlib.crc32(repr((layout.cu_seqlens, layout.spans)).encode())
+    return (
+        f"{layout.num_documents} documents of {layout.num_tokens} tokens over "
+        f"{layout.world_size} ranks, checksum {digest:08x}"
+    )
 
 
 def _row_shapes(inputs: tuple[Tensor, ...]) -> tuple[object, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from functools import lru_cache
 
 import torch
 from torch.distributed import ProcessGroup
@@ -43,34 +45,55 @@ def choose_for(
         inputs: this rank's tensors [B, T, ...]; T does not matter, the layout says all ranks'.
         link: what joins the ranks.
     """
-    chain = places_of(layout, 0).chain
-    shape = mixer.state_shape(inputs)
-    item = 8 if inputs[0].dtype == torch.float64 else 4
-    state_bytes = inputs[0].shape[0] * torch.Size(shape).numel() * item
-    dims = mixer.transition_dims()
-    if dims is not None and not mixer.knows_transitions:
-        state_bytes += inputs[0].shape[0] * torch.Size(shape[:dims]).numel() * item
-    givers = Counter(link.rank for link in chain.links if link.gives)
-    per_token = sum(x.shape[2:].numel() * x.element_size() for x in inputs)
     output = mixer.empty_output(tuple(x[:1, :0] for x in inputs))
-    per_token += output.shape[2:].numel() * output.element_size()
+    rows = tuple((x.shape[2:].numel(), x.element_size()) for x in (*inputs, output))
+    return _chosen(
+        layout,
+        link,
+        batch=inputs[0].shape[0],
+        state_shape=mixer.state_shape(inputs),
+        item_bytes=8 if inputs[0].dtype == torch.float64 else 4,
+        carried_dims=None if mixer.knows_transitions else mixer.transition_dims(),
+        token_bytes=sum(numel * size for numel, size in rows),
+        host_log_decay=mixer.host_log_decay(),
+        heads_apart=mixer.of_heads(slice(0, 1)) is not None,
+    )
+
+
+@lru_cache(maxsize=256)
+def _chosen(
+    layout: SequenceLayout,
+    link: Link,
+    *,
+    batch: int,
+    state_shape: tuple[int, ...],
+    item_bytes: int,
+    carried_dims: int | None,
+    token_bytes: int,
+    host_log_decay: tuple[float, ...] | None,
+    heads_apart: bool,
+) -> ExchangeChoice:
+    chain = places_of(layout, 0).chain
+    elements = math.prod(state_shape)
+    if carried_dims is not None:
+        elements += math.prod(state_shape[:carried_dims])
+    givers = Counter(link.rank for link in chain.links if link.gives)
     problem = ExchangeProblem(
         world_size=layout.world_size,
         reach=chain.longest_reach,
-        state_bytes=state_bytes,
-        tokens=inputs[0].shape[0] * max(map(layout.tokens_on, range(layout.world_size))),
-        token_bytes=per_token,
-        heads=shape[0],
-        far_share=_far_share(mixer, [x.num_tokens for x in chain.links if x.passes]),
+        state_bytes=batch * elements * item_bytes,
+        tokens=batch * max(map(layout.tokens_on, range(layout.world_size))),
+        token_bytes=token_bytes,
+        heads=state_shape[0],
+        far_share=_far_share(host_log_decay, [x.num_tokens for x in chain.links if x.passes]),
         links_per_rank=max(givers.values(), default=1),
-        heads_apart=mixer.of_heads(slice(0, 1)) is not None,
+        heads_apart=heads_apart,
     )
     return choose_exchange(problem, link)
 
 
-def _far_share(mixer: Mixer, passing_tokens: list[int]) -> float:
+def _far_share(decay: tuple[float, ...] | None, passing_tokens: list[int]) -> float:
     """The share of heads that still matter beyond the shortest link they pass."""
-    decay = mixer.host_log_decay()
     if decay is None or not passing_tokens:
         return 1.0
     return sum(g * min(passing_tokens) >= LOG_FLOOR for g in decay) / len(decay)

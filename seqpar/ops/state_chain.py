@@ -68,7 +68,14 @@ class StateChain:
 
     def links_of(self, rank: int) -> list[int]:
         """The rank's links by their index in this chain, in chain order."""
-        return [index for index, link in enumerate(self.links) if link.rank == rank]
+        return self._links_by_rank.get(rank, [])
+
+    @cached_property
+    def _links_by_rank(self) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        for index, link in enumerate(self.links):
+            found.setdefault(link.rank, []).append(index)
+        return found
 
     @cached_property
     def longest_reach(self) -> int:
@@ -79,7 +86,18 @@ class StateChain:
             longest = max(longest, reach)
         return longest
 
-    @property
+    @cached_property
+    def places_of_givers(self) -> dict[int, int]:
+        """By link that gives: which of its own rank's giving links it is."""
+        counts = [0] * self.world_size
+        places = {}
+        for index, link in enumerate(self.links):
+            if link.gives:
+                places[index] = counts[link.rank]
+                counts[link.rank] += 1
+        return places
+
+    @cached_property
     def is_connected(self) -> bool:
         """Whether any state travels at all."""
         return any(link.takes for link in self.links)

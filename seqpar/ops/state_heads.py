@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from seqpar.layout import SequenceLayout
-from seqpar.ops.state_exchange import Entries
 from seqpar.ops.state_job import Forward, Kept, StateJob
 from seqpar.ops.state_local import RankPart
 from seqpar.ops.state_mixer import Inputs, Mixer
+from seqpar.ops.state_scan import Entries
 from seqpar.ops.steps import AllReduceSum, AllToAll, Steps
 
 __all__ = ["backward_by_heads", "forward_by_heads"]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from seqpar.ops.state_exchange import Entries
 from seqpar.ops.state_local import RankPart
 from seqpar.ops.state_mixer import Inputs, Summary
+from seqpar.ops.state_scan import Entries
 
 __all__ = ["Forward", "Kept", "StateJob"]
 

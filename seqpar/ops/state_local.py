@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from seqpar.layout import SequenceLayout
 from seqpar.ops.state_chain import LinkState, StateChain, decayed
-from seqpar.ops.state_exchange import Entries, Scan
 from seqpar.ops.state_mixer import Inputs, Mixer, Summary
 from seqpar.ops.state_places import RankPlaces, places_of
+from seqpar.ops.state_scan import Entries, Scan
 
 __all__ = ["RankPart"]
 
@@ -87,8 +87,17 @@ class RankPart:
     @property
     def adds_later(self) -> bool:
         """Whether states may arrive after the local work, and be added then."""
-        tokens = self.places.link_tokens
-        return bool(tokens) and all(self.mixer.can_add_later(count) for count in tokens)
+        return all(self.mixer.can_add_later(count) for count in self.places.link_tokens)
+
+    @property
+    def waits_for_entries(self) -> bool:
+        """Whether the outputs need states that other ranks send."""
+        return self.places.takes and not self.adds_later
+
+    @property
+    def waits_for_exit_grads(self) -> bool:
+        """Whether the inputs' gradients need gradients of states that other ranks send."""
+        return self.places.gives and not self.adds_later
 
     def add_entries(self, o: Tensor, inputs: Inputs, received: Entries) -> None:
         """Add to o, in place, what states that arrived after the local work contribute."""
@@ -243,14 +252,11 @@ class RankPart:
 
     def _scan(self, inputs: Inputs, chain: StateChain, own: dict[int, LinkState]) -> Scan:
         shape = (inputs[0].shape[0], *self.mixer.state_shape(inputs))
-        state = torch.empty(shape, dtype=self.state_dtype(inputs), device="meta")
-        dims = self.mixer.transition_dims()
-        transition = None if dims is None else state.new_empty(shape[: 1 + dims])
         return Scan(
             chain=chain,
             rank=self.rank,
             own=own,
-            like=LinkState(state, transition),
+            like=_like(shape, self.mixer.transition_dims(), self.state_dtype(inputs)),
             device=inputs[0].device,
             known=self._known(chain),
             host_log_decay=self.mixer.host_log_decay(),
@@ -266,3 +272,12 @@ class RankPart:
             return self.mixer.known_log_transition(chain.links[link].num_tokens)[None]
 
         return of_link
+
+
+@lru_cache(maxsize=64)
+def _like(shape: tuple[int, ...], transition_dims: int | None, dtype: torch.dtype) -> LinkState:
+    """Meta tensors of a link's summary; kept, since making them takes longer than using them."""
+    state = torch.empty(shape, dtype=dtype, device="meta")
+    if transition_dims is None:
+        return LinkState(state, None)
+    return LinkState(state, state.new_empty(shape[: 1 + transition_dims]))

@@ -5,7 +5,8 @@ micro-batch's groups are then evened out by local search (`improve`). The fixed-
 rule-based baselines are candidates too, so the plan is never worse than any of them.
 
 Work is counted in placements of one sequence; how many are allowed follows from the time limit
-and not from the clock, so the same problem gives the same plan on any machine, fast or slow.
+and not from the clock, so the same problem gives the same plan on a fast and on a slow machine.
+The clock ends the search only where it takes ten times the limit.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from seqpar.planners.baselines import baseline_packings, step_ms
 from seqpar.planners.batch import SortedBatch
 from seqpar.planners.bounds import bound_plan
 from seqpar.planners.cascade import CascadeSearch
+from seqpar.planners.degrees import search_degrees
 from seqpar.planners.improve import improve
 from seqpar.planners.microbatch import likely_counts, safe_packings
 from seqpar.planners.packing import Packing
@@ -30,7 +32,12 @@ __all__ = ["Planner"]
 PLACEMENTS_PER_MS = 250
 """Search work that a millisecond of the limit buys; the rest of it goes to everything else."""
 
+VECTOR_PLACEMENTS_PER_MS = 4
+
 POLISH_STEPS = 40
+
+SAFETY = 10.0
+"""The clock ends a search only after this many times its limit (and at least a second)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +46,7 @@ class Planner:
 
     Args:
         time_limit_ms: how much work a plan may take, in milliseconds of a usual core. It buys a
-            counted amount of work, so the same limit gives the same plan everywhere.
+            counted amount of work, so the same limit gives the same plan on fast and slow machines.
         bound: the lower bound to attach: "none", "degree" (milliseconds) or "configuration"
             (column generation, seconds).
         baselines: compare with the fixed-degree and rule-based plans, and never be worse.
@@ -81,7 +88,11 @@ class Planner:
 
     def _search(self, batch: SortedBatch) -> Iterator[list[Packing]]:
         best_ms, best = float("inf"), list[Packing]()
-        search = CascadeSearch(batch, max_steps=int(self.time_limit_ms * PLACEMENTS_PER_MS))
+        search = CascadeSearch(
+            batch,
+            max_steps=int(self.time_limit_ms * PLACEMENTS_PER_MS),
+            deadline_s=time.perf_counter() + SAFETY * max(self.time_limit_ms, 100.0) / 1e3,
+        )
         for ms, packings in search.run(likely_counts(batch)):
             if ms < best_ms:
                 best_ms, best = ms, packings
@@ -90,9 +101,16 @@ class Planner:
             best = safe_packings(batch)
             best_ms = step_ms(batch, best)
             yield best
-        polished = [improve(batch, packing, max_steps=POLISH_STEPS) for packing in best]
+        polished = [self._polish(batch, packing) for packing in best]
         if step_ms(batch, polished) < best_ms:
             yield polished
+
+    def _polish(self, batch: SortedBatch, packing: Packing) -> Packing:
+        """The micro-batch with its groups evened out, and other degrees tried if it is small."""
+        members = sorted(k for _, group in packing for k in group)
+        vectors = int(self.time_limit_ms * VECTOR_PLACEMENTS_PER_MS / len(members))
+        even = improve(batch, packing, max_steps=POLISH_STEPS)
+        return search_degrees(batch, members, even, max_vectors=vectors) or even
 
 
 def _with_baselines(problem: ScatterProblem, batch: SortedBatch, plan: ScatterPlan) -> ScatterPlan:

@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
 
 from seqpar.errors import PlanError
 from seqpar.planners.batch import SortedBatch
@@ -176,7 +179,7 @@ def _cut_evenly(batch: SortedBatch, d: int, groups: int, count: int) -> list[Pac
         tokens += batch.tokens[k]
     bounds.append(len(weights))
     packings = []
-    for first, stop in zip(bounds, bounds[1:], strict=False):  # noqa: RUF007
+    for first, stop in pairwise(bounds):
         packing = spread(batch, range(first, stop), [d] * groups)
         if packing is None:
             return None
@@ -211,24 +214,23 @@ def _megatron(batch: SortedBatch) -> list[Packing] | None:
 
 def _megatron_batch(batch: SortedBatch, waiting: list[int]) -> tuple[Packing, list[int]]:
     packing: Packing = []
-    work: list[float] = []
-    room: list[int] = []
+    work = np.zeros(batch.devices)
+    room, degree = np.zeros(batch.devices), np.full(batch.devices, -1)
     left = batch.devices
     later = []
     for k in waiting:
         d = batch.smallest[k]
         line, tokens = batch.degree_lines[d], batch.tokens[k]
         if line.degree <= left:
+            group = len(packing)
             packing.append((d, [k]))
-            work.append(tokens**2 / line.degree)
-            room.append(line.capacity - tokens)
+            work[group] = tokens**2 / line.degree
+            room[group], degree[group] = line.capacity - tokens, d
             left -= line.degree
             continue
-        best, best_work = -1, float("inf")
-        for g, free in enumerate(room):
-            if free >= tokens and work[g] < best_work and packing[g][0] >= d:
-                best, best_work = g, work[g]
-        if best < 0:
+        fitting = np.where((room >= tokens) & (degree >= d), work, np.inf)
+        best = int(np.argmin(fitting))
+        if fitting[best] == np.inf:
             later.append(k)
             continue
         packing[best][1].append(k)

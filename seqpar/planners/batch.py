@@ -63,6 +63,22 @@ class SortedBatch:
         found: list[int] = np.searchsorted(capacities, self.token_array, side="left").tolist()
         return found
 
+    @cached_property
+    def degree_array(self) -> NDArray[np.float64]:
+        """float64 [D]: devices of each degree line."""
+        return np.asarray([line.degree for line in self.degree_lines], dtype=np.float64)
+
+    @cached_property
+    def fixed_array(self) -> NDArray[np.float64]:
+        """float64 [D]: fixed ms of each degree line."""
+        return np.asarray([line.fixed for line in self.degree_lines], dtype=np.float64)
+
+    def least(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[K]: the least of each column of [D, K] over the degree lines that hold the sequence."""
+        holds = np.arange(len(self.degree_lines))[:, None] >= np.asarray(self.smallest)[None, :]
+        least: NDArray[np.float64] = np.where(holds, values, np.inf).min(axis=0)
+        return least
+
     @property
     def device_token_capacity(self) -> int:
         """Tokens that one device holds."""

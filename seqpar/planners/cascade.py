@@ -13,61 +13,62 @@ found. Cascades that agree in their first shares reuse each other's first micro-
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, repeat
 
 from seqpar.planners.batch import SortedBatch
-from seqpar.planners.packing import Packed, Packing, pack_most
+from seqpar.planners.degrees import search_degrees
+from seqpar.planners.improve import improve
+from seqpar.planners.packing import Packed, Packing, Waiting, pack_most
 
-__all__ = ["CascadeSearch", "least_target"]
+__all__ = ["CascadeSearch", "least_target", "pack_micro_batch"]
 
 SHARES = (0.97, 1.0, 0.92)
 TARGET_PRECISION = 0.006
+MAX_CHANGES = 100_000
 _Key = tuple[int, tuple[float, ...]]
 
 
 class CascadeSearch:
-    """Searches cascades of one batch; `steps` counts the placements that it has tried."""
+    """Searches cascades of one batch; `steps` counts the placements that it has tried.
 
-    def __init__(self, batch: SortedBatch, *, max_steps: int) -> None:
+    `deadline_s` (of `time.perf_counter`) stops it on a machine that is far too slow.
+    """
+
+    def __init__(
+        self, batch: SortedBatch, *, max_steps: int, deadline_s: float = float("inf")
+    ) -> None:
         self.batch = batch
         self.max_steps = max_steps
+        self.deadline_s = deadline_s
         self.steps = 0
         self._prefixes: dict[_Key, Packed | None] = {}
-        longest_first = range(len(batch.degree_lines))
-        self._least_end = [
-            min(
-                batch.degree_lines[d].fixed + batch.weights[d][k]
-                for d in longest_first
-                if d >= batch.smallest[k]
-            )
-            for k in range(len(batch.tokens))
-        ]
+        self._least_end: list[float] = batch.least(
+            batch.weight_array + batch.fixed_array[:, None]
+        ).tolist()
+        device_ms = batch.least(batch.weight_array * batch.degree_array[:, None])
+        self._share_ms: list[float] = (device_ms / batch.devices).tolist()
+        self._fixed_ms = float(batch.fixed_array.min())
 
     def run(self, counts: list[int]) -> Iterator[tuple[float, list[Packing]]]:
         """Better and better (ms, packings), from cascades of these numbers of micro-batches."""
         best_ms, best_shares = float("inf"), tuple[float, ...]()
-        for shares in chain(_equal_shares(counts), self._changes()):
-            if self.steps > self.max_steps and best_shares:
+        rng = random.Random(0)
+        for shares in chain(_equal_shares(counts), repeat(None, MAX_CHANGES)):
+            spent = self.steps > self.max_steps or time.perf_counter() > self.deadline_s
+            if best_shares and spent:
                 return
-            if shares is None:
-                if not best_shares:
-                    return
-                shares = self._change(best_shares)
-            found = self._cascade(shares, below_ms=best_ms)
+            if shares is None and not best_shares:
+                return
+            tried = shares or self._change(rng, best_shares)
+            found = self._cascade(tried, below_ms=best_ms)
             if found is not None:
-                best_ms, best_shares = found[0], shares
+                best_ms, best_shares = found[0], tried
                 yield found
 
-    def _changes(self) -> Iterator[None]:
-        self._random = random.Random(0)
-        self._changed: set[tuple[float, ...]] = set()
-        for _ in range(10_000):
-            yield None
-
-    def _change(self, shares: tuple[float, ...]) -> tuple[float, ...]:
-        """One or two shares moved a little, or one micro-batch more or fewer."""
-        rng = self._random
+    def _change(self, rng: random.Random, shares: tuple[float, ...]) -> tuple[float, ...]:
+        """One or two shares redrawn or moved a little, the earlier the likelier; or a new count."""
         moved = list(shares)
         if rng.random() < 0.1:
             if rng.random() < 0.5:
@@ -75,8 +76,10 @@ class CascadeSearch:
             elif len(moved) > 1:
                 moved.pop()
         for _ in range(1 + (rng.random() < 0.4)):
-            at = rng.randrange(len(moved))
-            moved[at] = round(moved[at] * (1 + rng.uniform(-0.12, 0.12)), 3)
+            at = int(max(1, len(moved) - 1) * rng.random() ** 1.7)
+            redrawn = rng.random() < 0.5
+            share = rng.uniform(0.45, 1.1) if redrawn else moved[at] * rng.uniform(0.88, 1.12)
+            moved[at] = round(share, 3)
         return tuple(moved)
 
     def _cascade(
@@ -90,13 +93,19 @@ class CascadeSearch:
             if stage is None:
                 return None
             total += stage.makespan_ms
-            if total >= below_ms:
-                return None
             packings.append(stage.packing)
             waiting = stage.left_over
+            if total + self._rest_bound(waiting) >= below_ms:
+                return None
             if not waiting:
                 return total, packings
         return None
+
+    def _rest_bound(self, waiting: list[int]) -> float:
+        """ms that the micro-batches still to come cannot beat."""
+        tokens = sum(self.batch.tokens[k] for k in waiting)
+        count = -(-tokens // (self.batch.devices * self.batch.device_token_capacity))
+        return count * self._fixed_ms + sum(self._share_ms[k] for k in waiting)
 
     def _stage(self, shares: tuple[float, ...], m: int, waiting: list[int]) -> Packed | None:
         """Micro-batch m of a cascade, from the earlier ones with the same shares if known."""
@@ -124,12 +133,12 @@ def least_target(
     low = least_end[members[0]] * (1 + 1e-9)
     capacity = batch.devices * batch.device_token_capacity
     if sum(batch.tokens[k] for k in members) - capacity > max_left_tokens:
-        return None, len(members) // 8
-    steps = 0
+        return None, 1
+    steps, waiting = 0, Waiting(batch, members)
 
     def attempt(target_ms: float) -> Packed | None:
         nonlocal steps
-        packed = pack_most(batch, members, target_ms, max_left_tokens=max_left_tokens)
+        packed = pack_most(batch, waiting, target_ms, max_left_tokens=max_left_tokens)
         steps += packed.steps
         if not packed.complete or (packed.left_over and packed.left_over[0] == members[0]):
             return None
@@ -155,6 +164,16 @@ def least_target(
         else:
             best, high = packed, packed.makespan_ms
     return best, steps
+
+
+def pack_micro_batch(
+    batch: SortedBatch, members: list[int], *, max_vectors: int = 400
+) -> Packing | None:
+    """Groups for these sequences in one micro-batch; None if memory was not found to hold them."""
+    least_end = batch.least(batch.weight_array + batch.fixed_array[:, None]).tolist()
+    found, _ = least_target(batch, members, least_end, 0.0)
+    start = improve(batch, found.packing, max_steps=100) if found else None
+    return search_degrees(batch, members, start, max_vectors=max_vectors)
 
 
 def _equal_shares(counts: list[int]) -> Iterator[tuple[float, ...]]:

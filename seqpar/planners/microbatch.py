@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from seqpar.planners.batch import SortedBatch
 
-__all__ = ["best_cuts", "likely_counts", "safe_packings"]
+__all__ = ["best_cuts", "blaster_cuts", "likely_counts", "safe_packings"]
 
-MAX_CUT_POSITIONS = 640
+MAX_CUT_POSITIONS = 128
 
 
 def best_cuts(batch: SortedBatch, *, fill: float) -> list[int] | None:
@@ -40,6 +40,32 @@ def best_cuts(batch: SortedBatch, *, fill: float) -> list[int] | None:
         cuts.append(int(positions[at]))
         at = int(source[at])
     return [0, *reversed(cuts)]
+
+
+def blaster_cuts(batch: SortedBatch, count: int) -> list[int]:
+    """FlexSP's blaster: bounds of `count` contiguous pieces with the least largest token total.
+
+    arXiv 2412.01523, section 4; by bisection over that total instead of its dynamic programme.
+    """
+    low, high = batch.tokens[0], sum(batch.tokens)
+    while low < high:
+        middle = (low + high) // 2
+        if len(_pieces(batch.tokens, middle)) - 1 <= count:
+            high = middle
+        else:
+            low = middle + 1
+    return _pieces(batch.tokens, low)
+
+
+def _pieces(tokens: tuple[int, ...], limit: int) -> list[int]:
+    """Bounds of contiguous pieces of at most `limit` tokens, each as long as it can be."""
+    bounds, total = [0], 0
+    for k, size in enumerate(tokens):
+        if total + size > limit and k > bounds[-1]:
+            bounds.append(k)
+            total = 0
+        total += size
+    return [*bounds, len(tokens)]
 
 
 def likely_counts(batch: SortedBatch) -> list[int]:
@@ -80,12 +106,9 @@ def _estimates(
     batch: SortedBatch, positions: NDArray[np.int64], fill: float
 ) -> NDArray[np.float64]:
     """[i, j]: estimated makespan of sequences positions[i] to positions[j]; inf if too large."""
-    lines = batch.degree_lines
-    fixed = min(line.fixed for line in lines)
-    degree = np.asarray([line.degree for line in lines], dtype=np.float64)
-    device_ms = _least(batch, batch.weight_array * degree[:, None])
-    ends = batch.weight_array + np.asarray([line.fixed for line in lines])[:, None]
-    least_end = _least(batch, ends)
+    fixed = float(batch.fixed_array.min())
+    device_ms = batch.least(batch.weight_array * batch.degree_array[:, None])
+    least_end = batch.least(batch.weight_array + batch.fixed_array[:, None])
     work = np.concatenate([[0.0], np.cumsum(device_ms)])[positions]
     tokens = np.concatenate([[0.0], np.cumsum(batch.token_array)])[positions]
     first_end = least_end[np.minimum(positions, len(batch.tokens) - 1)]
@@ -94,11 +117,3 @@ def _estimates(
     limit = fill * batch.devices * batch.device_token_capacity
     estimate[tokens[None, :] - tokens[:, None] > limit] = np.inf
     return estimate
-
-
-def _least(batch: SortedBatch, values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[K]: the least of each column over the degrees that hold the sequence."""
-    lines = np.arange(len(batch.degree_lines))[:, None]
-    holds = lines >= np.asarray(batch.smallest)[None, :]
-    least: NDArray[np.float64] = np.where(holds, values, np.inf).min(axis=0)
-    return least

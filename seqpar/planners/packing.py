@@ -6,23 +6,37 @@ its sequences. Memory is a hard limit throughout.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from heapq import heappop, heappush, heapreplace
+from itertools import accumulate
+from math import inf, sqrt
 from typing import NamedTuple
 
 from seqpar.planners.batch import SortedBatch
+from seqpar.planners.cost import DegreeCost
 
-__all__ = ["Packed", "Packing", "makespan", "pack_most", "spread"]
+__all__ = ["Packed", "Packing", "Waiting", "makespan", "pack_most", "spread"]
 
 Packing = list[tuple[int, list[int]]]
 _Heap = list[tuple[float, int]]
 
 
+class Waiting:
+    """Sequences that wait for a place, longest first, with their sizes and running sums."""
+
+    def __init__(self, batch: SortedBatch, members: Sequence[int]) -> None:
+        self.members = list(members)
+        self.sizes = [batch.tokens[k] for k in self.members]
+        self.falling = [-size for size in self.sizes]
+        self.before = [0, *accumulate(self.sizes)]
+
+
 class Packed(NamedTuple):
     """A packing, when its slowest group ends, and the sequences that found no place.
 
-    `complete` is False if packing stopped early, too much being left over; `steps` is how many
-    sequences were looked at.
+    `complete` is False if packing stopped early, too much being left over; `steps` counts the
+    placements.
     """
 
     packing: Packing
@@ -41,66 +55,75 @@ def makespan(batch: SortedBatch, packing: Packing) -> float:
 
 
 def pack_most(
-    batch: SortedBatch, members: Sequence[int], target_ms: float, *, max_left_tokens: float
+    batch: SortedBatch, waiting: Waiting, target_ms: float, *, max_left_tokens: float
 ) -> Packed:
     """Fill groups that all end by the target; stop once more tokens are left over than allowed.
 
     From the longest sequence down, each goes to the least full group of the smallest degree that
     can take it in time and memory (fullness is the larger of both shares), else to a new group of
     the smallest degree that ends it in time while devices last; else it is left over.
+
+    A group's limit in time is kept as the longest sequence that it could still take, so that both
+    limits are one comparison, and runs of sequences that fit nowhere are skipped by bisection.
     """
-    lines, weights, tokens, smallest = (
-        batch.degree_lines,
-        batch.weights,
-        batch.tokens,
-        batch.smallest,
-    )
-    time_share = [1 / max(target_ms - line.fixed, 1e-9) for line in lines]
-    token_share = [1 / line.capacity for line in lines]
+    lines, weights = batch.degree_lines, batch.weights
+    count, sizes, members = len(lines), waiting.sizes, waiting.members
+    fresh = [min(line.capacity, _longest(line, target_ms - line.fixed)) for line in lines]
+    fits = [-1.0] * count  # the longest sequence that the least full group of each degree takes
     heaps: list[_Heap] = [[] for _ in lines]
     packing: Packing = []
     ends: list[float] = []
     room: list[int] = []
     left_over: list[int] = []
-    left_tokens, devices = 0, batch.devices
-    for step, k in enumerate(members):
-        size = tokens[k]
-        chosen = -1
-        for d in range(smallest[k], len(lines)):
-            heap = heaps[d]
-            if heap:
-                group = heap[0][1]
-                end = ends[group] + weights[d][k]
-                if size <= room[group] and end <= target_ms:
-                    chosen = d
+    left_tokens, steps, at = 0, 0, 0
+    devices = batch.devices
+    while at < len(members):
+        size = sizes[at]
+        for d in range(count):
+            if size <= fits[d]:
+                group = heaps[d][0][1]
+                break
+        else:
+            group = -1
+            for d in range(count):
+                if size <= fresh[d]:
                     break
-        if chosen >= 0:
-            d = chosen
+            else:
+                stop = bisect_left(waiting.falling, -max(max(fits), max(fresh)), at + 1)
+                left_tokens += waiting.before[stop] - waiting.before[at]
+                left_over += members[at:stop]
+                at = stop
+                if left_tokens > max_left_tokens:
+                    return Packed(packing, max(ends, default=0.0), left_over, False, steps)
+                continue
+        line, k = lines[d], members[at]
+        at += 1
+        steps += 1
+        if group >= 0:
             packing[group][1].append(k)
-            ends[group] = end
+            ends[group] += weights[d][k]
             room[group] -= size
         else:
-            d = _new_degree(batch, k, target_ms, devices)
-            if d < 0:
-                left_over.append(k)
-                left_tokens += size
-                if left_tokens > max_left_tokens:
-                    return Packed(packing, max(ends, default=0.0), left_over, False, step + 1)
-                continue
             group = len(packing)
-            end = lines[d].fixed + weights[d][k]
             packing.append((d, [k]))
-            ends.append(end)
-            room.append(lines[d].capacity - size)
-            devices -= lines[d].degree
-        by_time = (end - lines[d].fixed) * time_share[d]
-        by_tokens = 1 - room[group] * token_share[d]
+            ends.append(line.fixed + weights[d][k])
+            room.append(line.capacity - size)
+            devices -= line.degree
+            for larger in range(count):
+                if lines[larger].degree > devices:
+                    fresh[larger] = -1.0
+        by_time = (ends[group] - line.fixed) / (target_ms - line.fixed)
+        by_tokens = 1 - room[group] / line.capacity
         entry = (by_time if by_time > by_tokens else by_tokens, group)
-        if chosen >= 0:
-            heapreplace(heaps[d], entry)
+        heap = heaps[d]
+        if heap and heap[0][1] == group:
+            heapreplace(heap, entry)
         else:
-            heappush(heaps[d], entry)
-    return Packed(packing, max(ends, default=0.0), left_over, True, len(members))
+            heappush(heap, entry)
+        top = heap[0][1]
+        longest = _longest(line, target_ms - ends[top])
+        fits[d] = longest if longest < room[top] else room[top]
+    return Packed(packing, max(ends, default=0.0), left_over, True, steps)
 
 
 def spread(batch: SortedBatch, members: Sequence[int], degrees: Sequence[int]) -> Packing | None:
@@ -138,15 +161,14 @@ def spread(batch: SortedBatch, members: Sequence[int], degrees: Sequence[int]) -
     return packing
 
 
-def _new_degree(batch: SortedBatch, k: int, target_ms: float, devices: int) -> int:
-    """The smallest degree line that would end the sequence in time in a new group; -1 if none."""
-    for d in range(batch.smallest[k], len(batch.degree_lines)):
-        line = batch.degree_lines[d]
-        if line.degree > devices:
-            return -1
-        if line.fixed + batch.weights[d][k] <= target_ms:
-            return d
-    return -1
+def _longest(line: DegreeCost, ms: float) -> float:
+    """The longest sequence that takes no more than `ms` at this degree, fixed terms apart."""
+    if ms < 0:
+        return -1.0
+    a, b = line.quadratic, line.linear
+    if a > 0:
+        return (sqrt(b * b + 4 * a * ms) - b) / (2 * a)
+    return ms / b if b > 0 else inf
 
 
 def _pop_full(heap: _Heap, room: list[int], tokens: int) -> list[tuple[float, int]]:

@@ -172,6 +172,20 @@ class ScatterProblem:
         except KeyError as error:
             raise PlanError(f"not a scatter problem: it lacks {error}") from error
 
+    def _degree_that_holds(self, longest: int, degree: int) -> int | None:
+        """The next degree, doubling, whose group holds the sequence; with more devices if need be.
+
+        More devices also share the sharded states among more.
+        """
+        larger = 2 * degree
+        while larger <= MAX_DEGREE:
+            devices = max(larger, self.cluster.devices)
+            tokens = self.cost.tokens_per_device(self.cluster.memory_bytes, devices)
+            if larger * tokens >= longest:
+                return larger
+            larger *= 2
+        return None
+
     def _too_long(self, longest: int, available: int) -> InfeasiblePlanError:
         cost, cluster = self.cost, self.cluster
         degree = max((line.degree for line in self.degree_costs), default=max(cluster.degrees))
@@ -180,9 +194,10 @@ class ScatterProblem:
         changes = [
             f"give each device {needed / GIB:.4g} GiB (now {cluster.memory_bytes / GIB:.4g})"
         ]
-        if self.tokens_per_device:
-            devices = -(-longest // self.tokens_per_device)
-            changes.append(f"allow a group of {devices} devices (now at most {degree})")
+        larger = self._degree_that_holds(longest, degree)
+        if larger:
+            changes.append(f"allow groups of {larger} devices (now at most {degree})")
+        if available:
             changes.append(f"cut the sequence to {available} tokens")
         return InfeasiblePlanError(
             f"sequence {self.lengths.index(longest)} has {longest} tokens, but the largest group "
@@ -191,6 +206,9 @@ class ScatterProblem:
             needed_tokens=longest,
             available_tokens=available,
         )
+
+
+MAX_DEGREE = 2**16
 
 
 def _checked_lengths(lengths: Iterable[int]) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from seqpar.errors import KernelInputError
 from seqpar.kernels.merge_lse import merge_lse
 from tests.tolerances import relative_error
 
+merge_lse_triton = pytest.importorskip("seqpar.kernels.merge_lse_triton").merge_lse_triton
+
 
 def softmax_part(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     scores = torch.einsum("bthk,bshk->bths", q, k)
@@ -17,8 +21,13 @@ def softmax_part(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.einsum("bths,bshv->bthv", (scores - lse[..., None]).exp(), v), lse
 
 
+Merge = Callable[..., tuple[Tensor, Tensor]]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("merge", [merge_lse, merge_lse_triton])
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_parts_merge_to_the_whole(scale: float) -> None:
+def test_parts_merge_to_the_whole(scale: float, merge: Merge) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(2, n, 3, 16, generator=generator, dtype=torch.float64) for n in (9, 40, 40)
@@ -28,19 +37,21 @@ def test_parts_merge_to_the_whole(scale: float) -> None:
     lse = torch.full((2, 9, 3), -torch.inf)
     for part in (slice(0, 7), slice(7, 30), slice(30, 40)):
         part_out, part_lse = softmax_part(q * scale, k[:, part], v[:, part])
-        out, lse = merge_lse(out, lse, part_out.float(), part_lse.float())
+        parts = (x.float().to(DEVICE) for x in (out, lse, part_out, part_lse))
+        out, lse = merge(*parts)
     assert relative_error(out, ref_out) < 3e-6
     assert relative_error(lse, ref_lse) < 1e-6
 
 
-def test_rows_that_saw_no_key_add_nothing() -> None:
+@pytest.mark.parametrize("merge", [merge_lse, merge_lse_triton])
+def test_rows_that_saw_no_key_add_nothing(merge: Merge) -> None:
     out, lse = torch.ones(1, 2, 1, 4), torch.tensor([[[0.5], [-torch.inf]]])
     out[:, 1] = 0.0
     empty, empty_lse = torch.zeros(1, 2, 1, 4), torch.full((1, 2, 1), -torch.inf)
     kept = out.clone()
-    merged, merged_lse = merge_lse(out, lse, empty, empty_lse)
-    assert torch.equal(merged, kept)
-    assert torch.equal(merged_lse, lse)
+    merged, merged_lse = merge(*(x.to(DEVICE) for x in (out, lse, empty, empty_lse)))
+    assert torch.equal(merged.cpu(), kept)
+    assert torch.equal(merged_lse.cpu(), lse)
     assert torch.equal(out, kept)
 
 

@@ -16,8 +16,8 @@ from seqpar.mesh import GroupPool
 from seqpar.ops.state import state_attention
 from seqpar.ops.state_exchange import EXCHANGES
 from seqpar.ops.state_job import StateJob
+from seqpar.ops.state_lightning import LightningMixer, fixed_on_host
 from seqpar.ops.state_local import RankPart
-from seqpar.ops.state_mixer import LightningMixer, fixed_on_host
 from seqpar.ops.state_steps import backward_steps, forward_steps
 from tests.ops.cases import BOUNDS, DECAYS, Stream, Truth, layouts, make_stream, truth
 from tests.ranks import run_ranks
@@ -106,8 +106,8 @@ def test_what_has_decayed_is_left_out_exactly(decay: tuple[float, ...], exchange
     expected = truth(stream, LONG)
     for world_size in (2, 3, 7):
         for kind, layout in layouts(LONG, world_size).items():
-            part = RankPart(LightningMixer(stream.log_decay, on_host=decay), layout, 1)
-            assert part.adds_later == (max(decay) < -1)
+            mixer = LightningMixer(stream.log_decay, on_host=decay)
+            assert RankPart(mixer, layout, 1).adds_later == (max(decay) < -1)
             with comm.count_traffic() as traffic:
                 found = _simulated(stream, layout, exchange, truncate=True)
             _check(found, expected, f"{decay}, {kind}, W={world_size}")

@@ -33,6 +33,7 @@ __all__ = [
     "attend_chunked",
     "key_value_state_chunked",
     "query_grad_state_chunked",
+    "step_recurrent",
 ]
 
 CHUNK = 64
@@ -192,8 +193,11 @@ def attend_backward_chunked(
     cu_seqlens: Tensor | None,
     entry_state: Tensor | None,
     exit_state_grad: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv in the inputs' dtype; dlog_decay [B, T, H] float32 if the decay is per token."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """dq, dk, dv in the inputs' dtype; dlog_decay [B, T, H] float32 if the decay is per token.
+
+    Last, the gradient of the entry states [S, H, K, V].
+    """
     decays = _Decays(log_decay, q)
     entries = _new_states(k, v, cu_seqlens, entry_state)
     exit_grads = _new_states(k, v, cu_seqlens, exit_state_grad)
@@ -207,7 +211,7 @@ def attend_backward_chunked(
             k_c, v_c = _heads_first(start, stop, k, v)
             chunk_states.append(state)
             state = _pass_on(state, k_c, v_c, decays.chunk(sequence.rows, start, stop))
-        grad = exit_grads[sequence.states]
+        grad = exit_grads[sequence.states].clone()
         crossing = (state * grad).sum((-2, -1))
         for (start, stop), entry in zip(
             reversed(sequence.chunks()), reversed(chunk_states), strict=True
@@ -220,10 +224,27 @@ def attend_backward_chunked(
             if dreach is not None and dreach_c is not None:
                 dreach[:, start:stop] = dreach_c.transpose(1, 2)
             grad = _pass_back(grad, inputs[0], inputs[3], decay)
+        exit_grads[sequence.states] = grad
         if dreach is not None and dlog is not None:
             tail = dreach[:, sequence.start : sequence.stop].double().flip(1).cumsum(1).flip(1)
             dlog[:, sequence.start : sequence.stop] = tail + crossing[:, None]
-    return dq, dk, dv, dlog
+    return dq, dk, dv, dlog, exit_grads
+
+
+def step_recurrent(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Token by token from a state that is kept as it is: o [B, T, H, V], and the new state."""
+    state = state.to(state_dtype(q.dtype))
+    o = torch.empty_like(v)
+    for t in range(q.shape[1]):
+        update = k[:, t, :, :, None].to(state.dtype) * v[:, t, :, None, :].to(state.dtype)
+        if log_decay is not None:
+            decay = log_decay if log_decay.ndim == 1 else log_decay[:, t]
+            state = state * decay.to(state.dtype).exp()[..., None, None]
+        state = state + update
+        o[:, t] = torch.matmul(q[:, t, :, None, :].to(state.dtype), state)[..., 0, :]
+    return o, state if q.shape[1] else state.clone()
 
 
 def _chunk_gradients(

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from seqpar.errors import KernelInputError
-from seqpar.kernels.lightning import chunked
+from seqpar.kernels.lightning import dispatch
+from seqpar.kernels.lightning.dispatch import LocalStates
 from seqpar.kernels.lightning.inputs import check_inputs, check_state, state_dtype
 
 __all__ = [
@@ -43,6 +44,8 @@ class Summary:
     """[S, H, K, V] float32: the result for zero in."""
     log_transition: Tensor
     """[S, H] float32: the total log decay, <= 0."""
+    local_states: LocalStates | None = None
+    """What `attend` and `attend_backward` can use again; private to the kernels."""
 
 
 def lightning_attention(
@@ -107,33 +110,38 @@ class _LightningAttention(torch.autograd.Function):
         cu_seqlens: Tensor | None,
         return_final_state: bool,
     ) -> tuple[Tensor, Tensor | None]:
+        o, final_state, ctx.local_states = dispatch.forward(
+            q, k, v, log_decay, cu_seqlens, initial_state, return_final_state
+        )
         ctx.save_for_backward(q, k, v, log_decay, initial_state)
         ctx.cu_seqlens = cu_seqlens
         ctx.set_materialize_grads(False)
-        o, final_state = chunked.attend_chunked(
-            q, k, v, log_decay=log_decay, cu_seqlens=cu_seqlens, entry_state=initial_state
-        )
-        return o, final_state if return_final_state else None
+        return o, final_state
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, initial_state = ctx.saved_tensors
         do, dfinal = grads
-        if do is None:
-            do = torch.zeros_like(v)
-        options = {"log_decay": log_decay, "cu_seqlens": ctx.cu_seqlens}
-        dq, dk, dv, dlog_decay = chunked.attend_backward_chunked(
-            q, k, v, do, **options, entry_state=initial_state, exit_state_grad=dfinal
+        do = torch.zeros_like(v) if do is None else do
+        needs = dispatch.Needs(
+            decay_grad=ctx.needs_input_grad[3], entry_grad=ctx.needs_input_grad[4]
         )
-        dinitial = None
-        if ctx.needs_input_grad[4]:
-            dinitial = chunked.query_grad_state_chunked(q, do, **options)
-            if dfinal is not None:
-                log_transition = _log_transition(q, log_decay, ctx.cu_seqlens)
-                dinitial += log_transition.exp()[..., None, None] * dfinal
-            dinitial = dinitial.to(initial_state.dtype)
-        if dlog_decay is not None:
+        dq, dk, dv, dlog_decay, dinitial = dispatch.backward(
+            (q, k, v, do),
+            log_decay,
+            ctx.cu_seqlens,
+            initial_state,
+            dfinal,
+            states=ctx.local_states,
+            grad_states=None,
+            needs=needs,
+        )
+        if dlog_decay is not None and log_decay is not None:
             dlog_decay = dlog_decay.to(log_decay.dtype)
+        if not needs.entry_grad or initial_state is None:
+            return dq, dk, dv, dlog_decay, None, None, None
+        if dinitial is not None:
+            dinitial = dinitial.to(initial_state.dtype)
         return dq, dk, dv, dlog_decay, dinitial, None, None
 
 
@@ -147,8 +155,8 @@ def key_value_summary(
     """
     check_inputs(k, v, log_decay=log_decay, cu_seqlens=cu_seqlens)
     with torch.no_grad():
-        state = chunked.key_value_state_chunked(k, v, log_decay=log_decay, cu_seqlens=cu_seqlens)
-        return Summary(state, _log_transition(k, log_decay, cu_seqlens))
+        state, local = dispatch.summary(k, v, log_decay, cu_seqlens, reverse=False)
+        return Summary(state, _log_transition(k, log_decay, cu_seqlens), local)
 
 
 def attend(
@@ -170,9 +178,7 @@ def attend(
     _check_summary(summary, k, v, cu_seqlens)
     check_state(entry_state, k, v, _num_sequences(k, cu_seqlens))
     with torch.no_grad():
-        return chunked.attend_chunked(
-            q, k, v, log_decay=log_decay, cu_seqlens=cu_seqlens, entry_state=entry_state
-        )[0]
+        return dispatch.attend(q, k, v, log_decay, cu_seqlens, entry_state, summary.local_states)
 
 
 def query_grad_summary(
@@ -184,8 +190,8 @@ def query_grad_summary(
     """
     check_inputs(q, do, log_decay=log_decay, cu_seqlens=cu_seqlens)
     with torch.no_grad():
-        grad = chunked.query_grad_state_chunked(q, do, log_decay=log_decay, cu_seqlens=cu_seqlens)
-        return Summary(grad, _log_transition(q, log_decay, cu_seqlens))
+        grad, local = dispatch.summary(q, do, log_decay, cu_seqlens, reverse=True)
+        return Summary(grad, _log_transition(q, log_decay, cu_seqlens), local)
 
 
 def attend_backward(
@@ -217,16 +223,17 @@ def attend_backward(
     for state in (entry_state, exit_state_grad):
         check_state(state, k, v, _num_sequences(k, cu_seqlens))
     with torch.no_grad():
-        return chunked.attend_backward_chunked(
-            q,
-            k,
-            v,
-            do,
-            log_decay=log_decay,
-            cu_seqlens=cu_seqlens,
-            entry_state=entry_state,
-            exit_state_grad=exit_state_grad,
+        dq, dk, dv, dlog_decay, _ = dispatch.backward(
+            (q, k, v, do),
+            log_decay,
+            cu_seqlens,
+            entry_state,
+            exit_state_grad,
+            states=summary.local_states,
+            grad_states=grad_summary.local_states,
+            needs=dispatch.Needs(decay_grad=True, entry_grad=False),
         )
+        return dq, dk, dv, dlog_decay
 
 
 def lightning_step(
@@ -245,18 +252,7 @@ def lightning_step(
     check_inputs(k, v, queries=q, log_decay=log_decay, cu_seqlens=None)
     check_state(state, k, v, k.shape[0])
     with torch.no_grad():
-        outs = []
-        for t in range(q.shape[1]):
-            update = k[:, t, :, :, None].to(state.dtype) * v[:, t, :, None, :].to(state.dtype)
-            if log_decay is not None:
-                decay = log_decay if log_decay.ndim == 1 else log_decay[:, t]
-                update += state * decay.exp()[..., None, None]
-            else:
-                update += state
-            state = update
-            outs.append(torch.matmul(q[:, t, :, None, :].to(state.dtype), state)[..., 0, :])
-        o = torch.stack(outs, 1).to(v.dtype) if outs else torch.empty_like(v)
-        return o, state
+        return dispatch.step(q, k, v, state, log_decay)
 
 
 def _num_sequences(k: Tensor, cu_seqlens: Tensor | None) -> int:

@@ -126,5 +126,5 @@ def _check_cu_seqlens(cu_seqlens: Tensor, keys: Tensor) -> None:
     for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
         if stop <= start:
             raise KernelInputError(
-                f"cu_seqlens must increase, document {index} is {start}:{stop}: leave out empty ones"
+                f"cu_seqlens must increase, document {index} is {start}:{stop}: leave it out"
             )

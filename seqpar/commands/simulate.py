@@ -1,0 +1,107 @@
+"""`seqpar simulate`: play lengths through the planner and its baselines, on any cluster size."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from seqpar.errors import PlanError
+
+if TYPE_CHECKING:
+    from seqpar.planners.simulate import Simulation
+
+
+def command(
+    lengths: Annotated[
+        str | None,
+        typer.Argument(
+            help="Sequence lengths: one a line, a JSON list, or .npy.", metavar="LENGTHS"
+        ),
+    ] = None,
+    cost: Annotated[
+        str, typer.Option(help="flexsp-7b, flexsp-13b, flexsp-30b, or a cost file (JSON).")
+    ] = "",
+    histogram: Annotated[str, typer.Option(help="A length histogram (JSON) instead.")] = "",
+    devices: Annotated[
+        str, typer.Option(help="Cluster sizes, as 64,256,1024; at most 4096.")
+    ] = "64,256,1024",
+    devices_per_node: Annotated[int, typer.Option(help="Devices that share a node.")] = 8,
+    memory_gib: Annotated[
+        float, typer.Option(help="Memory of each device that plans may use (presets: 28).")
+    ] = 0.0,
+    batches: Annotated[int, typer.Option(help="Batches to play at each size.")] = 4,
+    sequences_per_device: Annotated[float, typer.Option(help="Sets the batch size.")] = 8.0,
+    context_tokens: Annotated[
+        int, typer.Option(help="Longest document of the run: longer ones are dropped.")
+    ] = 0,
+    noise: Annotated[
+        float, typer.Option(help="How far group times are off their prediction: 0.1 for 10%.")
+    ] = 0.0,
+    time_limit_ms: Annotated[float, typer.Option(help="Work allowed for each plan.")] = 200.0,
+    plot: Annotated[str, typer.Option(help="Draw rates and speed-ups to this file.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Play a length file or histogram through the planner and baselines on modelled clusters."""
+    from seqpar.commands.plan import load_cost, make_cluster
+    from seqpar.planners import Planner
+    from seqpar.planners.histogram import LengthHistogram
+    from seqpar.planners.lengths import read_lengths
+    from seqpar.planners.simulate import batches_of, simulate
+
+    if bool(lengths) == bool(histogram):
+        raise PlanError("give a file of lengths, or --histogram FILE: one of the two")
+    try:
+        sizes = [int(part) for part in devices.split(",") if part.strip()]
+    except ValueError:
+        raise PlanError(f"--devices takes integers, as 64,256; got {devices!r}") from None
+    source = LengthHistogram.load(histogram) if histogram else read_lengths(lengths or "")
+    model = load_cost(cost)
+    result = simulate(
+        batches_of(source, batches=batches),
+        make_cluster(max([1, *sizes]), devices_per_node, memory_gib, "", cost),
+        model,
+        devices=sizes,
+        sequences_per_device=sequences_per_device,
+        context_tokens=context_tokens or None,
+        noise=noise,
+        planner=Planner(time_limit_ms=time_limit_ms),
+    )
+    if plot:
+        from seqpar.planners.plot import plot_simulation
+
+        plot_simulation(result, plot)
+    if as_json:
+        typer.echo(json.dumps(result.to_json()))
+    else:
+        _print(result)
+
+
+def _print(result: Simulation) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="simulated steps (means over batches)")
+    names = sorted({name for row in result.rows for name in row.forecast.speedup})
+    headings = ["devices", "step ms", "tokens/s", "idle", "gap", "plan ms"]
+    headings += ["step ms, noisy"] if result.noise else []
+    for heading in (*headings, *(f"over {name}" for name in names)):
+        table.add_column(heading, justify="right")
+    for row in result.rows:
+        expected = row.forecast
+        cells = [
+            str(row.devices),
+            f"{expected.step_ms.mean:.0f}",
+            f"{expected.tokens_per_second.mean:,.0f}",
+            f"{expected.idle_share.mean:.1%}",
+            f"{row.gap.mean:.1%}",
+            f"{row.solve_ms.mean:.0f}",
+        ]
+        if row.noisy_step_ms:
+            cells.append(f"{row.noisy_step_ms.mean:.0f}")
+        for name in names:
+            found = expected.speedup.get(name)
+            cells.append(f"{found.mean:.2f}" if found else "-")
+        table.add_row(*cells)
+    Console().print(table)

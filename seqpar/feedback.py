@@ -1,0 +1,43 @@
+"""Measured times feed back into planning: a cost model that is corrected as steps run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from seqpar.data import PlannedStep
+from seqpar.planners import CostModel
+from seqpar.training import StepResult
+
+__all__ = ["CostFeedback"]
+
+Observation = tuple[int, tuple[int, ...], float]
+"""(degree, lengths of the group's documents in tokens, measured ms)."""
+
+
+class CostFeedback:
+    """The calibrated cost model, corrected by every group that has run since.
+
+    Plans that were made before a step ended (they are made ahead) do not know it yet.
+
+    Args:
+        calibrated: the constants to start from.
+        observations: those of an earlier part of the run, from a checkpoint.
+    """
+
+    def __init__(self, calibrated: CostModel, observations: Sequence[Observation] = ()) -> None:
+        self.calibrated = calibrated
+        self.observations = [(d, tuple(lengths), ms) for d, lengths, ms in observations]
+        self.cost = self._corrected()
+
+    def observe(self, planned: PlannedStep, result: StepResult, lengths: Sequence[int]) -> None:
+        """Learn from one step; `lengths` are those of all documents, by index."""
+        for micro_batch, times in zip(planned.plan.micro_batches, result.group_ms, strict=True):
+            for group, ms in zip(micro_batch.groups, times, strict=True):
+                held = tuple(lengths[planned.documents[i]] for i in group.sequences)
+                self.observations.append((group.degree, held, ms))
+        self.cost = self._corrected()
+
+    def _corrected(self) -> CostModel:
+        if not self.observations:
+            return self.calibrated
+        return self.calibrated.corrected(self.observations)

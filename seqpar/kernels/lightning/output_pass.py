@@ -1,0 +1,243 @@
+# ruff: noqa: SIM102, SIM108
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+"""The one pass that makes outputs, and with its roles exchanged every gradient.
+
+Legend: N rows of all sequences, M segments, S sequences, H heads, C tokens of a chunk; x, y, z
+play q, k, v: [N, H, DX], [N, H, DX], [N, H, DZ], and the state is [DX, DZ], carried transposed.
+
+    forward in time    w_i = exp(G_i) x_i A + sum_(j<=i) exp(G_i - G_j) (x_i . y_j) z_j
+    backward in time   w_i = exp(G_end - G_i) x_i E + sum_(j>=i) exp(G_j - G_i) (x_i . y_j) z_j
+
+    o  = (x, y, z) = (q, k, v) forward        dv = (k, q, do) backward
+    dq = (do, v, k) forward                   dk = (v, do, q) backward
+
+G is the running sum of log decays within a chunk, A the state that enters it, E the gradient of
+the state that leaves it. Every exponent that is used is <= 0.
+
+The transposed form zᵀ (...) is what fits the matrix units: the state stays in the accumulator
+registers of 128 x 128 products, is rounded there to the left operand of (state)ᵀ xᵀ, and never
+passes through shared memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from seqpar.kernels.lightning.decays import head_decay, load_last, load_reach
+from seqpar.kernels.lightning.state_pass import decayed, load_tile
+
+__all__ = ["output_pass_kernel"]
+
+
+@triton.jit
+def _entry_product(b_S, b_x, PRECISION: tl.constexpr):
+    """Sᵀ xᵀ [DZ, C]. In float16 the state, which may exceed 65504, is scaled down and up again."""
+    if b_x.dtype == tl.float16:
+        top = tl.max(tl.max(tl.abs(b_S), 1), 0)
+        scale = tl.exp2(-tl.maximum(tl.ceil(tl.log2(tl.maximum(top, 1e-30))) - 14.0, 0.0))
+        return tl.dot((b_S * scale).to(b_x.dtype), tl.trans(b_x)) / scale
+    return tl.dot(b_S.to(b_x.dtype), tl.trans(b_x), input_precision=PRECISION)
+
+
+@triton.jit
+def _chunk(
+    b_S, b_x, b_y, b_z, b_u, num_tokens, log2_decay, b_reach, last,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, TAIL: tl.constexpr, GRAD: tl.constexpr,
+    C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One chunk: wᵀ [DZ, C], the state behind it, and the gradient of G if GRAD; all float32.
+
+    With GRAD, u [C, DZ] is the tensor whose gradient w is. Pairs within the chunk add a row sum
+    minus a column sum of the same numbers, which cancel exactly for pairs that cross no token.
+    """
+    o_c = tl.arange(0, C)
+    if TAIL:
+        m_row = (o_c < num_tokens)[:, None]
+        b_y = tl.where(m_row, b_y, 0.0).to(b_y.dtype)
+        b_z = tl.where(m_row, b_z, 0.0).to(b_z.dtype)
+        if GRAD:
+            b_u = tl.where(m_row, b_u, 0.0).to(b_u.dtype)
+    b_P = tl.dot(b_y, tl.trans(b_x), input_precision=PRECISION)  # [j, i]
+    b_w = _entry_product(b_S, b_x, PRECISION)
+    if REVERSE:
+        m_pair = o_c[:, None] >= o_c[None, :]
+    else:
+        m_pair = o_c[:, None] <= o_c[None, :]
+    if DECAY == 0:
+        b_P = tl.where(m_pair, b_P, 0.0)
+    else:
+        if DECAY == 1:
+            b_reach = (o_c + 1).to(tl.float32) * log2_decay
+        b_back = tl.exp2(b_reach)
+        b_ahead = tl.exp2(tl.minimum(last - b_reach, 0.0) if TAIL else last - b_reach)
+        b_gap = b_reach[:, None] - b_reach[None, :]
+        if not REVERSE:
+            b_gap = -b_gap
+        b_P = b_P * tl.exp2(tl.where(m_pair, b_gap, -float("inf")))
+        b_w = b_w * (b_ahead if REVERSE else b_back)[None, :]
+    b_dreach = 0.0
+    if GRAD:
+        b_uT = tl.trans(b_u)
+        b_dreach = tl.sum(b_w * b_uT.to(tl.float32), 0)
+        if not REVERSE:
+            b_pairs = b_P * tl.dot(b_z, b_uT, input_precision=PRECISION)
+            b_dreach += tl.sum(b_pairs, 0) - tl.sum(b_pairs, 1)
+    b_w = tl.dot(tl.trans(b_z), b_P.to(b_z.dtype), b_w, input_precision=PRECISION)
+    if DECAY > 0:
+        b_S = b_S * tl.exp2(last)
+        b_factor = b_back if REVERSE else b_ahead
+        if TAIL:
+            b_factor = tl.where(o_c < num_tokens, b_factor, 0.0)
+        b_y = decayed(b_y, b_factor)
+    b_S = tl.dot(tl.trans(b_z), b_y, b_S, input_precision=PRECISION)
+    return b_w, b_S, b_dreach
+
+
+@triton.jit
+def _run_tail(
+    d_x, d_y, d_z, d_u, p_w, d_reach, p_reach, stride_reach,
+    p_dreach, b_S, row, slot, stop, log2_decay,
+    i_h, i_z, H, N, DX, DZ,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, GRAD: tl.constexpr, FLAT: tl.constexpr,
+    C: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The last chunk of a segment, with fewer than C tokens: the rows behind it are another's."""
+    b_x = load_tile(d_x, row, i_h, 0, DX, C, BX, FLAT)
+    b_y = load_tile(d_y, row, i_h, 0, DX, C, BX, FLAT)
+    b_z = load_tile(d_z, row, i_h, i_z * BZ, DZ, C, BZ, FLAT)
+    b_u = b_z
+    if GRAD:
+        b_u = load_tile(d_u, row, i_h, i_z * BZ, DZ, C, BZ, FLAT)
+    b_reach = load_reach(d_reach, slot, i_h, C, DECAY)
+    last = (stop - row) * log2_decay
+    if DECAY == 2:
+        last = load_last(p_reach, slot, i_h, stride_reach, C, DECAY)
+    b_w, b_S, b_dreach = _chunk(
+        b_S, b_x, b_y, b_z, b_u, stop - row, log2_decay, b_reach, last,
+        DECAY, REVERSE, True, GRAD, C, PRECISION,
+    )  # fmt: skip
+    o_row = row + tl.arange(0, C)
+    o_z = i_z * BZ + tl.arange(0, BZ)[None, :]
+    p_out = p_w + (o_row.to(tl.int64) * H + i_h)[:, None] * DZ + o_z
+    tl.store(p_out, tl.trans(b_w.to(b_x.dtype)), mask=(o_row < stop)[:, None] & (o_z < DZ))
+    if GRAD:
+        o_dreach = (i_z * H + i_h).to(tl.int64) * N + o_row
+        tl.store(p_dreach + o_dreach, b_dreach, mask=o_row < stop)
+    return b_S
+
+
+@triton.jit
+def _run_segment(
+    d_x, d_y, d_z, d_u, d_w, p_w, p_decay, d_reach, p_reach, stride_reach,
+    p_dreach, b_S, start, stop, i_m,
+    i_h, i_z, H, N, DX, DZ,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, GRAD: tl.constexpr, FLAT: tl.constexpr,
+    C: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Run through the chunks of a segment in time order; returns the state that leaves it."""
+    num_full = (stop - start) // C
+    row_tail = start + num_full * C
+    first_slot = start // C + i_m
+    log2_decay = head_decay(p_decay, i_h, DECAY)
+    if REVERSE:
+        if row_tail < stop:
+            b_S = _run_tail(
+                d_x, d_y, d_z, d_u, p_w, d_reach, p_reach, stride_reach,
+                p_dreach, b_S,
+                row_tail, first_slot + num_full, stop, log2_decay,
+                i_h, i_z, H, N, DX, DZ, DECAY, REVERSE, GRAD, FLAT, C, BX, BZ, PRECISION,
+            )  # fmt: skip
+    first_chunk = tl.maximum(num_full - 1, 0) if REVERSE else 0
+    next_last = load_last(p_reach, first_slot + first_chunk, i_h, stride_reach, C, DECAY)
+    for i in tl.range(0, num_full, num_stages=STAGES):
+        i_c = num_full - 1 - i if REVERSE else i
+        row = start + i_c * C
+        b_x = load_tile(d_x, row, i_h, 0, DX, C, BX, FLAT)
+        b_y = load_tile(d_y, row, i_h, 0, DX, C, BX, FLAT)
+        b_z = load_tile(d_z, row, i_h, i_z * BZ, DZ, C, BZ, FLAT)
+        b_u = b_z
+        if GRAD:
+            b_u = load_tile(d_u, row, i_h, i_z * BZ, DZ, C, BZ, FLAT)
+        b_reach = load_reach(d_reach, first_slot + i_c, i_h, C, DECAY)
+        last = C * log2_decay
+        if DECAY == 2:
+            last = next_last
+            next_chunk = tl.maximum(i_c - 1, 0) if REVERSE else i_c + 1
+            next_last = load_last(p_reach, first_slot + next_chunk, i_h, stride_reach, C, DECAY)
+        b_w, b_S, b_dreach = _chunk(
+            b_S, b_x, b_y, b_z, b_u, C, log2_decay, b_reach, last,
+            DECAY, REVERSE, False, GRAD, C, PRECISION,
+        )  # fmt: skip
+        b_out = tl.trans(b_w.to(b_x.dtype))
+        if FLAT:
+            d_w.store([row, i_h * DZ + i_z * BZ], b_out)
+        else:
+            d_w.store([row, i_h, i_z * BZ], b_out.reshape(C, 1, BZ))
+        if GRAD:
+            o_dreach = (i_z * H + i_h).to(tl.int64) * N + row + tl.arange(0, C)
+            tl.store(p_dreach + o_dreach, b_dreach)
+    if not REVERSE:
+        if row_tail < stop:
+            b_S = _run_tail(
+                d_x, d_y, d_z, d_u, p_w, d_reach, p_reach, stride_reach,
+                p_dreach, b_S,
+                row_tail, first_slot + num_full, stop, log2_decay,
+                i_h, i_z, H, N, DX, DZ, DECAY, REVERSE, GRAD, FLAT, C, BX, BZ, PRECISION,
+            )  # fmt: skip
+    return b_S
+
+
+@triton.jit
+def output_pass_kernel(
+    d_x, d_y, d_z, d_u, d_w, p_w, p_decay, d_reach, p_reach, stride_reach,
+    p_totals, p_dreach, p_states, p_initial,
+    p_final, p_bounds, p_sequence, p_first, p_order, H, N, DX, DZ, stride_x, stride_z,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, GRAD: tl.constexpr, FLAT: tl.constexpr,
+    SCAN: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """w of every segment. Grid: (M * H, tiles of DZ); the longest segments start first.
+
+    FLAT descriptors see rows of all heads, [N, H * D]; the others [N, H, D]. With SCAN, `states`
+    is what each segment adds, and a program sums what the segments before its own add to
+    `initial`; otherwise `states` is what enters each segment.
+    Example, C = 2, fixed decay 1/2, x = y = z = 1, nothing enters: w = 1, 3/2, 7/4, ...
+    """
+    i_z, i_h = tl.program_id(1), tl.program_id(0) % H
+    i_m = tl.load(p_order + tl.program_id(0) // H)
+    start, stop = tl.load(p_bounds + i_m), tl.load(p_bounds + i_m + 1)
+    i_s = tl.load(p_sequence + i_m)
+    first, end = tl.load(p_first + i_s), tl.load(p_first + i_s + 1)
+    o_z = i_z * BZ + tl.arange(0, BZ)[:, None]
+    o_x = tl.arange(0, BX)[None, :]
+    m_S = (o_z < DZ) & (o_x < DX)
+    o_S = o_z * stride_z + o_x * stride_x
+    o_sequence = (i_s * H + i_h).to(tl.int64) * DX * DZ
+    b_S = tl.zeros([BZ, BX], tl.float32)
+    if p_initial is not None:
+        b_S += tl.load(p_initial + o_sequence + o_S, mask=m_S, other=0.0)
+    if SCAN:
+        num_before = end - 1 - i_m if REVERSE else i_m - first
+        for i in range(0, num_before):
+            i_p = end - 1 - i if REVERSE else first + i
+            if DECAY == 1:
+                tokens = tl.load(p_bounds + i_p + 1) - tl.load(p_bounds + i_p)
+                b_S = b_S * tl.exp2(tokens.to(tl.float32) * head_decay(p_decay, i_h, DECAY))
+            elif DECAY == 2:
+                b_S = b_S * tl.exp2(tl.load(p_totals + i_p * H + i_h))
+            o_state = (i_p * H + i_h).to(tl.int64) * DX * DZ
+            b_S += tl.load(p_states + o_state + o_S, mask=m_S, other=0.0)
+    elif p_states is not None:
+        o_state = (i_m * H + i_h).to(tl.int64) * DX * DZ
+        b_S += tl.load(p_states + o_state + o_S, mask=m_S, other=0.0)
+    b_S = _run_segment(
+        d_x, d_y, d_z, d_u, d_w, p_w, p_decay, d_reach, p_reach, stride_reach,
+        p_dreach, b_S, start, stop, i_m,
+        i_h, i_z, H, N, DX, DZ, DECAY, REVERSE, GRAD, FLAT, C, BX, BZ, STAGES, PRECISION,
+    )  # fmt: skip
+    if p_final is not None:
+        if i_m == (first if REVERSE else end - 1):
+            tl.store(p_final + o_sequence + o_S, b_S, mask=m_S)

@@ -1,0 +1,301 @@
+"""States between segments: what each segment adds, and what enters each one.
+
+Legend: M segments, S sequences, H heads, K key dim, V value dim, C tokens of a chunk, D a head
+dim; `y` and `z` are the two inputs of an outer product, k and v or, backward in time, q and do.
+
+    forward in time    U = sum_j exp(G_end - G_j)  y_jᵀ z_j        (k, v: adds to the state)
+    backward in time   U = sum_i exp(G_i - G_begin) y_iᵀ z_i       (q, do: adds to its gradient)
+
+with G the running sum of log decays. Under a fixed decay only tokens that are not decayed below
+2^-32 are read: what lies further back is lost in float32 anyway.
+"""
+
+# ruff: noqa: SIM102
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from seqpar.kernels.lightning.decays import Decays, head_decay, load_reach
+from seqpar.kernels.lightning.segments import Segments
+from seqpar.kernels.lightning.tuning import Config, padded
+
+__all__ = [
+    "can_be_flat",
+    "decayed",
+    "descriptor",
+    "enter_segments",
+    "load_tile",
+    "precision",
+    "segment_states",
+]
+
+REACH_BITS = tl.constexpr(32.0)
+
+
+@triton.jit
+def decayed(b_y, b_factor):
+    """b_y [C, D] times b_factor [C], rounded once: half precision stays packed in registers.
+
+    The factor is split into two parts of the dtype; a fused multiply-add rounds their sum.
+    """
+    if b_y.dtype == tl.float32:
+        return b_y * b_factor[:, None]
+    b_high = b_factor.to(b_y.dtype)
+    b_low = (b_factor - b_high.to(tl.float32)).to(b_y.dtype)
+    return tl.fma(b_y, tl.broadcast_to(b_high[:, None], b_y.shape), b_y * b_low[:, None])
+
+
+@triton.jit
+def load_tile(d_x, row, i_h, column, D, C: tl.constexpr, B: tl.constexpr, FLAT: tl.constexpr):
+    """[C, B] of head i_h. Without the reshape, products take their left operand from shared memory
+    and not through registers: FLAT wants heads side by side and D a power of two.
+    """
+    if FLAT:
+        return d_x.load([row, i_h * D + column])
+    else:
+        return d_x.load([row, i_h, column]).reshape(C, B)
+
+
+@triton.jit
+def _add_chunk(
+    b_U, b_y, b_z, distance, num_tokens, log2_decay, b_reach, last,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, TAIL: tl.constexpr,
+    C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """U plus the chunk's yᵀ z, decayed to the segment's near end.
+
+    `distance` is how much log2 decay lies between the chunk and that end.
+    """
+    o_c = tl.arange(0, C)
+    if TAIL:
+        b_z = tl.where((o_c < num_tokens)[:, None], b_z, 0.0).to(b_z.dtype)
+        b_y = tl.where((o_c < num_tokens)[:, None], b_y, 0.0).to(b_y.dtype)
+    if DECAY > 0:
+        if DECAY == 1:
+            b_reach = tl.minimum(o_c + 1, num_tokens).to(tl.float32) * log2_decay
+        b_factor = tl.exp2(distance + (b_reach if REVERSE else last - b_reach))
+        if TAIL:
+            b_factor = tl.where(o_c < num_tokens, b_factor, 0.0)
+        b_y = decayed(b_y, b_factor)
+    return tl.dot(tl.trans(b_y), b_z, b_U, input_precision=PRECISION)
+
+
+@triton.jit
+def _add_tail(
+    b_U, d_y, d_z, d_reach, row, slot, num_tokens, distance, log2_decay, i_h, i_v, K, V,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, FLAT: tl.constexpr, C: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """U plus the last chunk of a segment, which has fewer than C tokens, and its log2 decay."""
+    b_y = load_tile(d_y, row, i_h, 0, K, C, BK, FLAT)
+    b_z = load_tile(d_z, row, i_h, i_v * BV, V, C, BV, FLAT)
+    b_reach = load_reach(d_reach, slot, i_h, C, DECAY)
+    last = tl.min(b_reach, 0) if DECAY == 2 else num_tokens * log2_decay
+    b_U = _add_chunk(
+        b_U, b_y, b_z, distance, num_tokens, log2_decay, b_reach, last,
+        DECAY, REVERSE, True, C, PRECISION,
+    )  # fmt: skip
+    return b_U, last
+
+
+@triton.jit
+def segment_states_kernel(
+    d_y, d_z, p_decay, d_reach, p_windows, p_states, p_list, p_bounds, H, K, V,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, FLAT: tl.constexpr, C: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """states[m] = U of segment m, for the listed segments.
+
+    Grid: (listed segments * H, value tiles). Example, C = 2, fixed decay 1/2, three tokens with
+    y = z = 1: U = 1/4 + 1/2 + 1 forward in time, 1/2 + 1/4 + 1/8 backward.
+    """
+    i_v, i_h = tl.program_id(1), tl.program_id(0) % H
+    i_m = tl.load(p_list + tl.program_id(0) // H)
+    start, stop = tl.load(p_bounds + i_m), tl.load(p_bounds + i_m + 1)
+    num_full = (stop - start) // C
+    row_tail = start + num_full * C
+    first_slot = start // C + i_m
+    log2_decay = head_decay(p_decay, i_h, DECAY)
+    num_chunks = num_full
+    if DECAY == 1:
+        span = REACH_BITS / tl.maximum(-log2_decay, 1e-6)
+        num_chunks = tl.minimum(num_full, (span / C).to(tl.int32) + 1)
+    elif DECAY == 2:
+        num_chunks = tl.minimum(num_full, tl.load(p_windows + i_m * H + i_h))
+    b_U = tl.zeros([BK, BV], tl.float32)
+    distance = 0.0
+    if not REVERSE:
+        if row_tail < stop:
+            b_U, last = _add_tail(
+                b_U, d_y, d_z, d_reach, row_tail, first_slot + num_full, stop - row_tail, distance,
+                log2_decay, i_h, i_v, K, V, DECAY, REVERSE, FLAT, C, BK, BV, PRECISION,
+            )  # fmt: skip
+            distance += last
+    for i in tl.range(0, num_chunks, num_stages=STAGES):
+        i_c = i if REVERSE else num_full - 1 - i
+        row = start + i_c * C
+        b_y = load_tile(d_y, row, i_h, 0, K, C, BK, FLAT)
+        b_z = load_tile(d_z, row, i_h, i_v * BV, V, C, BV, FLAT)
+        b_reach = load_reach(d_reach, first_slot + i_c, i_h, C, DECAY)
+        last = tl.min(b_reach, 0) if DECAY == 2 else C * log2_decay
+        b_U = _add_chunk(
+            b_U, b_y, b_z, distance, C, log2_decay, b_reach, last,
+            DECAY, REVERSE, False, C, PRECISION,
+        )  # fmt: skip
+        distance += last
+    if REVERSE:
+        if (row_tail < stop) & (num_chunks == num_full):
+            b_U, last = _add_tail(
+                b_U, d_y, d_z, d_reach, row_tail, first_slot + num_full, stop - row_tail, distance,
+                log2_decay, i_h, i_v, K, V, DECAY, REVERSE, FLAT, C, BK, BV, PRECISION,
+            )  # fmt: skip
+    o_k = tl.arange(0, BK)[:, None]
+    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    p_U = p_states + (i_m * H + i_h).to(tl.int64) * K * V + o_k * V + o_v
+    tl.store(p_U, b_U, mask=(o_k < K) & (o_v < V))
+
+
+@triton.jit
+def enter_segments_kernel(
+    p_states, p_entries, p_initial, p_final, p_decay, p_totals, p_bounds, p_first, H, KV,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """entries[m] = the state that enters segment m when `initial`, or zero, enters its sequence.
+
+    final[s], if asked for, is what leaves the last segment (backward in time: the first).
+    Grid: (tiles of K * V, H, S).
+    """
+    i_h, i_s = tl.program_id(1), tl.program_id(2)
+    o_kv = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_kv = o_kv < KV
+    first, end = tl.load(p_first + i_s), tl.load(p_first + i_s + 1)
+    o_sequence = (i_s * H + i_h).to(tl.int64) * KV + o_kv
+    b_state = tl.zeros([BLOCK], tl.float32)
+    if p_initial is not None:
+        b_state += tl.load(p_initial + o_sequence, mask=m_kv, other=0.0)
+    log2_decay = head_decay(p_decay, i_h, DECAY)
+    for i in tl.range(0, end - first, num_stages=4):
+        i_m = end - 1 - i if REVERSE else first + i
+        o_m = (i_m * H + i_h).to(tl.int64) * KV
+        tl.store(p_entries + o_m + o_kv, b_state, mask=m_kv)
+        need = m_kv
+        if p_final is None:
+            need = m_kv & (o_kv * 0 + i < end - first - 1)
+        b_U = tl.load(p_states + o_m + o_kv, mask=need, other=0.0)
+        if DECAY == 1:
+            tokens = tl.load(p_bounds + i_m + 1) - tl.load(p_bounds + i_m)
+            b_state = b_state * tl.exp2(tokens.to(tl.float32) * log2_decay)
+        elif DECAY == 2:
+            b_state = b_state * tl.exp2(tl.load(p_totals + i_m * H + i_h))
+        b_state += b_U
+    if p_final is not None:
+        tl.store(p_final + o_sequence, b_state, mask=m_kv)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How the matrix units multiply: float32 inputs in three tf32 products, half as they are."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def can_be_flat(*tensors: Tensor) -> bool:
+    """Whether each tensor's heads lie side by side and fill their tiles."""
+    return all(x.stride(2) == x.shape[3] == padded(x.shape[3]) for x in tensors)
+
+
+def descriptor(x: Tensor, chunk: int, columns: int, *, flat: bool) -> Any:
+    """A window of `chunk` rows and `columns` of one head on x [B, T, H, D]; zero outside."""
+    batch, tokens, heads, dim = x.shape
+    rows = batch * tokens
+    if flat:
+        return TensorDescriptor(x, [rows, heads * dim], [x.stride(1), 1], [chunk, columns])
+    strides = [x.stride(1), x.stride(2), 1]
+    return TensorDescriptor(x, [rows, heads, dim], strides, [chunk, 1, columns])
+
+
+def segment_states(
+    y: Tensor,
+    z: Tensor,
+    decays: Decays,
+    segments: Segments,
+    config: Config,
+    *,
+    reverse: bool,
+    every: bool,
+) -> Tensor:
+    """[M, H, K, V] float32: what each segment adds. Unless `every`, only where another needs it."""
+    heads, key_dim, value_dim = y.shape[2], y.shape[3], z.shape[3]
+    states = y.new_empty(segments.count, heads, key_dim, value_dim, dtype=torch.float32)
+    needed = segments.with_predecessor if reverse else segments.with_successor
+    if every:
+        needed = segments.by_length
+    if len(needed) == 0:
+        return states
+    tile_k, tile_v = padded(key_dim), config.value_tile
+    flat = can_be_flat(y, z)
+    segment_states_kernel[(len(needed) * heads, triton.cdiv(value_dim, tile_v))](
+        descriptor(y, config.chunk, tile_k, flat=flat),
+        descriptor(z, config.chunk, tile_v, flat=flat),
+        decays.per_head,
+        decays.descriptor(config.chunk),
+        decays.windows_back if reverse else decays.windows_ahead,
+        states,
+        needed,
+        segments.bounds,
+        heads,
+        key_dim,
+        value_dim,
+        DECAY=decays.kind,
+        REVERSE=reverse,
+        FLAT=flat,
+        C=config.chunk,
+        BK=tile_k,
+        BV=tile_v,
+        STAGES=min(config.num_stages, 3),
+        PRECISION=precision(y.dtype),
+        num_warps=config.num_warps,
+    )
+    return states
+
+
+def enter_segments(
+    states: Tensor,
+    decays: Decays,
+    segments: Segments,
+    *,
+    initial: Tensor | None = None,
+    reverse: bool,
+    return_final: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Entry states [M, H, K, V] for `initial` or zero in; the exit states [S, H, K, V] if asked."""
+    _, heads, key_dim, value_dim = states.shape
+    entries = torch.empty_like(states)
+    final = None
+    if return_final:
+        final = states.new_empty(segments.num_sequences, heads, key_dim, value_dim)
+    block = 1024
+    grid = (triton.cdiv(key_dim * value_dim, block), heads, segments.num_sequences)
+    enter_segments_kernel[grid](
+        states,
+        entries,
+        initial,
+        final,
+        decays.per_head,
+        decays.totals,
+        segments.bounds,
+        segments.first,
+        heads,
+        key_dim * value_dim,
+        DECAY=decays.kind,
+        REVERSE=reverse,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return entries, final

@@ -1,0 +1,49 @@
+"""Which tile sizes the lightning kernels run with: one configuration per shape, no search.
+
+Every line was earned by a measurement on one H200 (docs/lightning.md, "What was tried").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+__all__ = ["Config", "configuration", "padded", "with_gradient"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of one pass. A chunk is what one loop step works on."""
+
+    chunk: int
+    """Tokens of a chunk."""
+    value_tile: int
+    """Columns of the state that one program carries; the key dim is never split."""
+    num_warps: int
+    num_stages: int
+    """Chunks in flight: shared memory holds this many of each input."""
+    programs_per_sm: int
+    """How many programs one multiprocessor runs at a time; decides how long segments are."""
+
+
+def padded(dim: int) -> int:
+    """The power of two, at least 16, that holds a head dim."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def configuration(key_dim: int, value_dim: int, dtype: torch.dtype) -> Config:
+    """The configuration for states of [key_dim, value_dim] and inputs of the dtype."""
+    key, value = padded(key_dim), padded(value_dim)
+    if dtype == torch.float32:
+        return Config(32 if max(key, value) <= 128 else 16, min(value, 32), 4, 2, 2)
+    if key > 128:
+        return Config(64, min(value, 64), 8, 2, 1)
+    if max(key, value) > 64:
+        return Config(64, min(value, 128), 8, 4, 1)
+    return Config(64, value, 4, 3, 2)
+
+
+def with_gradient(config: Config) -> Config:
+    """The configuration of a pass that also carries the gradient of the decays and its tensor."""
+    return replace(config, num_stages=min(config.num_stages, 3))

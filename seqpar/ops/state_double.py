@@ -1,0 +1,104 @@
+"""The exchange in rounds of doubling distance.
+
+Legend: B batch, H heads, K key dim, V value dim, L links, W ranks.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from seqpar import comm
+from seqpar.ops.state_chain import LinkState, decayed
+from seqpar.ops.state_scan import Entries, Scan, select_heads
+from seqpar.ops.steps import Steps, Swap
+
+__all__ = ["log_step_states"]
+
+
+def log_step_states(scan: Scan) -> Steps[Entries]:
+    """Rounds of doubling distance: after round i a link knows the 2^i links before it.
+
+    A link sends the sum of the 2^i links that end with it, its own among them, to the link 2^i
+    after it, wherever its document still goes on. Bytes received per rank: for each of its links
+    and each round in which something reaches it, 4 * B * (H' * K * V + H if the decay is per
+    token), H' the heads that have not decayed on the way.
+
+    Source: Hillis and Steele, Data parallel algorithms, 1986; exclusive form.
+    """
+    links = scan.chain.links
+    before: dict[int, LinkState] = {}
+    distance = 1
+    while distance < len(links):
+        sends: list[tuple[int, Tensor]] = []
+        recvs: list[tuple[int, Tensor]] = []
+        arriving: list[tuple[int, list[int] | None, Tensor]] = []
+        for index in scan.own_links:
+            if scan.reaches(index, index + distance):
+                heads = _heads_or_skip(scan, index, index + distance, saved=False)
+                if heads is None or heads:
+                    part = scan.of_heads(heads)
+                    message = part.pack(_inclusive(scan, index, before.get(index), heads))
+                    sends.append((links[index + distance].rank, message))
+            if scan.reaches(index - distance, index):
+                heads = _heads_or_skip(scan, index - distance, index, saved=True)
+                if heads is None or heads:
+                    message = scan.of_heads(heads).new_message()
+                    recvs.append((links[index - distance].rank, message))
+                    arriving.append((index, heads, message))
+        if sends or recvs:
+            yield Swap(sends, recvs)
+        for index, heads, message in arriving:
+            found = scan.of_heads(heads).unpack(index - distance, message)
+            before[index] = _extended(scan, index, before.get(index), found, heads, distance)
+        distance *= 2
+    return {index: item.state for index, item in before.items()}
+
+
+def _heads_or_skip(scan: Scan, source: int, target: int, *, saved: bool) -> list[int] | None:
+    heads = scan.heads_between(source, target)
+    if saved and heads is not None:
+        state = scan.like.state
+        left_out = state.shape[1] - len(heads)
+        comm.report_saved("log_step", state[:, 0].numel() * state.element_size() * left_out)
+    return heads
+
+
+def _inclusive(
+    scan: Scan, link: int, before: LinkState | None, heads: list[int] | None
+) -> LinkState:
+    """The links that end with this one, as one: its own state and what it passes on."""
+    own = scan.own[link]
+    state, transition = own.state, own.log_transition
+    if before is not None and scan.chain.links[link].passes:
+        state = state + decayed(before.state, transition)
+        if transition is not None and before.log_transition is not None:
+            transition = transition + before.log_transition
+    if heads is None:
+        return LinkState(state, transition)
+    return LinkState(select_heads(state, heads), None)
+
+
+def _extended(
+    scan: Scan,
+    link: int,
+    before: LinkState | None,
+    found: LinkState,
+    heads: list[int] | None,
+    distance: int,
+) -> LinkState:
+    """The links before this one, and the ones before those."""
+    if before is None:
+        return found
+    if scan.known is None:
+        gap, moved = before.log_transition, decayed(found.state, before.log_transition)
+        total = None if gap is None or found.log_transition is None else gap + found.log_transition
+        return LinkState(before.state + moved, total)
+    between = [scan.known(index) for index in range(link - distance + 1, link)]
+    gap = None
+    for transition in between:
+        gap = transition if gap is None or transition is None else gap + transition
+    if heads is None:
+        return LinkState(before.state + decayed(found.state, gap), None)
+    state = before.state.clone()
+    state[:, heads] += decayed(found.state, None if gap is None else select_heads(gap, heads))
+    return LinkState(state, None)

@@ -1,0 +1,244 @@
+"""FlexSP's bucketed mixed-integer programme in PuLP (arXiv 2412.01523, equations 5 to 22).
+
+Virtual groups: devices / d copies of every degree d, each chosen or not. Sequences are replaced
+by buckets (`buckets`), of which each group takes an integer count; every member costs as much as
+its bucket's longest. The programme minimises the end of the slowest chosen group. It checks the
+anytime planner, and polishes its plans offline; it is no way to plan a running step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from seqpar.errors import PlanError
+from seqpar.planners.batch import SortedBatch
+from seqpar.planners.buckets import optimal_buckets
+from seqpar.planners.improve import improve
+from seqpar.planners.packing import Packing, makespan
+from seqpar.planners.plan import ScatterPlan, to_plan
+from seqpar.planners.problem import ScatterProblem
+
+if TYPE_CHECKING:
+    import pulp
+
+__all__ = ["ExactResult", "polish", "solve_exact"]
+
+BUCKETS = 16
+_ALIASES = {"cbc": "PULP_CBC_CMD", "highs": "HiGHS", "scip": "SCIP_PY"}
+
+
+@dataclass(frozen=True)
+class ExactResult:
+    """What the programme found for one micro-batch.
+
+    Args:
+        packing: (degree line, members of the sorted batch) a group; None if nothing was found.
+        makespan_ms: of that packing with exact lengths; infinite if nothing was found.
+        objective_ms: the programme's own objective, lengths rounded up to their buckets.
+        bound_ms: the solver's proven bound on the objective; None if it does not tell (CBC). A
+            bound on the exact problem too only if `exact_lengths`.
+        exact_lengths: every bucket holds one length, so that nothing was rounded.
+        solve_ms: wall-clock, building the model included.
+    """
+
+    packing: Packing | None
+    makespan_ms: float
+    objective_ms: float
+    bound_ms: float | None
+    exact_lengths: bool
+    solve_ms: float
+
+    @property
+    def gap(self) -> float | None:
+        """(objective - bound) / bound; None without a bound."""
+        return None if not self.bound_ms else self.objective_ms / self.bound_ms - 1
+
+
+def solve_exact(
+    batch: SortedBatch,
+    members: Sequence[int],
+    *,
+    solver: str = "HiGHS",
+    time_limit_s: float = 10.0,
+    buckets: int = BUCKETS,
+) -> ExactResult:
+    """The programme's groups for one micro-batch.
+
+    Args:
+        batch, members: the sorted batch, and which of its sequences form the micro-batch.
+        solver: HiGHS, CBC, or any other solver that PuLP knows by name and finds installed.
+        time_limit_s: for the solver; building the model comes on top.
+        buckets: how many lengths to tell apart; as many as there are lengths makes it exact.
+
+    Raises:
+        PlanError: an unknown solver, or one that is not installed.
+    """
+    start = time.perf_counter()
+    backend = _solver(solver, time_limit_s)
+    with warnings.catch_warnings():
+        # PuLP 3.3.2 announces version 4's names; the ones used here work throughout 3.3.
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        model = _Programme(batch, members, buckets)
+        model.problem.solve(backend)
+    packing = model.packing()
+    elapsed = (time.perf_counter() - start) * 1e3
+    found_ms = makespan(batch, packing) if packing else math.inf
+    objective = float(model.problem.objective.value()) if packing else math.inf
+    return ExactResult(packing, found_ms, objective, model.bound(), model.exact, elapsed)
+
+
+def polish(
+    problem: ScatterProblem,
+    plan: ScatterPlan,
+    *,
+    solver: str = "HiGHS",
+    time_limit_s: float = 10.0,
+    buckets: int = BUCKETS,
+) -> ScatterPlan:
+    """The plan with each micro-batch's groups replaced by the programme's where those are better.
+
+    `source` becomes "exact" if any was. Baselines are kept; bounds are to be attached again.
+    """
+    start = time.perf_counter()
+    batch = SortedBatch.of(problem)
+    position = {index: k for k, index in enumerate(batch.order)}
+    line_of = {line.degree: d for d, line in enumerate(batch.degree_lines)}
+    packings, better = [], False
+    for micro_batch in plan.micro_batches:
+        current: Packing = [
+            (line_of[group.degree], [position[index] for index in group.sequences])
+            for group in micro_batch.groups
+        ]
+        members = sorted(k for _, group in current for k in group)
+        found = solve_exact(
+            batch, members, solver=solver, time_limit_s=time_limit_s, buckets=buckets
+        )
+        best = improve(batch, found.packing, max_steps=200) if found.packing else current
+        if makespan(batch, best) < micro_batch.makespan_ms * (1 - 1e-12):
+            current, better = best, True
+        packings.append(current)
+    polished = to_plan(problem, batch, packings, source="exact" if better else plan.source)
+    elapsed = (time.perf_counter() - start) * 1e3
+    return replace(polished, baselines=plan.baselines, solve_ms=plan.solve_ms + elapsed)
+
+
+class _Programme:
+    """Variables and constraints; names follow the paper's symbols."""
+
+    def __init__(self, batch: SortedBatch, members: Sequence[int], buckets: int) -> None:
+        import pulp
+
+        self.batch = batch
+        lengths = [batch.tokens[k] for k in members]
+        self.buckets = [
+            (longest, [members[i] for i in inside])
+            for longest, inside in optimal_buckets(lengths, buckets)
+        ]
+        self.exact = all(
+            batch.tokens[k] == longest for longest, inside in self.buckets for k in inside
+        )
+        lines = batch.degree_lines
+        self.groups = [
+            d for d, line in enumerate(lines) for _ in range(batch.devices // line.degree)
+        ]
+        self.problem = pulp.LpProblem("scatter", pulp.LpMinimize)
+        self.end = pulp.LpVariable("C", lowBound=0)
+        self.chosen = [pulp.LpVariable(f"m_{p}", cat="Binary") for p in range(len(self.groups))]
+        self.count = [
+            [self._count(q, p) for p in range(len(self.groups))] for q in range(len(self.buckets))
+        ]
+        self.problem += self.end
+        for p, d in enumerate(self.groups):
+            self._group(p, d)
+        devices = [lines[d].degree * self.chosen[p] for p, d in enumerate(self.groups)]
+        self.problem += pulp.lpSum(devices) <= batch.devices, "devices"
+        for q, (_, inside) in enumerate(self.buckets):
+            held = [count for count in self.count[q] if count is not None]
+            self.problem += pulp.lpSum(held) == len(inside), f"all_of_bucket_{q}"
+
+    def _count(self, q: int, p: int) -> pulp.LpVariable | None:
+        """How many of bucket q the group takes; None if it cannot hold one."""
+        import pulp
+
+        longest, inside = self.buckets[q]
+        if longest > self.batch.degree_lines[self.groups[p]].capacity:
+            return None
+        return pulp.LpVariable(f"A_{q}_{p}", 0, len(inside), cat="Integer")
+
+    def _group(self, p: int, d: int) -> None:
+        import pulp
+
+        line = self.batch.degree_lines[d]
+        held = [
+            (count, longest)
+            for row, (longest, _) in zip(self.count, self.buckets, strict=True)
+            if (count := row[p]) is not None
+        ]
+        work = [
+            (line.quadratic * longest**2 + line.linear * longest) * count for count, longest in held
+        ]
+        self.problem += (
+            pulp.lpSum(work) + line.fixed * self.chosen[p] <= self.end,
+            f"time_{p}",
+        )
+        tokens = [longest * count for count, longest in held]
+        self.problem += (
+            pulp.lpSum(tokens) <= line.capacity * self.chosen[p],
+            f"memory_{p}",
+        )
+
+    def packing(self) -> Packing | None:
+        """The groups of the solution; None if the solver found none."""
+        waiting = [list(inside) for _, inside in self.buckets]
+        packing: Packing = []
+        for p, d in enumerate(self.groups):
+            taken: list[int] = []
+            for q, row in enumerate(self.count):
+                variable = row[p]
+                if variable is None:
+                    continue
+                if variable.varValue is None:
+                    return None
+                amount = round(variable.varValue)
+                taken += waiting[q][:amount]
+                waiting[q] = waiting[q][amount:]
+            if taken:
+                packing.append((d, sorted(taken)))
+        if any(waiting) or not self._valid(packing):
+            return None
+        return packing
+
+    def _valid(self, packing: Packing) -> bool:
+        lines, tokens = self.batch.degree_lines, self.batch.tokens
+        used = sum(lines[d].degree for d, _ in packing)
+        fits = all(sum(tokens[k] for k in group) <= lines[d].capacity for d, group in packing)
+        return fits and used <= self.batch.devices
+
+    def bound(self) -> float | None:
+        """HiGHS's own proven bound; other solvers do not report theirs through PuLP."""
+        model: Any = getattr(self.problem, "solverModel", None)
+        if model is None or not hasattr(model, "getInfo"):
+            return None
+        bound = float(model.getInfo().mip_dual_bound)
+        return bound if math.isfinite(bound) and bound > 0 else None
+
+
+def _solver(name: str, time_limit_s: float) -> Any:
+    import pulp
+
+    wanted = _ALIASES.get(name.lower(), name)
+    known = {solver.lower(): solver for solver in pulp.listSolvers()}
+    if wanted.lower() not in known:
+        raise PlanError(f"PuLP knows no solver {name!r}: choose one of {', '.join(known.values())}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        backend = pulp.getSolver(known[wanted.lower()], msg=False, timeLimit=time_limit_s)
+        if not backend.available():
+            installed = ", ".join(pulp.listSolvers(onlyAvailable=True))
+            raise PlanError(f"the solver {name} is not installed; PuLP finds {installed}")
+    return backend

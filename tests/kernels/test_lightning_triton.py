@@ -1,0 +1,172 @@
+"""The Triton kernels against the float64 references: interpreted here, compiled on a GPU.
+
+The interpreter is slow and cannot multiply bfloat16 matrices, so the sizes are small and half
+precision is float16; tests marked `gpu` run bfloat16 and the real tile sizes.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from seqpar.kernels.lightning import dispatch, lightning_attention
+from seqpar.kernels.lightning.reference import recurrent_attention
+from tests.kernels.test_lightning import DECAYS, leaves, make_inputs, packed
+from tests.tolerances import assert_close
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NEEDS = dispatch.Needs(decay_grad=True, entry_grad=True)
+
+
+def on_device(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: None if x is None else x.to(DEVICE) for name, x in inputs.items()}
+
+
+def check(
+    inputs: dict[str, Tensor | None],
+    *,
+    cu_seqlens: Tensor | None = None,
+    dtype: torch.dtype,
+    decay_grad_dtype: torch.dtype | None = None,
+) -> None:
+    """Outputs, exit states and every gradient of the Triton path against autograd in fp64."""
+    theirs = leaves(inputs)
+    ref_o, ref_final = recurrent_attention(**theirs, cu_seqlens=cu_seqlens)
+    generator = torch.Generator().manual_seed(1)
+    do = torch.randn(ref_o.shape, generator=generator, dtype=torch.float64).to(dtype)
+    dfinal = torch.randn(ref_final.shape, generator=generator)
+    torch.autograd.backward([ref_o, ref_final], [do.double(), dfinal.double()])
+    here = on_device(inputs)
+    q, k, v, log_decay, initial = here.values()
+    o, final, states = dispatch.triton_forward(q, k, v, log_decay, cu_seqlens, initial, True)
+    assert states is not None
+    assert_close(o, ref_o, what="o", dtype=dtype)
+    assert_close(final, ref_final, what="final_state", dtype=dtype, dim=0)
+    grads = dispatch.triton_backward(
+        (q, k, v, do.to(DEVICE)),
+        log_decay,
+        cu_seqlens,
+        initial,
+        dfinal.to(DEVICE),
+        states=states,
+        grad_states=None,
+        needs=NEEDS,
+    )
+    for name, grad in zip(theirs, grads, strict=True):
+        reference = theirs[name].grad if theirs[name] is not None else None
+        if reference is not None:
+            dim = 0 if name == "initial_state" else 1
+            assert grad is not None, name
+            as_dtype = decay_grad_dtype or dtype if name == "log_decay" else dtype
+            assert_close(grad, reference, what=f"d{name}", dtype=as_dtype, dim=dim)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_outputs_states_and_gradients(decay: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(decay=decay, batch=2, tokens=70, heads=2, dtype=dtype, value_dim=32)
+    check(inputs, dtype=dtype)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_packed_documents_in_several_segments(decay: str) -> None:
+    lengths = (1, 33, 200, 31)
+    inputs = make_inputs(
+        decay=decay, batch=1, tokens=sum(lengths), heads=1, sequences=4, dtype=torch.float32
+    )
+    check(inputs, cu_seqlens=packed(lengths), dtype=torch.float32)
+
+
+def test_head_dims_that_no_tile_fits() -> None:
+    inputs = make_inputs(
+        decay="fixed", batch=1, tokens=40, heads=2, key_dim=18, value_dim=35, dtype=torch.float32
+    )
+    check(inputs, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("decay", ["fixed", "token"])
+def test_decays_that_underflow_within_a_chunk_stay_finite(decay: str) -> None:
+    inputs = make_inputs(
+        decay=decay, batch=1, tokens=200, heads=1, dtype=torch.float32, strongest=-60.0
+    )
+    # Where hardly anything crosses a token, its decay's gradient is a difference of large sums.
+    check(inputs, dtype=torch.float32, decay_grad_dtype=torch.float16)
+
+
+def test_a_float16_state_may_exceed_the_range_of_float16() -> None:
+    inputs = make_inputs(decay="none", batch=1, tokens=130, heads=1, dtype=torch.float16)
+    inputs["initial_state"] *= 3e5
+    inputs["q"] *= 1e-3
+    q, k, v, log_decay, initial = on_device(inputs).values()
+    o, _, _ = dispatch.triton_forward(q, k, v, log_decay, None, initial, False)
+    assert_close(o, recurrent_attention(**inputs)[0], what="o")
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_the_pieces_make_the_whole(decay: str) -> None:
+    inputs = make_inputs(decay=decay, batch=1, tokens=280, heads=1, dtype=torch.float32)
+    theirs = leaves(inputs)
+    ref_o, ref_final = recurrent_attention(**theirs)
+    q, k, v, log_decay, entry = on_device(inputs).values()
+    final, states = dispatch.triton_summary(k, v, log_decay, None, reverse=False)
+    total = {"none": 0.0, "fixed": None, "token": None}[decay]
+    if total is None:
+        total = (log_decay * 280 if log_decay.ndim == 1 else log_decay.sum((0, 1))).double()
+        total = total.exp()[:, None, None]
+    else:
+        total = 1.0
+    assert_close(final.double() + total * entry, ref_final, what="exit", dim=0, dtype=q.dtype)
+    o = dispatch.attend(q, k, v, log_decay, None, entry, states)
+    assert_close(o, ref_o, what="o", dtype=q.dtype)
+    do, dexit = torch.randn_like(o), torch.randn_like(entry)
+    torch.autograd.backward([ref_o, ref_final], [do.double().cpu(), dexit.double().cpu()])
+    _, grad_states = dispatch.triton_summary(q, do, log_decay, None, reverse=True)
+    grads = dispatch.backward(
+        (q, k, v, do), log_decay, None, entry, dexit,
+        states=states, grad_states=grad_states, needs=NEEDS,
+    )  # fmt: skip
+    for name, grad in zip(theirs, grads, strict=True):
+        if theirs[name] is not None and theirs[name].grad is not None:
+            dim = 0 if name == "initial_state" else 1
+            assert_close(grad, theirs[name].grad, what=f"d{name}", dtype=q.dtype, dim=dim)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_decoding_steps(decay: str) -> None:
+    from seqpar.kernels.lightning.step import step_triton
+
+    inputs = make_inputs(decay=decay, tokens=3, dtype=torch.float32)
+    q, k, v, log_decay, state = on_device(inputs).values()
+    kept = state.clone()
+    o, new_state = step_triton(q, k, v, state, log_decay)
+    ref_o, ref_state = recurrent_attention(**inputs)
+    assert_close(o, ref_o, what="o")
+    assert_close(new_state, ref_state, what="state", dim=0)
+    assert torch.equal(state, kept)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("dims", [(128, 128), (64, 64), (256, 256), (96, 80), (20, 128)])
+def test_bfloat16_at_real_sizes(decay: str, dims: tuple[int, int]) -> None:
+    lengths = (5, 700, 1, 1294)
+    inputs = make_inputs(
+        decay=decay, batch=1, tokens=2000, heads=2, key_dim=dims[0], value_dim=dims[1],
+        sequences=4, dtype=torch.bfloat16,
+    )  # fmt: skip
+    check(inputs, cu_seqlens=packed(lengths), dtype=torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_the_public_function_on_a_gpu() -> None:
+    inputs = make_inputs(decay="token", tokens=500, key_dim=64, value_dim=64, dtype=torch.float32)
+    here = {name: x.cuda().requires_grad_() for name, x in inputs.items()}
+    theirs = leaves(inputs)
+    o, final = lightning_attention(**here, return_final_state=True)
+    ref_o, ref_final = recurrent_attention(**theirs)
+    (o.square().sum() + final.sum()).backward()
+    (ref_o.square().sum() + ref_final.sum()).backward()
+    for name, leaf in here.items():
+        assert_close(leaf.grad, theirs[name].grad, what=name, dim=0 if leaf.ndim == 4 else 1)

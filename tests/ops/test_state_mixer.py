@@ -1,0 +1,144 @@
+"""The mixer interface: layers that the package does not have, scattered by what they give."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from seqpar.errors import LayoutError
+from seqpar.layout import SequenceLayout
+from seqpar.ops.state import scatter_mixer
+from seqpar.ops.state_exchange import EXCHANGES
+from seqpar.ops.state_job import StateJob
+from seqpar.ops.state_local import RankPart
+from seqpar.ops.state_mixer import AutogradMixer, Inputs, Summary
+from seqpar.ops.state_steps import backward_steps, forward_steps
+from tests.ops.cases import BOUNDS, layouts
+from tests.ranks import run_ranks
+from tests.simulator import simulate
+from tests.tolerances import assert_close
+
+H, K, V = 2, 3, 4
+
+
+@dataclass(frozen=True)
+class GatedMixer(AutogradMixer):
+    """Gated linear attention: a decay for every key dim (vector), or none (identity).
+
+    S_t = diag(exp(g_t)) S_(t-1) + k_tᵀ v_t, o_t = q_t S_t, token by token.
+    """
+
+    gated: bool
+
+    def state_shape(self, inputs: Inputs) -> tuple[int, ...]:
+        return (H, K, V)
+
+    def transition_dims(self) -> int | None:
+        return 2 if self.gated else None
+
+    def empty_output(self, inputs: Inputs) -> Tensor:
+        return torch.empty_like(inputs[2])
+
+    def summarize(self, inputs: Inputs, cu_seqlens: Tensor | None) -> Summary:
+        _, states, logs = self._run(inputs, None, cu_seqlens)
+        return Summary(states, logs if self.gated else None)
+
+    def output(
+        self, inputs: Inputs, summary: Summary, entry: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        return self._run(inputs, entry, cu_seqlens)[0]
+
+    def _run(
+        self, inputs: Inputs, entry: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = inputs[:3]
+        gate = inputs[3] if self.gated else torch.zeros_like(k)
+        rows, tokens = q.shape[:2]
+        bounds = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
+        outs, states, logs = [], [], []
+        for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            state = q.new_zeros(rows, H, K, V)
+            if entry is not None:
+                state = entry if cu_seqlens is None else entry[index : index + 1]
+            for t in range(start, stop):
+                update = k[:, t, :, :, None] * v[:, t, :, None]
+                state = gate[:, t].exp()[..., None] * state + update
+                outs.append((q[:, t, :, :, None] * state).sum(-2))
+            states.append(state)
+            logs.append(gate[:, start:stop].sum(1))
+        return torch.stack(outs, 1), torch.cat(states), torch.cat(logs)
+
+
+def _stream(n: int, gated: bool, batch: int) -> tuple[Tensor, ...]:
+    shapes = [(batch, n, H, K), (batch, n, H, K), (batch, n, H, V)]
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    if gated:
+        tensors.append(-torch.rand(batch, n, H, K, dtype=torch.float64))
+    return tuple(tensors)
+
+
+def _truth(
+    mixer: GatedMixer, stream: tuple[Tensor, ...], do: Tensor, bounds: tuple[int, ...]
+) -> tuple[Tensor, ...]:
+    leaves = [x.clone().requires_grad_() for x in stream]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    outs = [
+        mixer._run(tuple(x[row : row + 1] for x in leaves), None, cu_seqlens)[0]
+        for row in range(do.shape[0])
+    ]
+    o = torch.cat(outs)
+    return (o.detach(), *torch.autograd.grad(o, leaves, do))
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["vector", "identity"])
+@pytest.mark.parametrize("exchange", sorted(EXCHANGES))
+def test_a_foreign_mixer_is_scattered_exactly(exchange: str, gated: bool) -> None:
+    mixer = GatedMixer(gated)
+    for name, batch in (("one document", 2), ("packed", 1)):
+        bounds = BOUNDS[name]
+        stream = _stream(bounds[-1], gated, batch)
+        do = torch.randn(batch, bounds[-1], H, V, dtype=torch.float64)
+        expected = _truth(mixer, stream, do, bounds)
+        for layout in layouts(bounds, 4).values():
+            ranks = range(4)
+            inputs = [tuple(layout.shard(x, r) for x in stream) for r in ranks]
+            jobs = [StateJob(RankPart(mixer, layout, r), exchange, False) for r in ranks]
+            done = simulate([forward_steps(jobs[r], inputs[r], None) for r in ranks])
+            back = simulate(
+                [backward_steps(jobs[r], done[r].kept, layout.shard(do, r), None) for r in ranks]
+            )
+            found = [layout.unshard([done[r].o for r in ranks])]
+            for index in range(len(stream)):
+                found.append(layout.unshard([back[r][0][index] for r in ranks]))
+            for x, ref in zip(found, expected, strict=True):
+                assert_close(x, ref, what=f"{name}, {exchange}")
+
+
+def _on_rank(rank: int, stream: tuple[Tensor, ...], do: Tensor) -> tuple[Tensor, ...]:
+    layout = SequenceLayout.zigzag(BOUNDS["packed"], 2)
+    leaves = [layout.shard(x, rank).requires_grad_() for x in stream]
+    o, _ = scatter_mixer(GatedMixer(True), *leaves, layout=layout, group=dist.group.WORLD)
+    with pytest.raises(LayoutError, match="does not compute heads apart"):
+        scatter_mixer(
+            GatedMixer(True),
+            *leaves,
+            layout=layout,
+            group=dist.group.WORLD,
+            exchange="all_to_all",
+        )
+    return (o.detach(), *torch.autograd.grad(o, leaves, layout.shard(do, rank)))
+
+
+def test_a_foreign_mixer_over_a_process_group() -> None:
+    bounds = BOUNDS["packed"]
+    stream, do = _stream(bounds[-1], True, 1), torch.randn(1, bounds[-1], H, V).double()
+    expected = _truth(GatedMixer(True), stream, do, bounds)
+    parts = run_ranks(2, _on_rank, stream, do)
+    layout = SequenceLayout.zigzag(bounds, 2)
+    for found, ref in zip(zip(*parts, strict=True), expected, strict=True):
+        assert_close(layout.unshard(list(found)), ref, what="foreign mixer")

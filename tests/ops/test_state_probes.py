@@ -1,0 +1,173 @@
+"""What must not happen: states that leak, bytes that the formulas do not have, ranks that hang."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import ceil, log2
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from seqpar import comm
+from seqpar.errors import LayoutError
+from seqpar.layout import SequenceLayout
+from seqpar.ops.state import explain_exchange, state_attention
+from seqpar.ops.state_exchange import EXCHANGES
+from seqpar.ops.state_job import StateJob
+from seqpar.ops.state_lightning import LightningMixer
+from seqpar.ops.state_local import RankPart
+from seqpar.ops.state_steps import forward_steps
+from tests.ops.cases import HEADS, KEY_DIM, VALUE_DIM, Stream, layouts, make_stream
+from tests.ranks import run_ranks
+from tests.simulator import simulate
+
+BOUNDS = (0, 9, 10, 26, 40)
+NAMES = [*sorted(EXCHANGES), "all_to_all"]
+
+
+def _forward(stream: Stream, layout: SequenceLayout, exchange: str) -> Tensor:
+    ranks = range(layout.world_size)
+    mixer = LightningMixer(stream.log_decay)
+    jobs = [StateJob(RankPart(mixer, layout, r), exchange, False) for r in ranks]
+    inputs = [tuple(layout.shard(x, r) for x in stream.tensors) for r in ranks]
+    done = simulate([forward_steps(jobs[r], inputs[r], None) for r in ranks])
+    return layout.unshard([item.o for item in done])
+
+
+@pytest.mark.parametrize("exchange", NAMES)
+def test_a_document_moves_no_other(exchange: str) -> None:
+    stream = make_stream(BOUNDS, "fixed")
+    for layout in layouts(BOUNDS, 4).values():
+        before = _forward(stream, layout, exchange)
+        for start, stop in ((0, 9), (9, 10), (10, 26)):
+            k, v = stream.k.clone(), stream.v.clone()
+            # Not a number shows up wherever it is so much as multiplied by zero.
+            k[:, start:stop], v[:, start:stop] = torch.nan, torch.nan
+            after = _forward(replace(stream, k=k, v=v), layout, exchange)
+            assert torch.equal(after[:, :start], before[:, :start])
+            assert torch.equal(after[:, stop:], before[:, stop:])
+            assert after[:, start:stop].isnan().all()
+
+
+@pytest.mark.parametrize("exchange", NAMES)
+def test_no_token_sees_a_later_one(exchange: str) -> None:
+    bounds = (0, 24)
+    stream = make_stream(bounds, "fixed")
+    for layout in layouts(bounds, 4).values():
+        before = _forward(stream, layout, exchange)
+        for position in (5, 6, 17):
+            k = stream.k.clone()
+            k[:, position] += 1.0
+            after = _forward(replace(stream, k=k), layout, exchange)
+            assert torch.equal(after[:, :position], before[:, :position])
+            assert not torch.equal(after[:, position], before[:, position])
+            assert not torch.equal(after[:, position + 1], before[:, position + 1])
+
+
+# -- bytes ------------------------------------------------------------------------------------
+
+STATE_BYTES = 2 * HEADS * KEY_DIM * VALUE_DIM * 4
+TRANSITION_BYTES = 2 * HEADS * 4
+
+
+def _traffic(rank: int, layout: SequenceLayout) -> dict[str, tuple[comm.Traffic, comm.Traffic]]:
+    found = {}
+    for decay in ("fixed", "per token"):
+        stream = make_stream(layout.cu_seqlens, decay, batch=2, dtype=torch.float32)
+        for exchange in NAMES:
+            leaves = [layout.shard(x, rank).requires_grad_() for x in stream.tensors]
+            q, k, v = leaves[:3]
+            log_decay = leaves[3] if decay == "per token" else stream.log_decay
+            with comm.count_traffic() as forward:
+                o, _ = state_attention(
+                    q,
+                    k,
+                    v,
+                    log_decay=log_decay,
+                    layout=layout,
+                    group=dist.group.WORLD,
+                    exchange=exchange,
+                    truncate=False,
+                    check=False,
+                )
+            # Backward counts where its forward did.
+            seen = comm.Traffic({name: replace(op) for name, op in forward.operations.items()})
+            o.sum().backward()
+            found[f"{decay}, {exchange}"] = (seen, forward)
+    return found
+
+
+def _expected_bytes(layout: SequenceLayout, rank: int, exchange: str, per_token: bool) -> int:
+    """The docstrings' formulas, for one long document over a contiguous layout, forward."""
+    size = layout.world_size
+    message = STATE_BYTES + (TRANSITION_BYTES if per_token else 0)
+    if exchange == "all_gather":
+        return (size - 1) * message
+    if exchange in ("chain", "pipelined_chain"):
+        return STATE_BYTES if rank else 0
+    if exchange == "log_step":
+        return message * (ceil(log2(rank + 1)) if rank else 0)
+    heads = [HEADS * (r + 1) // size - HEADS * r // size for r in range(size)]
+    inputs = 4 * (2 * KEY_DIM + VALUE_DIM + per_token)
+    others = [r for r in range(size) if r != rank]
+    tokens_in = sum(layout.tokens_on(p) for p in others) * heads[rank]
+    tokens_back = layout.tokens_on(rank) * sum(heads[p] for p in others)
+    return 2 * (tokens_in * inputs + tokens_back * VALUE_DIM * 4)
+
+
+def test_counted_bytes_equal_the_formulas() -> None:
+    layout = SequenceLayout.contiguous((0, 61), 5)
+    results = run_ranks(5, _traffic, layout)
+    for rank, found in enumerate(results):
+        for exchange in NAMES:
+            for decay in ("fixed", "per token"):
+                forward, both = found[f"{decay}, {exchange}"]
+                per_token = decay == "per token"
+                expected = _expected_bytes(layout, rank, exchange, per_token)
+                assert forward.received_bytes == expected, (rank, exchange, decay)
+                backward = both.received_bytes - forward.received_bytes
+                if exchange != "all_to_all":
+                    # The same scan reversed: rank r stands where rank W - 1 - r stood.
+                    assert backward == _expected_bytes(layout, 4 - rank, exchange, per_token)
+
+
+# -- refusals ---------------------------------------------------------------------------------
+
+
+def _refused(rank: int) -> list[str]:
+    layout = SequenceLayout.contiguous((0, 8), 2)
+    other = SequenceLayout.contiguous((0, 3, 8), 2)
+    stream = make_stream((0, 8), "none", dtype=torch.float32)
+    q, k, v = (layout.shard(x, rank) for x in stream.tensors)
+    group, messages = dist.group.WORLD, []
+
+    def attend(q: Tensor, layout: SequenceLayout, exchange: str) -> None:
+        with pytest.raises(LayoutError) as caught:
+            state_attention(q, k, v, log_decay=None, layout=layout, group=group, exchange=exchange)
+        messages.append(str(caught.value))
+
+    attend(q[:, : 4 - rank], layout, "auto")
+    attend(q, layout if rank else other, "auto")
+    attend(q, SequenceLayout.contiguous((0, 8), 3), "auto")
+    attend(q, layout, "pigeon")
+    return messages
+
+
+def test_what_does_not_fit_is_refused_on_all_ranks_alike() -> None:
+    for messages in run_ranks(2, _refused):
+        assert "rank 1 has shape (1, 3" in messages[0]
+        assert "not given the same" in messages[1]
+        assert "over 3 ranks, but the group has 2" in messages[2]
+        assert "no exchange 'pigeon'" in messages[3]
+
+
+def test_the_choice_can_be_printed() -> None:
+    layout = SequenceLayout.contiguous((0, 8), 1)
+    stream = make_stream((0, 8), "fixed", dtype=torch.float32)
+    choice = explain_exchange(
+        *stream.tensors, log_decay=stream.log_decay, layout=layout, group=None
+    )
+    assert choice.exchange == "all_gather"
+    assert all(name in str(choice) for name in NAMES)

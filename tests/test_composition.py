@@ -1,0 +1,240 @@
+"""Wrapped models under what training code puts around them, against one device."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from seqpar.adapters.tiny import TINY_VOCABULARY, tiny_model, tiny_stream
+from seqpar.batch import Batch, shard
+from seqpar.errors import UnsupportedModelError
+from seqpar.gradients import reduce_gradients, seed_ranks
+from seqpar.loss import chunked_token_loss, count_targets, token_loss
+from seqpar.parallelize import is_parallelized, parallelize
+from seqpar.parity import check_parity
+from tests.ranks import run_ranks
+from tests.tolerances import MODEL_GRADIENT, MODEL_LOSS, RELATIVE, relative_error
+
+pytest.importorskip("transformers")
+
+# Two micro-batches a step for each data-parallel rank, of different lengths and layouts.
+STEP = {0: [(13, 1, 29, 2, 7), (3, 40)], 1: [(8,), (1, 2, 31)]}
+LAYOUTS = ("contiguous", "zigzag")
+GRAPHS = 10  # whatever the layouts, and for any number of layers: they share code
+
+
+def _mesh() -> Any:
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+
+
+def _batches(model: nn.Module, mesh: Any) -> list[Batch]:
+    dp_rank = mesh.get_local_rank("dp")
+    return [
+        shard(tiny_stream(model, lengths, seed=10 * dp_rank + i), mesh["sp"], layout=LAYOUTS[i])  # type: ignore[arg-type]
+        for i, lengths in enumerate(STEP[dp_rank])
+    ]
+
+
+def _one_device(model: nn.Module) -> tuple[float, dict[str, Tensor], float]:
+    """The step's mean loss over all documents, its gradients and their norm."""
+    nll, targets = torch.zeros(()), 0
+    for dp_rank, micro_batches in STEP.items():
+        for i, lengths in enumerate(micro_batches):
+            stream = tiny_stream(model, lengths, seed=10 * dp_rank + i)
+            for a, b in itertools.pairwise(stream.cu_seqlens):
+                logits = model(input_ids=stream.ids[:, a:b], use_cache=False).logits[0]
+                labels = stream.labels[0, a:b]
+                nll = nll + nn.functional.cross_entropy(logits, labels, reduction="sum")
+                targets += int((labels >= 0).sum())
+    loss = nll / targets
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), gradients, nn.utils.get_total_norm(gradients.values()).item()
+
+
+def _train_step(model: nn.Module, mesh: Any, *, chunked: bool, sharded: bool) -> float:
+    batches = _batches(model, mesh)
+    targets = count_targets(batches, mesh=mesh)
+    total = 0.0
+    for index, batch in enumerate(batches):
+        if sharded:
+            model.set_requires_gradient_sync(index == len(batches) - 1)
+        if chunked:
+            loss = chunked_token_loss(model, batch, mesh=mesh, num_targets=targets)
+        else:
+            loss = token_loss(model(**batch.inputs).logits, batch, mesh=mesh, num_targets=targets)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def _full(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _around(rank: int) -> dict[str, dict[str, Any]]:
+    """Each way to train the same step: loss, gradients, the norm that clipping saw."""
+    mesh = _mesh()
+    flat = init_device_mesh("cpu", (4,), mesh_dim_names=("fsdp",))
+    ways = {
+        "replicated": {},
+        "DDP": {},
+        "fully_shard": {"mesh": flat},
+        "hybrid shard": {"mesh": mesh},
+        "chunked loss": {"mesh": flat},
+    }
+    found = {}
+    for way, options in ways.items():
+        model = parallelize(tiny_model("llama").train(), mesh["sp"])
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        parameters = dict(model.named_parameters())
+        if options:
+            for layer in model.model.layers:
+                fully_shard(layer, **options)
+            fully_shard(model, **options)
+            parameters = dict(model.named_parameters())
+        outer = nn.parallel.DistributedDataParallel(model) if way == "DDP" else model
+        chunked = way == "chunked loss"
+        loss = _train_step(outer, mesh, chunked=chunked, sharded=bool(options))
+        if way == "replicated":
+            reduce_gradients(model, mesh)
+        gradients = {name: _full(p.grad).clone() for name, p in parameters.items()}
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        found[way] = {"loss": loss, "gradients": gradients, "norm": _full(norm).item()}
+    return found
+
+
+def test_every_way_to_train_gives_the_one_device_step() -> None:
+    results = run_ranks(4, _around, timeout_s=120)
+    loss, gradients, norm = _one_device(tiny_model("llama"))
+    for result in results:
+        for way, found in result.items():
+            assert abs(found["loss"] / loss - 1) < MODEL_LOSS, way
+            assert abs(found["norm"] / norm - 1) < MODEL_GRADIENT, way
+            assert found["gradients"].keys() == gradients.keys()
+            for name, gradient in found["gradients"].items():
+                assert relative_error(gradient, gradients[name]) < MODEL_GRADIENT, (way, name)
+
+
+# -- adapters, autocast, compile ------------------------------------------------------------------
+
+
+def _with_lora(rank: int) -> dict[str, int]:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    compared = {}
+    for order in ("wrapped before", "wrapped after"):
+        torch.manual_seed(0)
+        model = tiny_model("llama")
+        if order == "wrapped before":
+            parallelize(model, dist.group.WORLD)
+        model = get_peft_model(model, config)
+        if order == "wrapped after":
+            parallelize(model, dist.group.WORLD)
+        assert is_parallelized(model)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # peft starts it at zero, where half the gradients vanish
+                nn.init.normal_(parameter, std=0.1)
+        batch = shard(tiny_stream(model, (13, 1, 29, 7)), dist.group.WORLD)
+        report = check_parity(model, batch)
+        compared[order] = len(report.gradient_errors)
+    return compared
+
+
+def test_lora_adapters_before_or_after() -> None:
+    for compared in run_ranks(2, _with_lora):
+        assert compared == {"wrapped before": 12, "wrapped after": 12}  # 2 layers x 3 x A and B
+
+
+def _under_autocast(rank: int) -> tuple[Tensor, torch.dtype]:
+    model = parallelize(tiny_model("llama"), dist.group.WORLD)
+    batch = shard(tiny_stream(model, (13, 1, 29, 7)), dist.group.WORLD, layout="zigzag")
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**batch.inputs).logits
+        token_loss(output, batch).backward()
+    reduce_gradients(model, init_device_mesh("cpu", (2,), mesh_dim_names=("sp",)))
+    return model.lm_head.weight.grad, output.dtype
+
+
+def test_autocast_computes_in_bf16_and_agrees() -> None:
+    model = tiny_model("llama")
+    stream = tiny_stream(model, (13, 1, 29, 7))
+    nll = torch.zeros(())
+    for a, b in itertools.pairwise(stream.cu_seqlens):
+        logits = model(input_ids=stream.ids[:, a:b], use_cache=False).logits[0]
+        nll = nll + nn.functional.cross_entropy(logits, stream.labels[0, a:b], reduction="sum")
+    (nll / (50 - 4)).backward()
+    for gradient, dtype in run_ranks(2, _under_autocast):
+        assert dtype == torch.bfloat16
+        error = relative_error(gradient, model.lm_head.weight.grad)
+        assert 1e-4 < error < 6 * RELATIVE[torch.bfloat16]  # several roundings deep
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compile_breaks_at_attention_and_not_for_new_layouts() -> None:
+    """What is compiled is the same on any number of ranks: exchanges stay outside the graphs."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    model = parallelize(tiny_model("llama", num_hidden_layers=1), None)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    graphs = []
+    for lengths in ((13, 1, 29, 7), (5, 6, 7, 8, 9)):
+        batch = shard(tiny_stream(model, lengths), None)
+        token_loss(compiled(**batch.inputs).logits, batch).backward()
+        token_loss(eager(**batch.inputs).logits, batch).backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    for ours, plain in zip(model.parameters(), eager.parameters(), strict=True):
+        assert relative_error(ours.grad, plain.grad) < MODEL_GRADIENT
+    places = sorted(
+        reason.partition("<function ")[2].split()[0] for reason in counters["graph_break"]
+    )
+    assert places == ["_Wrapping.context", "_attend"]  # the call's layout, and every attention
+    assert graphs == [GRAPHS] * 2  # another layout is not another compilation
+
+
+# -- random numbers -------------------------------------------------------------------------------
+
+
+def _with_dropout(rank: int) -> dict[str, Tensor]:
+    mesh = _mesh()
+    model = parallelize(tiny_model("gpt_neox", hidden_dropout=0.5).train(), mesh["sp"])
+    batch = shard(tiny_stream(model, (40,)), mesh["sp"])
+    masks = []
+
+    def keep_mask(module: nn.Module, arguments: Any, output: Tensor) -> None:
+        masks.append(output == 0)
+
+    model.gpt_neox.emb_dropout.register_forward_hook(keep_mask)
+    for seed in (7, 7, 8):
+        seed_ranks(seed, mesh)
+        model(**batch.inputs)
+    return {"first": masks[0], "again": masks[1], "other": masks[2]}
+
+
+def test_dropout_masks_differ_between_ranks_and_repeat_with_the_seed() -> None:
+    results = run_ranks(4, _with_dropout)
+    for a, b in itertools.combinations(results, 2):
+        assert 0.4 < (a["first"] == b["first"]).float().mean() < 0.6  # independent coins
+    for result in results:
+        assert torch.equal(result["first"], result["again"])
+        assert not torch.equal(result["first"], result["other"])
+
+
+def test_a_head_that_is_not_one_linear_layer_is_refused() -> None:
+    model = parallelize(tiny_model("bert"), None)
+    batch = shard(tiny_stream(model, (9,)), None)
+    with pytest.raises(UnsupportedModelError, match="no causal model with one linear head"):
+        chunked_token_loss(model, batch)
+    assert model(**batch.inputs).logits.shape[-1] == TINY_VOCABULARY

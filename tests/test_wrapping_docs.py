@@ -1,0 +1,34 @@
+"""docs/wrapping.md runs as it stands, on two ranks; docs/models.md says what the tests show."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.support_table import PAGE, page_with, table
+
+pytest.importorskip("transformers")
+
+WRAPPING = Path(__file__).parent.parent / "docs" / "wrapping.md"
+
+
+def _run_blocks(rank: int) -> list[str]:
+    warnings.simplefilter("ignore")  # other packages' notices
+    blocks = re.findall(r"^```python\n(.*?)^```", WRAPPING.read_text(), re.DOTALL | re.MULTILINE)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, str(WRAPPING), "exec"), names)
+    return sorted(names)
+
+
+def test_the_page_on_wrapping_runs() -> None:
+    for names in run_ranks(2, _run_blocks):
+        assert {"report", "targets", "own", "tokens"} <= set(names)
+
+
+def test_the_table_of_models_is_the_tests_own() -> None:
+    assert page_with(table()) == PAGE.read_text(), "run python -m tests.support_table"
