@@ -286,6 +286,7 @@ def time_layer(
         "local kernel": lambda: lightning_attention(q, k, v, log_decay=decay)[0],
         "auto": scattered("auto", check=False),
         "auto, checked": scattered("auto"),
+        "auto, overlapped": scattered("auto", check=False, overlap=True),
         "all_gather": scattered("all_gather", check=False),
         "all_gather, nothing left out": scattered("all_gather", check=False, truncate=False),
         "chain": scattered("chain", check=False),
