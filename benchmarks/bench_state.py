@@ -308,6 +308,7 @@ def time_layer(
     )
     setup.say(str(explain_exchange(q, k, v, log_decay=decay, layout=layout, group=setup.group)))
     times = _take_turns(setup, forms)
+    setup.say("  eager: " + ", ".join(f"{name} {t.ms:.3f}" for name, t in times.items()))
     graphs = _graphed(setup, forms) if lasp is None else {}
     graph_times = _take_turns(setup, graphs) if graphs else {}
     rows = []
