@@ -78,13 +78,12 @@ def _add_chunk(
     if TAIL:
         b_z = tl.where((o_c < num_tokens)[:, None], b_z, 0.0).to(b_z.dtype)
         b_y = tl.where((o_c < num_tokens)[:, None], b_y, 0.0).to(b_y.dtype)
-    if DECAY > 0:
-        if DECAY == 1:
-            b_reach = tl.minimum(o_c + 1, num_tokens).to(tl.float32) * log2_decay
-        b_factor = tl.exp2(distance + (b_reach if REVERSE else last - b_reach))
-        if TAIL:
-            b_factor = tl.where(o_c < num_tokens, b_factor, 0.0)
-        b_y = decayed(b_y, b_factor)
+    if DECAY == 1:
+        b_reach = tl.minimum(o_c + 1, num_tokens).to(tl.float32) * log2_decay
+    b_factor = tl.exp2(distance + (b_reach if REVERSE else last - b_reach))
+    if TAIL:
+        b_factor = tl.where(o_c < num_tokens, b_factor, 0.0)
+    b_y = decayed(b_y, b_factor)
     return tl.dot(tl.trans(b_y), b_z, b_U, input_precision=PRECISION)
 
 
