@@ -1,8 +1,8 @@
 """Lightning attention on one GPU: time, share of the memory floor, memory and error, beside peers.
 
-    python benchmarks/bench_lightning.py                  # everything, about three minutes
-    python benchmarks/bench_lightning.py --only shapes    # one part: see PARTS
-    python benchmarks/bench_lightning.py --plot           # redraw the plot from the JSON file
+    python -m benchmarks.bench_lightning                  # everything, about three minutes
+    python -m benchmarks.bench_lightning --only shapes    # one part: see PARTS
+    python -m benchmarks.bench_lightning --plot           # redraw the plot from the JSON file
 
 Writes benchmarks/results/<hardware>/lightning.json. Peers are measured in the same run if they
 are installed: fla-core (chunk_simple_gla, chunks of 64 and 128) and lightning_attn (OpenNLPLab).
@@ -39,7 +39,7 @@ LARGE = ((1, 131072, 32), (4, 32768, 32))
 SMALL = (1, 8192, 32)
 LONG = (1, 1048576, 16)
 DIM = 128
-PARTS = ("shapes", "packed", "long", "memory", "error", "cold", "lengths")
+PARTS = ("error", "shapes", "memory", "packed", "long", "cold", "lengths")
 Function = Callable[..., Tensor]
 
 
