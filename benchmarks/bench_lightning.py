@@ -186,12 +186,12 @@ def report(row: dict[str, Any]) -> None:
     )
 
 
-def part_shapes(tb_per_s: float) -> list[dict[str, Any]]:
+def part_shapes(tb_per_s: float, who: dict[str, Function]) -> list[dict[str, Any]]:
     rows = []
     for shape in (*LARGE, SMALL):
         inputs = make_inputs(*shape)
         for kind in ("lightning", "none", "token"):
-            for name, run in participants().items():
+            for name, run in who.items():
                 fla_without = name.startswith("fla") and kind == "none"
                 if fla_without or (name == "OpenNLPLab" and kind != "lightning"):
                     continue
@@ -199,31 +199,33 @@ def part_shapes(tb_per_s: float) -> list[dict[str, Any]]:
     return rows
 
 
-def part_packed(tb_per_s: float) -> list[dict[str, Any]]:
+def part_packed(tb_per_s: float, who: dict[str, Function]) -> list[dict[str, Any]]:
     shape = LARGE[0]
     lengths = torch.exp(torch.randn(64, generator=torch.Generator().manual_seed(1)))
     lengths = (lengths / lengths.sum() * shape[1]).long().clamp(min=1)
     lengths[0] += shape[1] - lengths.sum()
     bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
     inputs = make_inputs(*shape)
-    rows = [measure("seqpar", seqpar_function, inputs, "lightning", tb_per_s, cu_seqlens=bounds)]
-    if importlib.util.find_spec("fla"):
-        run = fla_function(64)
-        more = {"cu_seqlens": bounds.long().cuda()}
-        rows.append(measure("fla C=64", run, inputs, "lightning", tb_per_s, **more))
+    rows = []
+    for name, run in who.items():
+        if name == "OpenNLPLab":
+            continue  # takes no packed documents
+        given = bounds.long().cuda() if name.startswith("fla") else bounds
+        rows.append(measure(name, run, inputs, "lightning", tb_per_s, cu_seqlens=given))
     return [row | {"documents": 64, "longest": int(lengths.max())} for row in rows]
 
 
-def part_long(tb_per_s: float) -> list[dict[str, Any]]:
+def part_long(tb_per_s: float, who: dict[str, Function]) -> list[dict[str, Any]]:
     inputs = make_inputs(*LONG)
     kinds = ("lightning", "none")
-    return [measure("seqpar", seqpar_function, inputs, kind, tb_per_s) for kind in kinds]
+    runs = [(name, run) for name, run in who.items() if name == "seqpar"]
+    return [measure(name, run, inputs, kind, tb_per_s) for name, run in runs for kind in kinds]
 
 
-def part_memory(tb_per_s: float) -> list[dict[str, Any]]:
+def part_memory(tb_per_s: float, who: dict[str, Function]) -> list[dict[str, Any]]:
     rows = []
     for kind in ("lightning", "token"):
-        for name, run in participants().items():
+        for name, run in who.items():
             if kind == "token" and name == "OpenNLPLab":
                 continue
             row = {"name": name, "decay": kind, "extra_share": extra_memory(run, kind)}
@@ -249,7 +251,7 @@ def extra_memory(run: Function, kind: str) -> float:
     return (torch.cuda.max_memory_allocated() - before - results) / (4 * size)
 
 
-def part_error(tb_per_s: float) -> list[dict[str, Any]]:
+def part_error(tb_per_s: float, who: dict[str, Function]) -> list[dict[str, Any]]:
     rows = []
     for kind in ("fixed", "token"):
         inputs = make_inputs(1, 2048, 8)
@@ -260,7 +262,7 @@ def part_error(tb_per_s: float) -> list[dict[str, Any]]:
         reference = gradients(
             lambda *x: quadratic_attention(*x[:3], log_decay=x[3])[0], inputs, decay
         )
-        for name, run in participants().items():
+        for name, run in who.items():
             if kind == "token" and name == "OpenNLPLab":
                 continue
             ours = gradients(run, inputs, decay)
@@ -291,8 +293,10 @@ def relative(out: Tensor, reference: Tensor) -> float:
     return float((out.double() - reference.double()).norm() / reference.double().norm())
 
 
-def part_cold(tb_per_s: float) -> list[dict[str, Any]]:
+def part_cold(tb_per_s: float, who: dict[str, Function]) -> list[dict[str, Any]]:
     """Seconds of a first forward and backward in a fresh process with an empty kernel cache."""
+    if "seqpar" not in who:
+        return []
     program = (
         "import time, torch\n"
         "from seqpar.kernels.lightning import lightning_attention\n"
@@ -317,11 +321,11 @@ def part_cold(tb_per_s: float) -> list[dict[str, Any]]:
     return [{"name": "seqpar", "cold_start_s": seconds}]
 
 
-def part_lengths(tb_per_s: float) -> list[dict[str, Any]]:
+def part_lengths(tb_per_s: float, who: dict[str, Function]) -> list[dict[str, Any]]:
     rows = []
     for exponent in (11, 13, 15, 17, 19):
         inputs = make_inputs(1, 1 << exponent, 16)
-        for name, run in participants().items():
+        for name, run in who.items():
             if name == "OpenNLPLab" and exponent > 17:
                 continue
             rows.append(measure(name, run, inputs, "lightning", tb_per_s))
@@ -398,10 +402,14 @@ def main() -> None:
     print(
         f"{about['device']}: copy {results['copy_tb_per_s']:.2f} TB/s; with {list(participants())}"
     )
-    for part in options.only:
-        results[part] = globals()[f"part_{part}"](results["copy_tb_per_s"])
-        torch.cuda.empty_cache()
-        path.write_text(json.dumps(results, indent=1) + "\n")
+    everyone = participants()
+    peers = {name: run for name, run in everyone.items() if name != "seqpar"}
+    for who in ({"seqpar": everyone["seqpar"]}, peers):  # peers tune themselves for minutes
+        for part in options.only:
+            rows = globals()[f"part_{part}"](results["copy_tb_per_s"], who)
+            results[part] = results.get(part, []) + rows
+            torch.cuda.empty_cache()
+            path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -172,4 +172,19 @@ def test_the_public_function_on_a_gpu() -> None:
     (o.square().sum() + final.sum()).backward()
     (ref_o.square().sum() + ref_final.sum()).backward()
     for name, leaf in here.items():
-        assert_close(leaf.grad, theirs[name].grad, what=name, dim=0 if leaf.ndim == 4 else 1)
+        dim = 0 if name == "initial_state" else 1
+        assert_close(leaf.grad, theirs[name].grad, what=name, dim=dim)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", DECAYS)
+def test_the_public_function_on_a_gpu_without_an_initial_state(decay: str) -> None:
+    inputs = make_inputs(decay=decay, tokens=500, key_dim=64, value_dim=64, dtype=torch.float32)
+    inputs["initial_state"] = None
+    here = {name: x if x is None else x.cuda() for name, x in inputs.items()}
+    ours, theirs = leaves(here), leaves(inputs)
+    lightning_attention(**ours)[0].square().sum().backward()
+    recurrent_attention(**theirs)[0].square().sum().backward()
+    for name, leaf in ours.items():
+        if leaf is not None and leaf.requires_grad:
+            assert_close(leaf.grad, theirs[name].grad, what=name)
