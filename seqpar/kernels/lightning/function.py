@@ -138,8 +138,10 @@ class _LightningAttention(torch.autograd.Function):
         )
         if dlog_decay is not None and log_decay is not None:
             dlog_decay = dlog_decay.to(log_decay.dtype)
-        wanted = entry_grad and dinitial is not None and initial_state is not None
-        dinitial = dinitial.to(initial_state.dtype) if wanted else None
+        if initial_state is None or dinitial is None:
+            dinitial = None  # nothing was given, so nothing may come back
+        else:
+            dinitial = dinitial.to(initial_state.dtype)
         return dq, dk, dv, dlog_decay, dinitial, None, None
 
 
