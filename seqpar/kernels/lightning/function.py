@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from seqpar.errors import KernelInputError
 from seqpar.kernels.lightning import dispatch
@@ -119,6 +120,7 @@ class _LightningAttention(torch.autograd.Function):
         return o, final_state
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, initial_state = ctx.saved_tensors
         do, dfinal = grads
