@@ -89,9 +89,11 @@ class RowSum:
         self._like = like
         self._layers = (_Layer(), _Layer())
         self._wide: Tensor | None = None
+        self._result: Tensor | None = None
 
     def add(self, part: Tensor, *, start: int = 0, head_start: int = 0) -> None:
         """Add a part whose first row and head are the given ones."""
+        assert self._result is None, "the sum has been taken"
         if not part.numel():
             return
         region = _Region(start, start + part.shape[1], head_start, head_start + part.shape[2])
@@ -103,10 +105,13 @@ class RowSum:
         region.of(self._wide).add_(part)
 
     def result(self) -> Tensor:
-        """The sum [B, T, H, K] in `like`'s dtype; zero where nothing was added."""
-        if self._wide is None:
-            return self._combined(self._like.dtype)
-        return self._wide.to(self._like.dtype)
+        """The sum [B, T, H, K] in `like`'s dtype; zero where nothing was added. Ends the sum."""
+        if self._result is None:
+            if self._wide is None:
+                self._result = self._combined(self._like.dtype)
+            else:
+                self._result = self._wide.to(self._like.dtype)
+        return self._result
 
     def _combined(self, dtype: torch.dtype) -> Tensor:
         """The layers' sum: into a part that covers all, if there is one, else into new memory."""

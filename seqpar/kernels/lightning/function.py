@@ -9,7 +9,9 @@ known. `lightning_attention` is the pieces put together for one device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -42,10 +44,15 @@ class Summary:
 
     final_state: Tensor
     """[S, H, K, V] float32: the result for zero in."""
-    log_transition: Tensor
-    """[S, H] float32: the total log decay, <= 0."""
+    total_log_decay: Callable[[], Tensor]
+    """Makes `log_transition`; few callers want it, and it takes launches of its own."""
     local_states: LocalStates | None = None
     """What `attend` and `attend_backward` can use again; private to the kernels."""
+
+    @cached_property
+    def log_transition(self) -> Tensor:
+        """[S, H] float32: the total log decay, <= 0."""
+        return self.total_log_decay()
 
 
 def lightning_attention(
@@ -156,7 +163,7 @@ def key_value_summary(
     check_inputs(k, v, log_decay=log_decay, cu_seqlens=cu_seqlens)
     with torch.no_grad():
         state, local = dispatch.summary(k, v, log_decay, cu_seqlens, reverse=False)
-        return Summary(state, _log_transition(k, log_decay, cu_seqlens), local)
+        return Summary(state, partial(_log_transition, k, log_decay, cu_seqlens), local)
 
 
 def attend(
@@ -191,7 +198,7 @@ def query_grad_summary(
     check_inputs(q, do, log_decay=log_decay, cu_seqlens=cu_seqlens)
     with torch.no_grad():
         grad, local = dispatch.summary(q, do, log_decay, cu_seqlens, reverse=True)
-        return Summary(grad, _log_transition(q, log_decay, cu_seqlens), local)
+        return Summary(grad, partial(_log_transition, q, log_decay, cu_seqlens), local)
 
 
 def attend_backward(
