@@ -9,13 +9,12 @@ known. `lightning_attention` is the pieces put together for one device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from seqpar.errors import KernelInputError
 from seqpar.kernels.lightning import dispatch
@@ -44,15 +43,10 @@ class Summary:
 
     final_state: Tensor
     """[S, H, K, V] float32: the result for zero in."""
-    total_log_decay: Callable[[], Tensor]
-    """Makes `log_transition`; few callers want it, and it takes launches of its own."""
+    log_transition: Tensor
+    """[S, H] float32: the total log decay, <= 0."""
     local_states: LocalStates | None = None
     """What `attend` and `attend_backward` can use again; private to the kernels."""
-
-    @cached_property
-    def log_transition(self) -> Tensor:
-        """[S, H] float32: the total log decay, <= 0."""
-        return self.total_log_decay()
 
 
 def lightning_attention(
@@ -126,6 +120,7 @@ class _LightningAttention(torch.autograd.Function):
         return o, final_state
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, initial_state = ctx.saved_tensors
         do, dfinal = grads
@@ -145,9 +140,9 @@ class _LightningAttention(torch.autograd.Function):
         )
         if dlog_decay is not None and log_decay is not None:
             dlog_decay = dlog_decay.to(log_decay.dtype)
-        if not needs.entry_grad or initial_state is None:
-            return dq, dk, dv, dlog_decay, None, None, None
-        if dinitial is not None:
+        if initial_state is None or dinitial is None:
+            dinitial = None  # nothing was given, so nothing may come back
+        else:
             dinitial = dinitial.to(initial_state.dtype)
         return dq, dk, dv, dlog_decay, dinitial, None, None
 
@@ -163,7 +158,7 @@ def key_value_summary(
     check_inputs(k, v, log_decay=log_decay, cu_seqlens=cu_seqlens)
     with torch.no_grad():
         state, local = dispatch.summary(k, v, log_decay, cu_seqlens, reverse=False)
-        return Summary(state, partial(_log_transition, k, log_decay, cu_seqlens), local)
+        return Summary(state, _log_transition(k, log_decay, cu_seqlens), local)
 
 
 def attend(
@@ -198,7 +193,7 @@ def query_grad_summary(
     check_inputs(q, do, log_decay=log_decay, cu_seqlens=cu_seqlens)
     with torch.no_grad():
         grad, local = dispatch.summary(q, do, log_decay, cu_seqlens, reverse=True)
-        return Summary(grad, partial(_log_transition, q, log_decay, cu_seqlens), local)
+        return Summary(grad, _log_transition(q, log_decay, cu_seqlens), local)
 
 
 def attend_backward(
