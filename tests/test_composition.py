@@ -200,7 +200,7 @@ def test_compile_breaks_at_attention_and_not_for_new_layouts() -> None:
     places = sorted(
         reason.partition("<function ")[2].split()[0] for reason in counters["graph_break"]
     )
-    assert places == ["_Wrapping.context", "_attend"]  # the call's layout, and every attention
+    assert places == ["Wrapping.context", "_attend"]  # the call's layout, and every attention
     assert graphs == [GRAPHS] * 2  # another layout is not another compilation
 
 

@@ -147,6 +147,13 @@ def _one_rank_does_not_fit(rank: int) -> str:
         batch = dataclasses.replace(batch, ids=batch.ids[:, :-1])
     with pytest.raises(LayoutError) as caught:
         model(**batch.inputs)
+    good = shard(_stream(20, 3), dist.group.WORLD).inputs
+    wrong = {"layout": None} if rank == 0 else {}
+    with pytest.raises(LayoutError, match="needs the layout of its batch"):
+        model(**{**good, **wrong})
+    masked = {"attention_mask": torch.ones(1, 11)} if rank == 0 else {}
+    with pytest.raises(LayoutError, match="attention_mask: turn padding"):
+        model(**{**good, **masked})
     mesh = dist.device_mesh.init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "sp"))
     with pytest.raises(MeshError, match="one mesh axis"):
         parallelize(small_hybrid(), mesh)

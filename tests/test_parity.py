@@ -144,3 +144,11 @@ def test_unknown_models_are_refused_by_the_check() -> None:
         check_on_ranks(ParityJob("gpt17", ranks=1))
     with pytest.raises(UnsupportedModelError, match="no such function"):
         check_on_ranks(ParityJob("tests.small_hybrid:nothing", ranks=1))
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("family", ["llama", "mistral", "minimax", "mamba2"])
+def test_two_cuda_devices_agree_with_one(family: str) -> None:
+    for layout in ("contiguous", "zigzag"):
+        job = ParityJob(family, ranks=2, lengths=(130, 1, 290, 27), layout=layout, device="cuda")
+        assert check_on_ranks(job).ok
