@@ -36,6 +36,7 @@ from seqpar.ops.state import explain_exchange, state_attention
 from seqpar.ops.state_exchange import EXCHANGES
 from seqpar.ops.state_lightning import LightningMixer
 from seqpar.ops.state_local import RankPart
+from seqpar.ops.state_mixer import Summary
 from seqpar.ops.steps import run_steps
 
 SAMPLE_MS = 12.0
@@ -96,11 +97,10 @@ def main(arguments: list[str] | None = None) -> int:
     layers = [(name, tokens) for name in options.decays for tokens in options.tokens]
     quick, every = ["slopes"], ["slopes", "none", "fast", "per token"]
     _keep(setup, folder, results, errors=check(setup, quick, ["auto", "all_gather"]))
-    if not options.quick:
-        _keep(setup, folder, results, exchange_ms=time_exchanges(setup))
     for name, tokens in layers:
         rows = time_layer(setup, tokens, name, decays[name], None, options.forms)
         _keep(setup, folder, results, layer=results.get("layer", []) + rows)
+    _keep(setup, folder, results, exchange_ms=time_exchanges(setup, [options.heads, 512]))
     if not options.quick:
         every_exchange = ["auto", *EXCHANGES, "all_to_all"]
         _keep(setup, folder, results, errors=check(setup, every, every_exchange))
@@ -230,24 +230,25 @@ def _relative(out: Tensor, ref: Tensor) -> float:
 # -- the exchanges alone ----------------------------------------------------------------------
 
 
-def time_exchanges(setup: Setup) -> list[dict[str, Any]]:
-    """Each exchange of one state a rank, nothing beside it."""
+def time_exchanges(setup: Setup, every_heads: list[int]) -> list[dict[str, Any]]:
+    """Each exchange of one state a rank, nothing beside it; in a graph where there are any."""
     rows = []
-    for heads in (8, 32, 128, 512) if setup.device.type == "cuda" else (8,):
+    for heads in every_heads:
         layout = SequenceLayout.contiguous((0, 64 * setup.world_size), setup.world_size)
         tokens = torch.zeros(1, 64, heads, setup.dim, device=setup.device, dtype=setup.dtype)
         part = RankPart(LightningMixer(), layout, setup.rank)
-        inputs = (tokens,) * 3
-        summary = part.summarize(inputs)
+        state = torch.randn(1, heads, setup.dim, setup.dim, device=setup.device)
         forms = {
-            name: _exchange_form(setup, part, inputs, summary, name) for name in sorted(EXCHANGES)
+            name: _exchange_form(setup, part, (tokens,) * 3, Summary(state, None), name)
+            for name in sorted(EXCHANGES)
         }
-        times = {name: t.ms for name, t in _take_turns(setup, forms).items()}
-        row: dict[str, Any] = {"state_bytes": heads * setup.dim**2 * 4, **times}
-        rows.append(row)
+        eager = {name: t.ms for name, t in _take_turns(setup, forms).items()}
+        graphs = _graphed(setup, forms)
+        device = {name: t.ms for name, t in _take_turns(setup, graphs).items()}
+        rows.append({"state_bytes": state.numel() * 4, **eager, **device, "eager_ms": eager})
         setup.say(
-            f"exchange of {row['state_bytes'] / 2**20:6.1f} MiB a rank, ms: "
-            + ", ".join(f"{name} {row[name]:.3f}" for name in forms)
+            f"exchange of {state.numel() / 2**18:6.1f} MiB a rank, ms (in a graph): "
+            + ", ".join(f"{x} {eager[x]:.3f} ({device.get(x, 0):.3f})" for x in forms)
         )
     return rows
 
@@ -286,6 +287,7 @@ def time_layer(
         "local kernel": lambda: lightning_attention(q, k, v, log_decay=decay)[0],
         "auto": scattered("auto", check=False),
         "auto, checked": scattered("auto"),
+        "auto, overlapped": scattered("auto", check=False, overlap=True),
         "all_gather": scattered("all_gather", check=False),
         "all_gather, nothing left out": scattered("all_gather", check=False, truncate=False),
         "chain": scattered("chain", check=False),
@@ -306,6 +308,7 @@ def time_layer(
     )
     setup.say(str(explain_exchange(q, k, v, log_decay=decay, layout=layout, group=setup.group)))
     times = _take_turns(setup, forms)
+    setup.say("  eager: " + ", ".join(f"{name} {t.ms:.3f}" for name, t in times.items()))
     graphs = _graphed(setup, forms) if lasp is None else {}
     graph_times = _take_turns(setup, graphs) if graphs else {}
     rows = []

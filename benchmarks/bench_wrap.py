@@ -275,18 +275,33 @@ class Bench:
             hook.remove()
 
     def longest(self) -> dict[str, Any]:
-        """Peak memory of a training step at two lengths, AdamW's states included."""
+        """Peak memory of a training step at two lengths, AdamW's states included, by peer."""
         if not self.cuda:
             return {"left_out": "peak memory is read on CUDA only"}
         model = self.model("llama", LLAMA, checkpointed=True)
-        parallelize(model, self.mesh, strategy="ring")
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+        def ours(count: int) -> None:
+            batch = self.batch(count, self.mesh, "zigzag")
+            chunked_token_loss(model, batch).backward()
+
+        parallelize(model, self.mesh, strategy="ring")
+        found = {"seqpar_ring_zigzag": self.line(optimizer, ours)}
+        unparallelize(model)
+        try:
+            peer = functools.partial(self.torch_context_parallel, model)
+            found["torch_context_parallel"] = self.line(optimizer, peer)
+        except FAILURES as error:
+            found["torch_context_parallel"] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+        return found
+
+    def line(self, optimizer: torch.optim.Optimizer, step: Callable[[int], None]) -> dict[str, Any]:
+        """Peaks at two lengths, and where the line through them meets 95% of the device."""
         peaks: dict[int, float] = {}
         for count in (65536, 131072):
-            batch = self.batch(count, self.mesh, "zigzag")
             for _ in range(1 if peaks else 2):  # the optimizer's states exist after one step
                 self.free()
-                chunked_token_loss(model, batch).backward()
+                step(count)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             peaks[count] = round(torch.cuda.max_memory_allocated() / 2**30, 3)

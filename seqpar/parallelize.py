@@ -18,7 +18,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -32,6 +32,7 @@ from seqpar.comm import agree, group_size
 from seqpar.errors import LayoutError, UnsupportedModelError
 from seqpar.layout import SequenceLayout
 from seqpar.ops.softmax_choice import Strategy
+from seqpar.ops.state_exchange import EXCHANGES
 
 __all__ = ["is_parallelized", "parallelize", "unparallelize"]
 
@@ -123,12 +124,15 @@ def parallelize(
 
     Raises:
         UnsupportedModelError: a module that cannot be made exact: which, why, what would work.
+        LayoutError: no such strategy or exchange.
         MeshError: a mesh of more than one axis.
     """
     if is_parallelized(model):
         raise UnsupportedModelError(
             type(model).__name__, "it is wrapped already", "unparallelize it first"
         )
+    _check_choice("strategy", strategy, get_args(Strategy))
+    _check_choice("exchange", exchange, ("auto", "all_to_all", *EXCHANGES))
     wrapping = _Wrapping(group_of(mesh), strategy, exchange, check)
     hugging_face = hugging_face_model(model)
     if hugging_face is not None:
@@ -138,6 +142,11 @@ def parallelize(
         _replace_forward(model, _own_forward)
         setattr(model, _MARK, wrapping)
     return model
+
+
+def _check_choice(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise LayoutError(f"no {what} {value!r}: one of {', '.join(known)}")
 
 
 def unparallelize(model: M) -> M:

@@ -8,10 +8,9 @@ position, a lost key or a loss off by the group's size all show.
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,33 +20,18 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from seqpar.adapters.hf_models import hugging_face_model
-from seqpar.batch import Batch, PackedStream, unshard
+from seqpar.batch import Batch, PackedStream
 from seqpar.comm import all_reduce_sum, group_rank
 from seqpar.errors import ParityError, UnsupportedModelError
-from seqpar.layout import IGNORE_INDEX, SequenceLayout
+from seqpar.layout import IGNORE_INDEX
 from seqpar.loss import token_loss
 from seqpar.parallelize import is_parallelized, unparallelize
+from seqpar.parity_divergence import Divergence, first_divergence
+from seqpar.parity_reference import documents_of, logits_of, run_document, whole_stream
 
 __all__ = ["Divergence", "ParityReport", "check_parity"]
 
 _SMALL_GRADIENT = 1e-3
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """The first module that differs, in the order that one device runs them.
-
-    Attributes:
-        module: its name in the model.
-        kind: "output" if its forward output differs; "gradient" if every output agrees, and it is
-            the first in backward order whose parameters' gradients differ.
-        error: of the worst token (output), or of the worst parameter (gradient).
-    """
-
-    module: str
-    kind: str
-    error: float
 
 
 @dataclass(frozen=True)
@@ -143,7 +127,9 @@ def check_parity(
     report = ParityReport(loss, reference_loss, errors, loss_tolerance, gradient_tolerance)
     if report.ok:
         return report
-    found = _first_divergence(model, reference_model, batch, report)
+    found = first_divergence(
+        model, reference_model, batch, gradient_errors=errors, tolerance=gradient_tolerance
+    )
     raise ParityError(
         ParityReport(**{**vars(report), "divergence": _agreed(found, groups)}).summary()
     )
@@ -165,11 +151,11 @@ def _reference(
 ) -> tuple[float, dict[str, Tensor]]:
     """Each document whole on one device; the documents are dealt to the ranks."""
     targets = sum(int((stream.labels != IGNORE_INDEX).sum()) for stream in streams)
-    documents = list(itertools.chain.from_iterable(map(_documents, streams)))
+    documents = list(itertools.chain.from_iterable(map(documents_of, streams)))
     index, ranks = _place(groups)
     loss, total = torch.zeros((), dtype=torch.float64), dict[str, Tensor | None]()
     for document in documents[index::ranks]:
-        logits = logits_of(_run_document(model, document))
+        logits = logits_of(run_document(model, document))
         nll = nn.functional.cross_entropy(
             logits.flatten(0, -2).float(),
             document.labels.flatten(),
@@ -210,50 +196,6 @@ def _place(groups: Sequence[ProcessGroup]) -> tuple[int, int]:
     return index, ranks
 
 
-def _documents(stream: PackedStream) -> list[PackedStream]:
-    """Each document as a stream of its own, its source beside it."""
-    sources = [None] * (len(stream.cu_seqlens) - 1)
-    if stream.source is not None:
-        sources = _documents(stream.source)  # type: ignore[assignment]
-    return [
-        PackedStream(
-            stream.ids[:, start:stop],
-            stream.labels[:, start:stop],
-            (0, stop - start),
-            {name: tensor[:, start:stop] for name, tensor in stream.features.items()},
-            source,
-        )
-        for (start, stop), source in zip(
-            itertools.pairwise(stream.cu_seqlens), sources, strict=True
-        )
-    ]
-
-
-def _run_document(model: nn.Module, document: PackedStream) -> Any:
-    """The unwrapped model on one whole document."""
-    layout = SequenceLayout.contiguous(document.cu_seqlens, 1)
-    positions = layout.position_ids(0)[None].to(document.ids.device)
-    if hugging_face_model(model) is None:
-        return model(document.ids, positions, layout=layout, group=None, **document.features)
-    if document.source is not None:
-        return model(input_ids=document.source.ids, decoder_input_ids=document.ids, use_cache=False)
-    return model(
-        input_ids=document.ids, position_ids=positions, use_cache=False, **document.features
-    )
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in whatever a model returns: themselves, `.logits`, or the first of a tuple."""
-    if isinstance(output, Tensor):
-        return output
-    for name in ("logits", "last_hidden_state"):
-        found = getattr(output, name, None)
-        if isinstance(found, Tensor):
-            return found
-    first: Tensor = output[0]
-    return first
-
-
 def _gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor | None]:
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
@@ -283,100 +225,6 @@ def _relative(found: Tensor, reference: Tensor, least: float) -> float:
     return difference / size if size else difference
 
 
-# -- where it begins ------------------------------------------------------------------------------
-
-
-def _first_divergence(
-    model: nn.Module, reference_model: nn.Module, batch: Batch, report: ParityReport
-) -> Divergence | None:
-    """Run both forwards again with every module's output recorded."""
-    held = batch.ids.shape[1]
-    # A Hugging Face model runs one token, which counts for nothing, on a rank that holds none.
-    shown = held if hugging_face_model(model) is None else max(held, 1)
-    mine = _recorded(model, shown, functools.partial(model, **batch.inputs))
-    theirs: dict[str, list[Tensor]] = {}
-    for document in _documents(_whole(batch)):
-        run = functools.partial(_run_document, reference_model, document)
-        for name, output in _recorded(reference_model, document.num_tokens, run).items():
-            theirs.setdefault(name, []).append(output)
-    common = _common_names(set(mine) & set(theirs), batch)
-    for name, parts in theirs.items():
-        if name in common:
-            error = _worst_token(unshard(mine[name][:held], batch, dim=0), torch.cat(parts))
-            if error > report.gradient_tolerance:
-                return Divergence(name, "output", error)
-    return _last_gradient(list(theirs), report)
-
-
-def _common_names(names: set[str], batch: Batch) -> set[str]:
-    """The modules that every rank of the group has recorded."""
-    if batch.group is None:
-        return names
-    gathered: list[set[str]] = [set()] * batch.group.size()
-    dist.all_gather_object(gathered, names, group=batch.group)
-    return set.intersection(*gathered)
-
-
-def _recorded(model: nn.Module, num_tokens: int, run: Callable[[], Any]) -> dict[str, Tensor]:
-    """[T, ...] outputs by module name, in the order that modules finish; first calls only."""
-    outputs: dict[str, Tensor] = {}
-
-    def record(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            tokens_first = _tokens_first(output, num_tokens)
-            if tokens_first is not None and name not in outputs:
-                outputs[name] = tokens_first.detach()
-
-        return hook
-
-    handles = [m.register_forward_hook(record(name)) for name, m in model.named_modules() if name]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs
-
-
-def _tokens_first(output: Any, num_tokens: int) -> Tensor | None:
-    """A module's output as [T, ...]; None if it does not hold one entry a token."""
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    output = getattr(output, "last_hidden_state", output)
-    if not isinstance(output, Tensor):
-        return None
-    if output.ndim >= 3 and output.shape[:2] == (1, num_tokens):
-        return output[0]
-    return output if output.ndim >= 2 and output.shape[0] == num_tokens else None
-
-
-def _worst_token(found: Tensor, reference: Tensor) -> float:
-    if found.shape != reference.shape:
-        return math.inf
-    found, reference = found.double().flatten(1), reference.double().flatten(1)
-    if not bool(torch.isfinite(found).all()):
-        return math.inf
-    size = float(reference.norm(dim=1).max())
-    difference = float((found - reference).norm(dim=1).max())
-    return difference / size if size else difference
-
-
-def _last_gradient(order: list[str], report: ParityReport) -> Divergence | None:
-    """Backward runs in reverse: of the modules whose gradients differ, the last in forward."""
-    wrong = {
-        name: error
-        for name, error in report.gradient_errors.items()
-        if error > report.gradient_tolerance
-    }
-    rank = {module: index for index, module in enumerate(order)}
-    owners = [(rank.get(name.rpartition(".")[0], -1), error, name) for name, error in wrong.items()]
-    if not owners:
-        return None
-    _, error, name = max(owners)
-    return Divergence(name.rpartition(".")[0] or name, "gradient", error)
-
-
 # -- the batch ------------------------------------------------------------------------------------
 
 
@@ -399,19 +247,9 @@ def _groups(batch: Batch, mesh: DeviceMesh | None) -> list[ProcessGroup | None]:
     return [batch.group] if mesh is None else [g for g in mesh.get_all_groups() if g.size() > 1]
 
 
-def _whole(batch: Batch) -> PackedStream:
-    return PackedStream(
-        unshard(batch.ids, batch),
-        unshard(batch.labels, batch),
-        batch.layout.cu_seqlens,
-        {name: unshard(tensor, batch) for name, tensor in batch.features.items()},
-        None if batch.source is None else _whole(batch.source),
-    )
-
-
 def _all_streams(batch: Batch, groups: Sequence[ProcessGroup]) -> list[PackedStream]:
     """The streams of every rank of the mesh, each once."""
-    streams = [_whole(batch)]
+    streams = [whole_stream(batch)]
     own = None if batch.group is None else set(dist.get_process_group_ranks(batch.group))
     for group in groups:
         if own is not None and set(dist.get_process_group_ranks(group)) == own:

@@ -12,10 +12,15 @@ BEGIN, END = "<!-- made by tests/support_table.py -->", "<!-- end -->"
 
 MIXERS = {
     "BambaMixer": "Mamba-2 state",
+    "GraniteMoeHybridMambaLayer": "Mamba-2 state",
     "Mamba2Mixer": "Mamba-2 state",
     "MiniMaxLightningAttention": "lightning",
     "NemotronHMamba2Mixer": "Mamba-2 state",
+    "DeepseekV3MoE": "experts",
+    "GraniteMoeHybridMoE": "experts",
+    "MixtralSparseMoeBlock": "experts",
     "NemotronHMoE": "experts",
+    "Qwen3MoeSparseMoeBlock": "experts",
     "MiniMaxSparseMoeBlock": "experts",
 }
 

@@ -25,34 +25,13 @@ ALLOWED = {
     "adapters": {"errors", "layout", "comm", "mesh", "ops", "kernels", "models", "batch", "loss"},
     "launch": {"errors"},
 }
-TOP = set(
-    [
-        "errors",
-        "layout",
-        "balance",
-        "comm",
-        "mesh",
-        "kernels",
-        "ops",
-        "batch",
-        "loss",
-        "models",
-        "adapters",
-        "planners",
-        "launch",
-        "data",
-        "training",
-        "calibration",
-        "comparison",
-        "feedback",
-        "report",
-        "report_html",
-        "console",
-        "parallelize",
-        "parity",
-        "commands",
-    ]
-)
+# fmt: off
+TOP = {
+    "errors", "layout", "balance", "comm", "mesh", "kernels", "ops", "batch",
+    "loss", "models", "adapters", "planners", "launch", "data", "training", "calibration",
+    "comparison", "feedback", "report", "report_html", "console", "parallelize", "parity", "commands",
+}
+# fmt: on
 
 
 def _imports(path: Path) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,7 +91,7 @@ class _WithRecurrence(nn.Module):
             "longest position",
         ),
         (_hugging_face("mamba", state_size=4), "layers.0.mixer", "Mamba-1"),
-        (_hugging_face("phi3", num_key_value_heads=1), "Phi3ForCausalLM", "'phi3' to be exact"),
+        (_hugging_face("stablelm"), "StableLmForCausalLM", "'stablelm' to be exact"),
         (_bert_with_pooler, "pooler", "first token"),
         (lambda: tiny_model("t5", dropout_rate=0.1), "dropout_rate", "every degree"),
         (_classifier, "LlamaForSequenceClassification", "one place of each row"),
@@ -259,6 +260,17 @@ def test_unparallelize_gives_the_model_back(family: str) -> None:
     untouched.load_state_dict(model.state_dict())
     generated = model.generate(ids, max_new_tokens=4, do_sample=False)
     assert torch.equal(generated, untouched.generate(ids, max_new_tokens=4, do_sample=False))
+
+
+def test_a_wrapped_model_is_saved_as_the_unwrapped_one(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = parallelize(tiny_model("minimax"), None)
+    wrapped = model(**shard(_stream(12), None).inputs).logits
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not is_parallelized(loaded)
+    assert relative_error(loaded(_stream(12).ids).logits, wrapped) < 1e-5
 
 
 def test_another_model_of_the_same_config_stays_as_it_was() -> None:

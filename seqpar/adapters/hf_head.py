@@ -19,6 +19,8 @@ def head_loss_sum(
     """Run the model up to its last hidden states, and the head by blocks of tokens.
 
     It runs inside the model's own forward, where `fully_shard` has gathered the head's weight.
+    Granite's scale and Gemma's cap of final logits are applied; tests/test_models.py compares it
+    with the logits' loss for every family.
 
     Returns:
         What `lm_head_loss_sum` does: the sum over this rank's targets, and their number.
@@ -33,6 +35,7 @@ def head_loss_sum(
         head.weight,
         labels,
         bias=head.bias,
+        scale=1 / getattr(model.config, "logits_scaling", 1.0),
         softcap=getattr(model.config, "final_logit_softcapping", None),
     )
 

@@ -33,14 +33,37 @@ Mixer = Callable[..., Any]
 """A replacement forward of a token-mixing module: (module, hidden_states, *, sequence, ...)."""
 
 SOFTMAX_FAMILIES = frozenset(
-    {"bert", "gemma2", "gemma3_text", "gpt_neox", "llama", "mistral", "modernbert", "qwen3"}
+    {
+        "bert",
+        "deepseek_v3",
+        "gemma2",
+        "gemma3_text",
+        "glm4",
+        "gpt_neox",
+        "granite",
+        "helium",
+        "llama",
+        "ministral",
+        "mistral",
+        "mixtral",
+        "modernbert",
+        "olmo2",
+        "olmo3",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+        "starcoder2",
+    }
 )
-STATE_FAMILIES = frozenset({"bamba", "mamba2", "minimax", "nemotron_h"})
+STATE_FAMILIES = frozenset({"bamba", "granitemoehybrid", "mamba2", "minimax", "nemotron_h"})
 ENCODER_DECODER_FAMILIES = frozenset({"t5"})
 FAMILIES = SOFTMAX_FAMILIES | STATE_FAMILIES | ENCODER_DECODER_FAMILIES
 
 _MIXERS: dict[str, Mixer] = {
     "BambaMixer": mamba2_mixer_forward,
+    "GraniteMoeHybridMambaLayer": mamba2_mixer_forward,
     "Mamba2Mixer": mamba2_mixer_forward,
     "MiniMaxLightningAttention": minimax_lightning_forward,
     "NemotronHMamba2Mixer": mamba2_mixer_forward,

@@ -22,10 +22,22 @@ def command(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value over the file; repeatable.")
     ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Submit to a cluster's dashboard: http://head:8265.")
+    ] = None,
+    detach: Annotated[bool, typer.Option(help="With --address: do not wait for the end.")] = False,
     resume: Annotated[bool, typer.Option(help="Continue the run's last checkpoint.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be started; start nothing.")
     ] = False,
+    emit: Annotated[
+        str | None, typer.Option(help="Print the job for kuberay or slurm; start nothing.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(help="With --emit: number of nodes.")] = 1,
+    image: Annotated[str, typer.Option(help="With --emit kuberay: the image of every pod.")] = "",
+    volume_claim: Annotated[
+        str, typer.Option(help="With --emit kuberay: the claim that holds the script.")
+    ] = "seqpar-job",
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
 ) -> None:
     """Run a job file, or a script, on local processes or on Ray.
@@ -37,6 +49,16 @@ def command(
     given = {"nproc": nproc, "engine": engine, "name": name}
     options = {key: value for key, value in given.items() if value is not None}
     spec = read_target(target, args or [], options, overrides or [])
+    if emit is not None:
+        print(emitted(spec, emit, nodes=nodes, image=image, volume_claim=volume_claim))
+    elif address is not None:
+        submit(spec, address, detach=detach)
+    else:
+        run(spec, resume=resume, dry_run=dry_run, as_json=as_json)
+
+
+def run(spec: JobSpec, *, resume: bool, dry_run: bool, as_json: bool) -> None:
+    """Place the job, and run it here or show what would be run."""
     from seqpar.launch.jobs import run_job
     from seqpar.launch.placement import place
 
@@ -52,6 +74,36 @@ def command(
         raise
     if as_json:
         print(json.dumps(outcome))
+
+
+def emitted(spec: JobSpec, form: str, *, nodes: int, image: str, volume_claim: str) -> str:
+    """The job as a manifest or batch script."""
+    from seqpar.launch.emit import kuberay_manifest, slurm_script
+
+    if form == "slurm":
+        return slurm_script(spec, nodes=nodes)
+    if form != "kuberay":
+        raise JobSpecError(f"--emit {form!r}: it is kuberay or slurm")
+    if not image:
+        raise JobSpecError("--emit kuberay needs --image, with Ray, torch and seqpar in it")
+    return kuberay_manifest(spec, image=image, nodes=nodes, volume_claim=volume_claim)
+
+
+def submit(spec: JobSpec, address: str, *, detach: bool) -> None:
+    """Submit to a cluster, and unless detached show its output and end with its exit code."""
+    from seqpar.launch.submit import RemoteJobs
+
+    jobs = RemoteJobs(address)
+    job = jobs.submit(spec)
+    print(f"submitted {job}; seqpar status|logs|stop {job} --address {address}", file=sys.stderr)
+    if detach:
+        print(job)
+        return
+    for text in jobs.follow(job):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    code = jobs.status(job)["exit_code"]
+    raise typer.Exit(1 if code is None else code if code >= 0 else 128 - code)
 
 
 def read_target(

@@ -41,7 +41,7 @@ def run_job(placement: Placement, *, resume: bool = False) -> dict[str, Any]:
         error=None,
     )
     try:
-        _engine(placement.spec.engine)(placement)
+        _engine(placement)(placement)
     except LaunchError as error:
         _end(run_dir, started, "failed", getattr(error, "exit_code", 1), error)
         raise
@@ -52,13 +52,16 @@ def run_job(placement: Placement, *, resume: bool = False) -> dict[str, Any]:
     return run_dir.state()
 
 
-def _engine(name: str) -> Any:
-    if name == "local":
+def _engine(placement: Placement) -> Any:
+    address = placement.spec.address
+    if placement.spec.engine == "local":
         from seqpar.launch.local import run_local
 
         return run_local
-    from seqpar.launch.security import enable_token_auth
+    from seqpar.launch.security import enable_token_auth, is_loopback, require_token
 
+    if address not in (None, "auto", "local") and not is_loopback(address.rpartition(":")[0]):
+        require_token(address)
     enable_token_auth()
     from seqpar.launch.ray import run_ray
 

@@ -12,17 +12,13 @@ Ray reads its authentication mode at import.
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from seqpar.errors import JobSpecError, LaunchError, MissingExtraError
+from seqpar.errors import LaunchError, MissingExtraError
 from seqpar.launch.failure import Failure
 from seqpar.launch.placement import Placement
 from seqpar.launch.rundir import RunDir
@@ -35,14 +31,13 @@ try:
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    from seqpar.launch.ray_cluster import ray_connection, shipped_script, ships
     from seqpar.launch.ray_geometry import GeometryPolicy, NodeLossPolicy, RankConfig
     from seqpar.launch.ray_worker import RankEndedError, run_rank
 except ImportError as error:
     raise MissingExtraError("ray", "ray", "the ray engine") from error
 
 __all__ = ["run_ray"]
-
-HEALTH_CHECK_INTERVAL_S = 0.25
 
 
 class GeometryTrainer(TorchTrainer):  # type: ignore[misc]
@@ -72,7 +67,7 @@ def run_ray(placement: Placement) -> None:
     run_dir = RunDir(placement.run_dir)
     supervisor = Supervisor(placement, run_dir, holds_ranks=False)
     try:
-        with cluster(placement), FollowLog(run_dir.log(0)), stopped_by_signals(), supervisor:
+        with ray_connection(placement), FollowLog(run_dir.log(0)), stopped_by_signals(), supervisor:
             fit(trainer(placement))
     except ray.train.TrainingFailedError as error:
         raise explain(error, placement, run_dir) from None
@@ -132,74 +127,6 @@ def trainer(placement: Placement) -> TorchTrainer:
             failure_config=ray.train.FailureConfig(max_failures=spec.restarts),
         ),
     )
-
-
-def ships(spec: JobSpec) -> bool:
-    """Whether the working directory travels to the nodes: where named, and they are others."""
-    return spec.address is not None and spec.working_dir is not None
-
-
-def shipped_script(spec: JobSpec) -> list[str]:
-    """Script and arguments as a node finds them: from the shipped folder, if it was shipped."""
-    command = spec.command()
-    if ships(spec) and spec.script is not None:
-        folder = Path(spec.working_dir or "").expanduser().absolute()
-        if not spec.script.is_relative_to(folder):
-            raise JobSpecError(
-                f"script {spec.script} is not in working_dir {folder}, which is what travels to "
-                "the nodes: move it there, or widen working_dir"
-            )
-        command[0] = str(spec.script.relative_to(folder))
-    return command
-
-
-@contextmanager
-def cluster(placement: Placement) -> Iterator[None]:
-    """A connection to the job's cluster; an embedded one lives as long as the context."""
-    spec = placement.spec
-    settings = {
-        "RAY_TRAIN_V2_ENABLED": "1",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(HEALTH_CHECK_INTERVAL_S),
-        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": f"{spec.start_timeout_s:g}",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{spec.start_timeout_s:g}",
-        "RAY_TRAIN_METRICS_ENABLED": "0",
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    }
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_environment(settings))
-        if spec.address is None:
-            cpus = max(os.cpu_count() or 1, int(spec.resources.cpus_per_rank * placement.num_ranks))
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                logging_level=logging.WARNING,
-                log_to_driver=False,
-            )
-        else:
-            package: dict[str, Any] = {"py_modules": [str(Path(__file__).parents[1])]}
-            if ships(spec):
-                package["working_dir"] = str(spec.working_dir)
-            ray.init(
-                address=spec.address,
-                runtime_env=package,
-                logging_level=logging.WARNING,
-                log_to_driver=False,
-            )
-        stack.callback(ray.shutdown)
-        yield
-
-
-@contextmanager
-def _environment(settings: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update({name: text for name, text in settings.items() if name not in before})
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def explain(error: Any, placement: Placement, run_dir: RunDir) -> LaunchError:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from seqpar.errors import LaunchError
 
-__all__ = ["ensure_token", "is_loopback", "token_environment"]
+__all__ = ["ensure_token", "is_loopback", "require_token", "token_environment"]
 
 DEFAULT_TOKEN = Path("~/.ray/auth_token")
 
@@ -67,6 +67,19 @@ def enable_token_auth() -> None:
             "RAY_AUTH_MODE=token in the environment, or import ray after seqpar.launch.jobs"
         )
     os.environ.update(token_environment())
+
+
+def require_token(address: str) -> None:
+    """Refuse to talk to another machine without its token.
+
+    Raises:
+        LaunchError: neither RAY_AUTH_TOKEN is set nor a token file there.
+    """
+    if not os.environ.get("RAY_AUTH_TOKEN") and not token_path().exists():
+        raise LaunchError(
+            f"{address} is not this machine and there is no token for it: put the cluster's token "
+            f"into {token_path()} (mode 0600), or set RAY_AUTH_TOKEN_PATH to where it is"
+        )
 
 
 def is_loopback(host: str) -> bool:

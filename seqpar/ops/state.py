@@ -34,6 +34,9 @@ from seqpar.planners.exchange import ExchangeChoice, Link
 
 __all__ = ["explain_exchange", "scatter_mixer", "state_attention"]
 
+MIN_OVERLAP_MS = 0.1
+"""Adding states afterwards takes launches of its own: not worth it for a shorter exchange."""
+
 
 def state_attention(
     q: Tensor,
@@ -47,6 +50,7 @@ def state_attention(
     return_final_state: bool = False,
     exchange: str = "auto",
     truncate: bool = True,
+    overlap: bool | None = None,
     link: Link | None = None,
     check: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
@@ -74,6 +78,9 @@ def state_attention(
             sent further, and tokens that a state no longer reaches are not touched. Exact to
             float32. `comm.count_traffic` reports the bytes saved. Reads log_decay on the host,
             once for each tensor and version of it.
+        overlap: with `truncate`, compute as if no state entered while states travel, and add
+            their part to the few tokens that they reach; False waits for them first. None:
+            where the exchange is estimated to take longer than the adding.
         link: figures of what joins the ranks, for auto; by default those of the group's backend.
         check: refuse tensors that do not fit the layout on all ranks alike, at the cost of one
             all_gather of 16 bytes a rank that the host waits for. Without it, a rank that refuses
@@ -99,6 +106,7 @@ def state_attention(
         initial_state=initial_state,
         return_final_state=return_final_state,
         exchange=exchange,
+        overlap=overlap,
         link=link,
         check=check,
     )
@@ -112,6 +120,7 @@ def scatter_mixer(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     exchange: str = "auto",
+    overlap: bool | None = None,
     link: Link | None = None,
     check: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
@@ -130,9 +139,11 @@ def scatter_mixer(
         comm.agree(problem, group, same=what)
     elif problem is not None:
         raise LayoutError(problem)
-    part = RankPart(mixer, layout, comm.group_rank(group))
-    if exchange == "auto":
-        exchange = choose_for(mixer, inputs, layout, link=link or default_link(group)).exchange
+    if exchange == "auto" or overlap is None:
+        choice = choose_for(mixer, inputs, layout, link=link or default_link(group))
+        exchange = choice.exchange if exchange == "auto" else exchange
+        overlap = choice.estimates_ms[exchange] >= MIN_OVERLAP_MS if overlap is None else overlap
+    part = RankPart(mixer, layout, comm.group_rank(group), overlap)
     job = StateJob(part, exchange, return_final_state)
     start = None
     if initial_state is not None:

@@ -173,4 +173,4 @@ class LightningMixer(Mixer):
 
     def _summary(self, kept: lightning.Summary) -> Summary:
         identity = self.transition_dims() is None
-        return Summary(kept.final_state, None if identity else kept.log_transition, kept)
+        return Summary(kept.final_state, None if identity else lambda: kept.log_transition, kept)

@@ -31,6 +31,8 @@ class RankPart:
     mixer: Mixer
     layout: SequenceLayout
     rank: int
+    overlap: bool = True
+    """Add states that arrive late afterwards, where the mixer can, instead of waiting for them."""
 
     @cached_property
     def places(self) -> RankPlaces:
@@ -63,10 +65,12 @@ class RankPart:
         self, inputs: Inputs, summary: Summary | None, initial_state: Tensor | None
     ) -> Scan:
         """What this rank brings to the exchange of states."""
-        own = {link: self._link_state(summary, link) for link in self.places.links}
+        last_run = self.places.last_run
+        own = {x: self._link_state(summary, x, last_run[x]) for x in self.places.links}
         if initial_state is not None and 0 in own and self.places.initial_passes:
-            through = decayed(initial_state, own[0].log_transition)
-            own[0] = LinkState(own[0].state + through, own[0].log_transition)
+            item = self._run_state(summary, last_run[0])
+            state = item.state + decayed(initial_state, item.log_transition)
+            own[0] = LinkState(state, own[0].log_transition)
         return self._scan(inputs, self.places.chain, own)
 
     def entries(self, received: Entries, initial_state: Tensor | None) -> Entries:
@@ -87,7 +91,8 @@ class RankPart:
     @property
     def adds_later(self) -> bool:
         """Whether states may arrive after the local work, and be added then."""
-        return all(self.mixer.can_add_later(count) for count in self.places.link_tokens)
+        tokens = self.places.link_tokens
+        return self.overlap and all(self.mixer.can_add_later(count) for count in tokens)
 
     @property
     def waits_for_entries(self) -> bool:
@@ -112,11 +117,11 @@ class RankPart:
             return finals
         entering = {self.places.first_run[x]: e for x, e in entries.items()}
         for run, document in self.places.ending_runs:
-            item = self._run_state(summary, run)
-            state = item.state
             if run in entering:
-                state = state + decayed(entering[run], item.log_transition)
-            finals[:, document] = state
+                item = self._run_state(summary, run)
+                finals[:, document] = item.state + decayed(entering[run], item.log_transition)
+            else:
+                finals[:, document] = self._by_run(summary.state)[:, run]
         return finals
 
     # -- backward -----------------------------------------------------------------------------
@@ -137,12 +142,13 @@ class RankPart:
         """What this rank brings to the exchange of gradients, on the reversed chain."""
         own = {}
         for link in self.places.links:
-            item = self._run_state(grad_summary, self.places.first_run[link])
-            state = item.state
-            if dfinals is not None and self.places.first_run[link] in self.places.ending_document:
-                document = self.places.ending_document[self.places.first_run[link]]
-                state = state + decayed(dfinals[:, document], item.log_transition)
-            own[self.places.mirror(link)] = LinkState(state, item.log_transition)
+            run = self.places.first_run[link]
+            item = self._link_state(grad_summary, link, run)
+            if dfinals is not None and run in self.places.ending_document:
+                through = self._run_state(grad_summary, run).log_transition
+                added = decayed(dfinals[:, self.places.ending_document[run]], through)
+                item = LinkState(item.state + added, item.log_transition)
+            own[self.places.mirror(link)] = item
         return self._scan(inputs, self.places.reversed_chain, own)
 
     def exit_grads(self, received: Entries) -> Entries:
@@ -199,14 +205,14 @@ class RankPart:
         if grad_summary is None or 0 not in self.places.links:
             return None
         run = self.places.first_run[0]
-        item = self._run_state(grad_summary, run)
         leaving = None
         if dfinals is not None and run in self.places.ending_document:
             leaving = dfinals[:, self.places.ending_document[run]]
         elif self.places.initial_passes:
             leaving = exit_grads.get(0)
         if leaving is None:
-            return item.state
+            return self._by_run(grad_summary.state)[:, run]
+        item = self._run_state(grad_summary, run)
         return item.state + decayed(leaving, item.log_transition)
 
     # -- between [B, T] with R runs and the kernels' sequences --------------------------------
@@ -232,6 +238,14 @@ class RankPart:
             None if transition is None else self._by_run(transition)[:, run],
         )
 
+    def _link_state(self, summary: Summary | None, link: int, run: int) -> LinkState:
+        """A link's state from the run that it leaves, and G if anyone will ask for it."""
+        item = self.places.chain.links[link]
+        if item.passes or (not self.mixer.knows_transitions and (item.gives or item.takes)):
+            return self._run_state(summary, run)
+        assert summary is not None, "a rank with a link has tokens"
+        return LinkState(self._by_run(summary.state)[:, run], None)
+
     def _by_run(self, states: Tensor) -> Tensor:
         return states.view(-1, self.places.num_runs, *states.shape[1:])
 
@@ -245,10 +259,6 @@ class RankPart:
         for run, value in values.items():
             self._by_run(states)[:, run] = value
         return states
-
-    def _link_state(self, summary: Summary | None, link: int) -> LinkState:
-        """What a whole link does to a state: its last run's S and G."""
-        return self._run_state(summary, self.places.last_run[link])
 
     def _scan(self, inputs: Inputs, chain: StateChain, own: dict[int, LinkState]) -> Scan:
         shape = (inputs[0].shape[0], *self.mixer.state_shape(inputs))

@@ -13,6 +13,7 @@ on the CPU, [S + 1]), B = 1 and the row is S sequences packed end to end, each o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +33,16 @@ class Summary:
 
     state: Tensor
     """[S, *state_shape], float32: S, what leaves when nothing enters."""
-    log_transition: Tensor | None
-    """[S, *leading part of state_shape], float32, <= 0; None is the identity."""
+    transition: Tensor | Callable[[], Tensor] | None
+    """G: [S, *leading part of state_shape], float32, <= 0, or what makes it when it is wanted;
+    None is the identity."""
     kept: Any = None
     """Whatever the mixer wants back in the calls that follow."""
+
+    @property
+    def log_transition(self) -> Tensor | None:
+        """G."""
+        return self.transition() if callable(self.transition) else self.transition
 
 
 class Mixer(ABC):
@@ -147,7 +154,7 @@ class AutogradMixer(Mixer):
             o = self.output(leaves, again, start, cu_seqlens)
             leaving = again.state + decayed(start, again.log_transition)
         (grad,) = torch.autograd.grad(o, start, do, retain_graph=True)
-        return Summary(grad, summary.log_transition, (leaves, o, leaving))
+        return Summary(grad, summary.transition, (leaves, o, leaving))
 
     def backward(
         self,

@@ -114,6 +114,13 @@ def test_outputs_states_and_gradients(decay: str, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("decay", DECAYS)
+def test_gradients_without_an_initial_state(decay: str) -> None:
+    inputs = make_inputs(decay=decay, tokens=90)
+    inputs["initial_state"] = None
+    check_against_reference(inputs, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
 def test_packed_documents(decay: str) -> None:
     lengths = (1, 5, 64, 70, 129, 2)
     inputs = make_inputs(decay=decay, batch=1, tokens=sum(lengths), sequences=len(lengths))

@@ -13,7 +13,7 @@ from torch import Tensor
 from seqpar.kernels.lightning import dispatch, lightning_attention
 from seqpar.kernels.lightning.reference import recurrent_attention
 from tests.kernels.test_lightning import DECAYS, leaves, make_inputs, packed
-from tests.tolerances import assert_close
+from tests.tolerances import assert_close, relative_error
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,7 +29,7 @@ def check(
     *,
     cu_seqlens: Tensor | None = None,
     dtype: torch.dtype,
-    decay_grad_dtype: torch.dtype | None = None,
+    decay_grad_error: float | None = None,
 ) -> None:
     """Outputs, exit states and every gradient of the Triton path against autograd in fp64."""
     theirs = leaves(inputs)
@@ -59,8 +59,10 @@ def check(
         if reference is not None:
             dim = 0 if name == "initial_state" else 1
             assert grad is not None, name
-            as_dtype = decay_grad_dtype or dtype if name == "log_decay" else dtype
-            assert_close(grad, reference, what=f"d{name}", dtype=as_dtype, dim=dim)
+            if name == "log_decay" and decay_grad_error is not None:
+                assert relative_error(grad, reference) < decay_grad_error
+            else:
+                assert_close(grad, reference, what=f"d{name}", dtype=dtype, dim=dim)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -92,7 +94,7 @@ def test_decays_that_underflow_within_a_chunk_stay_finite(decay: str) -> None:
         decay=decay, batch=1, tokens=200, heads=1, dtype=torch.float32, strongest=-60.0
     )
     # Where hardly anything crosses a token, its decay's gradient is a difference of large sums.
-    check(inputs, dtype=torch.float32, decay_grad_dtype=torch.float16)
+    check(inputs, dtype=torch.float32, decay_grad_error=1e-4)
 
 
 def test_a_float16_state_may_exceed_the_range_of_float16() -> None:
@@ -156,7 +158,8 @@ def test_bfloat16_at_real_sizes(decay: str, dims: tuple[int, int]) -> None:
         decay=decay, batch=1, tokens=2000, heads=2, key_dim=dims[0], value_dim=dims[1],
         sequences=4, dtype=torch.bfloat16,
     )  # fmt: skip
-    check(inputs, cu_seqlens=packed(lengths), dtype=torch.bfloat16)
+    # A decay's gradient is a sum over pairs across a token; rounding of others' adds to it.
+    check(inputs, cu_seqlens=packed(lengths), dtype=torch.bfloat16, decay_grad_error=2e-2)
 
 
 @pytest.mark.gpu
@@ -169,4 +172,19 @@ def test_the_public_function_on_a_gpu() -> None:
     (o.square().sum() + final.sum()).backward()
     (ref_o.square().sum() + ref_final.sum()).backward()
     for name, leaf in here.items():
-        assert_close(leaf.grad, theirs[name].grad, what=name, dim=0 if leaf.ndim == 4 else 1)
+        dim = 0 if name == "initial_state" else 1
+        assert_close(leaf.grad, theirs[name].grad, what=name, dim=dim)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", DECAYS)
+def test_the_public_function_on_a_gpu_without_an_initial_state(decay: str) -> None:
+    inputs = make_inputs(decay=decay, tokens=500, key_dim=64, value_dim=64, dtype=torch.float32)
+    inputs["initial_state"] = None
+    here = {name: x if x is None else x.cuda() for name, x in inputs.items()}
+    ours, theirs = leaves(here), leaves(inputs)
+    lightning_attention(**ours)[0].square().sum().backward()
+    recurrent_attention(**theirs)[0].square().sum().backward()
+    for name, leaf in ours.items():
+        if leaf is not None and leaf.requires_grad:
+            assert_close(leaf.grad, theirs[name].grad, what=name)

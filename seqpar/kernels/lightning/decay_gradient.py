@@ -61,9 +61,24 @@ def backward_with_decay(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dlog_decay [B, T, H] float32 and the gradient of the entry states."""
     q, k, v, do = prepared.tensors
-    states, final = _all_states(prepared, k, v, entry_state, exit_state_grad is not None)
-    grad_states, _ = _all_states(prepared, q, do, exit_state_grad, False, reverse=True)
-    segments = states.segments
+    config = configuration(k.shape[3], v.shape[3], k.dtype)
+    segments = segments_of(prepared, config, v.shape[3], fine=True)
+    decays = prepare_decays(prepared.log_decay, segments, config.chunk)
+
+    def entered(
+        y: Tensor, z: Tensor, initial: Tensor | None, *, reverse: bool, return_final: bool
+    ) -> tuple[SegmentStates, Tensor | None]:
+        """What enters the segments, from outside the sequences included."""
+        states = segment_states(y, z, decays, segments, config, reverse=reverse, every=return_final)
+        entries, final = enter_segments(
+            states, decays, segments, initial=initial,
+            reverse=reverse, return_final=return_final, in_place=True,
+        )  # fmt: skip
+        return SegmentStates(segments, decays, entries), final
+
+    with_final = exit_state_grad is not None
+    states, final = entered(k, v, entry_state, reverse=False, return_final=with_final)
+    grad_states, _ = entered(q, do, exit_state_grad, reverse=True, return_final=False)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     entry_grad = empty_entry_grad(prepared)
     from_q = _role((do, v, k), dq, q, states, None, reverse=False, transposed=True)
@@ -95,25 +110,6 @@ def backward_with_decay(
         BLOCK=max(16, triton.next_power_of_2(segments.longest)),
     )
     return dq, dk, dv, out, entry_grad
-
-
-def _all_states(
-    prepared: Prepared,
-    y: Tensor,
-    z: Tensor,
-    initial: Tensor | None,
-    return_final: bool,
-    reverse: bool = False,
-) -> tuple[SegmentStates, Tensor | None]:
-    """The states that enter the segments of a fine cut, and what leaves the sequences."""
-    config = configuration(y.shape[3], z.shape[3], y.dtype)
-    segments = segments_of(prepared, config, z.shape[3], fine=True)
-    decays = prepare_decays(prepared.log_decay, segments, config.chunk)
-    states = segment_states(y, z, decays, segments, config, reverse=reverse, every=return_final)
-    entries, final = enter_segments(
-        states, decays, segments, initial=initial, reverse=reverse, return_final=return_final
-    )
-    return SegmentStates(segments, decays, entries), final
 
 
 def _role(

@@ -34,7 +34,7 @@ class Decays:
     """The decays of one call and one cut."""
 
     kind: int
-    """0: none, 1: fixed per head, 2: per token."""
+    """1: fixed per head, 2: per token."""
     per_head: Tensor | None = None
     """[H] natural log decays (kind 1)."""
     reach: Tensor | None = None
@@ -145,10 +145,8 @@ def segment_decays_kernel(
     tl.store(p_back + i_m * H + i_h, back)
 
 
-def prepare_decays(log_decay: Tensor | None, segments: Segments, chunk: int) -> Decays:
+def prepare_decays(log_decay: Tensor, segments: Segments, chunk: int) -> Decays:
     """The decays of a call: float32, contiguous, [H] or [B, T, H]."""
-    if log_decay is None:
-        return Decays(0)
     if log_decay.ndim == 1:
         return Decays(1, per_head=log_decay)
     heads = log_decay.shape[2]

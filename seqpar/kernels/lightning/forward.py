@@ -64,14 +64,15 @@ class Prepared:
     """Inputs as the kernels take them: rows aligned for bulk copies, decays in float32."""
 
     tensors: tuple[Tensor, ...]
-    log_decay: Tensor | None
+    log_decay: Tensor
     bounds: tuple[int, ...]
 
 
 def prepare(*tensors: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None) -> Prepared:
     """Align tensors [B, T, H, D] (copies only what is not) and read the sequences' bounds."""
-    if log_decay is not None:
-        log_decay = log_decay.detach().float().contiguous()
+    if log_decay is None:  # a decay of one: a variant of its own crashes ptxas 12.8
+        log_decay = torch.zeros(tensors[0].shape[2], device=tensors[0].device)
+    log_decay = log_decay.detach().float().contiguous()
     batch, tokens = tensors[0].shape[:2]
     if cu_seqlens is None:
         bounds = tuple(range(0, batch * tokens + 1, tokens))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from seqpar.errors import KernelInputError
 from seqpar.kernels.lightning import dispatch
@@ -119,6 +120,7 @@ class _LightningAttention(torch.autograd.Function):
         return o, final_state
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, initial_state = ctx.saved_tensors
         do, dfinal = grads
@@ -138,9 +140,9 @@ class _LightningAttention(torch.autograd.Function):
         )
         if dlog_decay is not None and log_decay is not None:
             dlog_decay = dlog_decay.to(log_decay.dtype)
-        if not needs.entry_grad or initial_state is None:
-            return dq, dk, dv, dlog_decay, None, None, None
-        if dinitial is not None:
+        if initial_state is None or dinitial is None:
+            dinitial = None  # nothing was given, so nothing may come back
+        else:
             dinitial = dinitial.to(initial_state.dtype)
         return dq, dk, dv, dlog_decay, dinitial, None, None
 

@@ -65,18 +65,15 @@ def _chunk(
         m_pair = o_c[:, None] >= o_c[None, :]
     else:
         m_pair = o_c[:, None] <= o_c[None, :]
-    if DECAY == 0:
-        b_P = tl.where(m_pair, b_P, 0.0)
-    else:
-        if DECAY == 1:
-            b_reach = (o_c + 1).to(tl.float32) * log2_decay
-        b_back = tl.exp2(b_reach)
-        b_ahead = tl.exp2(tl.minimum(last - b_reach, 0.0) if TAIL else last - b_reach)
-        b_gap = b_reach[:, None] - b_reach[None, :]
-        if not REVERSE:
-            b_gap = -b_gap
-        b_P = b_P * tl.exp2(tl.where(m_pair, b_gap, -float("inf")))
-        b_w = b_w * (b_ahead if REVERSE else b_back)[None, :]
+    if DECAY == 1:
+        b_reach = (o_c + 1).to(tl.float32) * log2_decay
+    b_back = tl.exp2(b_reach)
+    b_ahead = tl.exp2(tl.minimum(last - b_reach, 0.0) if TAIL else last - b_reach)
+    b_gap = b_reach[:, None] - b_reach[None, :]
+    if not REVERSE:
+        b_gap = -b_gap
+    b_P = b_P * tl.exp2(tl.where(m_pair, b_gap, -float("inf")))
+    b_w = b_w * (b_ahead if REVERSE else b_back)[None, :]
     b_dreach = 0.0
     if GRAD:
         b_uT = tl.trans(b_u)
@@ -85,12 +82,11 @@ def _chunk(
             b_pairs = b_P * tl.dot(b_z, b_uT, input_precision=PRECISION)
             b_dreach += tl.sum(b_pairs, 0) - tl.sum(b_pairs, 1)
     b_w = tl.dot(tl.trans(b_z), b_P.to(b_z.dtype), b_w, input_precision=PRECISION)
-    if DECAY > 0:
-        b_S = b_S * tl.exp2(last)
-        b_factor = b_back if REVERSE else b_ahead
-        if TAIL:
-            b_factor = tl.where(o_c < num_tokens, b_factor, 0.0)
-        b_y = decayed(b_y, b_factor)
+    b_S = b_S * tl.exp2(last)
+    b_factor = b_back if REVERSE else b_ahead
+    if TAIL:
+        b_factor = tl.where(o_c < num_tokens, b_factor, 0.0)
+    b_y = decayed(b_y, b_factor)
     b_S = tl.dot(tl.trans(b_z), b_y, b_S, input_precision=PRECISION)
     return b_w, b_S, b_dreach
 

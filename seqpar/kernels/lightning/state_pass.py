@@ -78,13 +78,12 @@ def _add_chunk(
     if TAIL:
         b_z = tl.where((o_c < num_tokens)[:, None], b_z, 0.0).to(b_z.dtype)
         b_y = tl.where((o_c < num_tokens)[:, None], b_y, 0.0).to(b_y.dtype)
-    if DECAY > 0:
-        if DECAY == 1:
-            b_reach = tl.minimum(o_c + 1, num_tokens).to(tl.float32) * log2_decay
-        b_factor = tl.exp2(distance + (b_reach if REVERSE else last - b_reach))
-        if TAIL:
-            b_factor = tl.where(o_c < num_tokens, b_factor, 0.0)
-        b_y = decayed(b_y, b_factor)
+    if DECAY == 1:
+        b_reach = tl.minimum(o_c + 1, num_tokens).to(tl.float32) * log2_decay
+    b_factor = tl.exp2(distance + (b_reach if REVERSE else last - b_reach))
+    if TAIL:
+        b_factor = tl.where(o_c < num_tokens, b_factor, 0.0)
+    b_y = decayed(b_y, b_factor)
     return tl.dot(tl.trans(b_y), b_z, b_U, input_precision=PRECISION)
 
 
@@ -171,7 +170,7 @@ def enter_segments_kernel(
     """entries[m] = the state that enters segment m when `initial`, or zero, enters its sequence.
 
     final[s], if asked for, is what leaves the last segment (backward in time: the first).
-    Grid: (tiles of K * V, H, S).
+    `entries` may be `states` itself. Grid: (tiles of K * V, H, S).
     """
     i_h, i_s = tl.program_id(1), tl.program_id(2)
     o_kv = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -185,11 +184,11 @@ def enter_segments_kernel(
     for i in tl.range(0, end - first, num_stages=4):
         i_m = end - 1 - i if REVERSE else first + i
         o_m = (i_m * H + i_h).to(tl.int64) * KV
-        tl.store(p_entries + o_m + o_kv, b_state, mask=m_kv)
         need = m_kv
         if p_final is None:
             need = m_kv & (o_kv * 0 + i < end - first - 1)
         b_U = tl.load(p_states + o_m + o_kv, mask=need, other=0.0)
+        tl.store(p_entries + o_m + o_kv, b_state, mask=m_kv)
         if DECAY == 1:
             tokens = tl.load(p_bounds + i_m + 1) - tl.load(p_bounds + i_m)
             b_state = b_state * tl.exp2(tokens.to(tl.float32) * log2_decay)
@@ -273,10 +272,11 @@ def enter_segments(
     initial: Tensor | None = None,
     reverse: bool,
     return_final: bool,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Entry states [M, H, K, V] for `initial` or zero in; the exit states [S, H, K, V] if asked."""
     _, heads, key_dim, value_dim = states.shape
-    entries = torch.empty_like(states)
+    entries = states if in_place else torch.empty_like(states)
     final = None
     if return_final:
         final = states.new_empty(segments.num_sequences, heads, key_dim, value_dim)

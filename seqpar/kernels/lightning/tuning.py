@@ -28,8 +28,8 @@ class Config:
 
 
 def padded(dim: int) -> int:
-    """The power of two, at least 16, that holds a head dim."""
-    return max(16, 1 << (dim - 1).bit_length())
+    """The power of two that holds a head dim; at least 64, the least height of a matrix product."""
+    return max(64, 1 << (dim - 1).bit_length())
 
 
 def configuration(key_dim: int, value_dim: int, dtype: torch.dtype) -> Config:
