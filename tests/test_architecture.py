@@ -29,7 +29,8 @@ ALLOWED = {
 TOP = {
     "errors", "layout", "balance", "comm", "mesh", "kernels", "ops", "batch",
     "loss", "models", "adapters", "planners", "launch", "data", "training", "calibration",
-    "comparison", "feedback", "report", "report_html", "console", "parallelize", "parity", "commands",
+    "comparison", "feedback", "report", "report_html", "console", "parallelize", "parity",
+    "commands",
 }
 # fmt: on
 
