@@ -29,7 +29,7 @@ from seqpar.planners.problem import ScatterProblem
 
 __all__ = ["Planner"]
 
-PLACEMENTS_PER_MS = 250
+PLACEMENTS_PER_MS = 200
 """Search work that a millisecond of the limit buys; the rest of it goes to everything else."""
 
 VECTOR_PLACEMENTS_PER_MS = 4

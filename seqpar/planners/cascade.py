@@ -61,6 +61,7 @@ class CascadeSearch:
         self.deadline_s = deadline_s
         self.steps = 0
         self._prefixes: dict[tuple[int, Steering], Packed | None] = {}
+        self._last_ms: dict[int, float] = {}
         self._least_end: list[float] = batch.least(
             batch.weight_array + batch.fixed_array[:, None]
         ).tolist()
@@ -142,14 +143,18 @@ class CascadeSearch:
             remaining = sum(self.batch.tokens[k] for k in waiting)
             share = steering[m].share / (len(steering) - m)
             absorbed = 1.0 if m == len(steering) - 1 else min(1.0, share)
-            self._prefixes[key], steps = least_target(
+            found, steps = least_target(
                 self.batch,
                 waiting,
                 self._least_end,
                 (1 - absorbed) * remaining,
                 least_line=steering[m].least_line,
+                guess_ms=self._last_ms.get(m, 0.0),
             )
             self.steps += steps
+            if found is not None:
+                self._last_ms[m] = found.makespan_ms
+            self._prefixes[key] = found
         return self._prefixes[key]
 
 
@@ -160,11 +165,13 @@ def least_target(
     max_left_tokens: float,
     *,
     least_line: int = 0,
+    guess_ms: float = 0.0,
 ) -> tuple[Packed | None, int]:
     """The packing of about the least target that leaves no more tokens over, and its steps.
 
     The first of `members` (the longest) is never left over. None if no target in reach succeeds,
     which means memory: sequences that do not fit together however long the micro-batch takes.
+    `guess_ms` is where to look first.
     """
     low = least_end[members[0]] * (1 + 1e-9)
     capacity = batch.devices * batch.device_token_capacity
@@ -182,18 +189,26 @@ def least_target(
             return None
         return packed
 
-    high, step = low, 1.06
-    best = attempt(high)
+    best = attempt(low)
     if best is not None:
         return best, steps
-    limit = low * 64 + 1e-9
+    limit, step = low * 64, 1.06
+    high = max(guess_ms * 1.003, low * step)
+    best = attempt(high)
     while best is None:
         if high > limit:
             return None, steps
         low, high = high, high * step
         step *= step
         best = attempt(high)
-    high = best.makespan_ms
+    high, step = best.makespan_ms, 0.97
+    while high * step > low:
+        packed = attempt(high * step)
+        if packed is None:
+            low = high * step
+            break
+        best, high = packed, packed.makespan_ms
+        step *= step
     while high > low * (1 + TARGET_PRECISION):
         middle = (low * high) ** 0.5
         packed = attempt(middle)
