@@ -144,7 +144,7 @@ def scale(sources: Any) -> list[dict[str, Any]]:
         sources, model="flexsp-7b", batches=1, count=8192, devices=1024
     ):
         start = time.perf_counter()
-        next(Planner(time_limit_ms=2000).plans(problem))
+        first = next(Planner(time_limit_ms=2000).plans(problem))
         first_s = time.perf_counter() - start
         plan = Planner(time_limit_ms=2000).plan(problem)
         rows.append(
@@ -152,6 +152,7 @@ def scale(sources: Any) -> list[dict[str, Any]]:
                 "lengths": name,
                 "context": context,
                 "first_plan_s": first_s,
+                "first_plan_degree_gap": bound_plan(problem, first).gap,
                 "solve_s": plan.solve_ms / 1e3,
                 "bound_s": plan.bound_ms / 1e3,
                 "degree_gap": plan.gap,
