@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test check bench docs soak clean
 
 demo: $(VENV)/.demo
 	$(BIN)/seqpar launch examples/hybrid_lm/job.yaml
@@ -23,6 +23,11 @@ bench: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/test_docs.py
+
+# 30 seeded faults an engine; the short version is part of `make test`.
+soak: $(VENV)/.dev
+	$(BIN)/python -m tests.launch.soak --engine local --faults 30 --seed 0
+	$(BIN)/python -m tests.launch.soak --engine ray --faults 30 --seed 0
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
