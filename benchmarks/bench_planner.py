@@ -144,7 +144,7 @@ def scale(sources: Any) -> list[dict[str, Any]]:
         sources, model="flexsp-7b", batches=1, count=8192, devices=1024
     ):
         start = time.perf_counter()
-        next(Planner(time_limit_ms=2000).plans(problem))
+        first = next(Planner(time_limit_ms=2000).plans(problem))
         first_s = time.perf_counter() - start
         plan = Planner(time_limit_ms=2000).plan(problem)
         rows.append(
@@ -152,6 +152,7 @@ def scale(sources: Any) -> list[dict[str, Any]]:
                 "lengths": name,
                 "context": context,
                 "first_plan_s": first_s,
+                "first_plan_degree_gap": bound_plan(problem, first).gap,
                 "solve_s": plan.solve_ms / 1e3,
                 "bound_s": plan.bound_ms / 1e3,
                 "degree_gap": plan.gap,
@@ -238,10 +239,11 @@ def _flat(found: dict[str, tuple[float, float]]) -> dict[str, Any]:
     return flat
 
 
-def cells(sources: Any, batches: int) -> list[dict[str, Any]]:
+def cells(sources: Any, batches: int, models: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """Modelled speed-up over degree 64 and over the best degree per batch, FlexSP's cells."""
-    rows = []
-    for model in ("flexsp-7b", "flexsp-13b", "flexsp-30b"):
+    answers: dict[str, list[dict[str, Any]]] = {}
+    for model in models:
+        rows = answers.setdefault(model, [])
         grouped: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
         for name, context, problem in problems(sources, model=model, batches=batches):
             plan = Planner(bound="none").plan(problem)
@@ -264,7 +266,7 @@ def cells(sources: Any, batches: int) -> list[dict[str, Any]]:
                 }
             )
             show(rows[-1])
-    return rows
+    return answers
 
 
 def show(row: dict[str, Any]) -> None:
@@ -287,6 +289,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=3)
     names = ("commoncrawl", "github", "wikipedia")
     parser.add_argument("--lengths", nargs="+", choices=names, default=list(names))
+    presets = ("flexsp-7b", "flexsp-13b", "flexsp-30b")
+    parser.add_argument("--models", nargs="+", choices=presets, default=list(presets))
     parser.add_argument("--seconds", type=float, default=10.0, help="limit of each peer solver")
     parser.add_argument("--histogram", type=Path, default=HERE / "data" / "wikipedia.json")
     parser.add_argument("--cp-sat-python", default=sys.executable, help="has ortools")
@@ -313,7 +317,8 @@ def main() -> None:
             found = peers(sources, seconds=options.seconds, cp_sat=cp_sat)
             results[part] = results.get(part, {}) | found
         else:
-            results[part] = cells(sources, options.batches)
+            found = cells(sources, options.batches, options.models)
+            results[part] = {**results.get(part, {}), **found}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -139,7 +139,7 @@ def _hardware(setup: Setup) -> dict[str, Any]:
     cuda = setup.device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else "cpu"
     return {
-        "folder": f"{setup.world_size}x-{name.lower().replace(' ', '-')}",
+        "folder": f"{name.lower().replace('nvidia ', '').replace(' ', '-')}-x{setup.world_size}",
         "device": name,
         "torch": torch.__version__,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,

@@ -178,7 +178,8 @@ def _draw_gantt(axes: Axes, step: dict[str, Any], ranks: int) -> None:
 
 
 def _draw_lengths(axes: Axes, lengths: list[int]) -> None:
-    bins = [2.0**power for power in range(max(lengths).bit_length() + 1)]
+    halves = range(2 * (min(lengths).bit_length() - 1), 2 * (max(lengths) - 1).bit_length() + 1)
+    bins = [2.0 ** (half / 2) for half in halves]
     axes.hist(lengths, bins=bins, color="#3b7ea1", edgecolor="white")
     axes.set_xscale("log", base=2)
     axes.set_xlabel("tokens of a document")

@@ -9,9 +9,15 @@ import typer
 
 
 def command(
+    cluster: Annotated[
+        str | None, typer.Option(help="Also ask every node of the Ray cluster at this address.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show versions, devices and engines, and what is missing with the command that installs it."""
+    if cluster is not None:
+        probe(cluster, as_json)
+        return
     from seqpar.launch.machine import inspect_machine
 
     machine = inspect_machine()
@@ -21,6 +27,42 @@ def command(
         show(machine)
     if not machine.healthy:
         raise typer.Exit(1)
+
+
+def probe(address: str, as_json: bool) -> None:
+    """Ask every node of a cluster; exit code 1 if something would keep a job from running."""
+    from seqpar.launch.cluster_probe import probe_cluster
+
+    report = probe_cluster(address)
+    if as_json:
+        print(json.dumps(report.as_dict()))
+    else:
+        show_cluster(report)
+    if report.faults:
+        raise typer.Exit(1)
+
+
+def show_cluster(report: Any) -> None:
+    """A cluster's report as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table("node", "address", "interface", "torch", "ray", "devices", "disk", title="Nodes")
+    for index, node in enumerate(report.nodes):
+        disk = f"{node['system']['disk_free_bytes'] / 2**30:.0f} GiB"
+        versions = node["versions"]
+        words = (str(index), node["address"], node["interface"])
+        count = str(len(node["devices"]))
+        table.add_row(*words, versions["torch"], versions["ray"], count, disk)
+    console.print(table)
+    table = Table("pair", "latency", "bandwidth", title="Links (gloo)")
+    for pair in report.pairs:
+        rate = pair["bandwidth_bytes_per_s"] / 1e9
+        table.add_row(f"{pair['a']}-{pair['b']}", f"{pair['latency_ms']} ms", f"{rate:.2f} GB/s")
+    console.print(table)
+    for fault in report.faults:
+        console.print(fault, style="red", markup=False)
 
 
 def show(machine: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from seqpar.errors import JobSpecError, LaunchError, RankFailedError
 from seqpar.launch.placement import Placement
 from seqpar.launch.rundir import RunDir
+from seqpar.launch.security import enable_token_auth, is_loopback, require_token
 
 __all__ = ["run_job"]
 
@@ -53,19 +54,25 @@ def run_job(placement: Placement, *, resume: bool = False) -> dict[str, Any]:
 
 
 def _engine(placement: Placement) -> Any:
-    address = placement.spec.address
     if placement.spec.engine == "local":
         from seqpar.launch.local import run_local
 
         return run_local
-    from seqpar.launch.security import enable_token_auth, is_loopback, require_token
-
-    if address not in (None, "auto", "local") and not is_loopback(address.rpartition(":")[0]):
-        require_token(address)
+    require_cluster_token(placement.spec.address)
     enable_token_auth()
     from seqpar.launch.ray import run_ray
 
     return run_ray
+
+
+def require_cluster_token(address: str | None) -> None:
+    """Refuse a cluster on other machines for which there is no token; before Ray is imported.
+
+    Raises:
+        LaunchError: the address is not this machine's, and no token is there for it.
+    """
+    if address not in (None, "auto", "local") and not is_loopback(address.rpartition(":")[0]):
+        require_token(address)
 
 
 def _run_id(run_dir: RunDir, placement: Placement) -> str:

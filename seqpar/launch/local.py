@@ -42,8 +42,9 @@ __all__ = ["run_local"]
 class LoopbackRendezvous(RendezvousHandler):
     """One agent, one host: a new store on a loopback socket for every attempt."""
 
-    def __init__(self, run_id: str, timeout_s: float) -> None:
+    def __init__(self, run_id: str, timeout_s: float, port: int) -> None:
         self.run_id = run_id
+        self.port = port
         self.timeout = timedelta(seconds=timeout_s)
         self.store: TCPStore | None = None
 
@@ -55,7 +56,8 @@ class LoopbackRendezvous(RendezvousHandler):
         return "seqpar-loopback"
 
     def next_rendezvous(self) -> RendezvousInfo:
-        listener = socket.create_server((LOOPBACK, 0))
+        self.store = None  # a port that is given is free again before the next attempt takes it
+        listener = socket.create_server((LOOPBACK, self.port))
         port = listener.getsockname()[1]
         self.store = TCPStore(
             LOOPBACK,
@@ -170,7 +172,9 @@ def _agent(placement: Placement, logs: RankLogs) -> RecordingAgent:
         local_world_size=placement.num_ranks,
         entrypoint=interpreter,
         args=tuple(arguments),
-        rdzv_handler=LoopbackRendezvous(placement.run_id, placement.spec.start_timeout_s),
+        rdzv_handler=LoopbackRendezvous(
+            placement.run_id, placement.spec.start_timeout_s, placement.spec.port or 0
+        ),
         max_restarts=placement.spec.restarts,
         monitor_interval=0.1,
         local_addr=LOOPBACK,

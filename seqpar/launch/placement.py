@@ -71,7 +71,7 @@ class Placement:
             "degrees": list(self.spec.degrees),
             "command": self.worker_command(),
             "environment": self.environment(),
-            "ports": "one, chosen free and held by the launcher until the ranks meet on it",
+            "port": self.spec.port or "a free one, held from the moment it is chosen",
             "run_dir": str(self.run_dir),
             "checkpoint_dir": str(self.spec.checkpoint_folder()),
             "restarts": self.spec.restarts,
@@ -107,6 +107,8 @@ def place(spec: JobSpec, *, num_cuda: int | None = None, run_id: str | None = No
         num_cuda = 0
     elif num_cuda is None:
         num_cuda = count_cuda_devices()
+    if spec.port is not None:
+        _check_port(spec)
     if num_cuda == 0:
         if spec.devices == "cuda":
             raise JobSpecError(
@@ -115,6 +117,16 @@ def place(spec: JobSpec, *, num_cuda: int | None = None, run_id: str | None = No
             )
         return _placed(spec, spec.nproc, "cpu", os.cpu_count() or 1, run_id)
     return _placed(spec, _ranks_on_cuda(spec, num_cuda), "cuda", num_cuda, run_id)
+
+
+def _check_port(spec: JobSpec) -> None:
+    try:
+        socket.create_server((LOOPBACK, spec.port or 0)).close()
+    except OSError as error:
+        raise JobSpecError(
+            f"job {spec.name}: port {spec.port} cannot be had ({error.strerror}): "
+            "set port to another, or leave it out for a free one"
+        ) from None
 
 
 def _ranks_on_cuda(spec: JobSpec, num_cuda: int) -> int:

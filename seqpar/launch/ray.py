@@ -112,6 +112,7 @@ def trainer(placement: Placement) -> TorchTrainer:
             "run_dir": str(placement.run_dir),
             "cwd": None if ships(spec) else str((spec.working_dir or Path.cwd()).absolute()),
             "restarts": spec.restarts,
+            "port": spec.port or 0,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=(spec.smallest_allowed(), placement.num_ranks)

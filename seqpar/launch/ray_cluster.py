@@ -17,7 +17,7 @@ from seqpar.launch.placement import Placement
 from seqpar.launch.reach import check_answers
 from seqpar.launch.spec import JobSpec
 
-__all__ = ["ray_connection", "shipped_script", "ships"]
+__all__ = ["connect", "own_package", "ray_connection", "shipped_script", "ships"]
 
 HEALTH_CHECK_INTERVAL_S = 0.25
 
@@ -46,14 +46,40 @@ def shipped_script(spec: JobSpec) -> list[str]:
     return command
 
 
+def own_package() -> dict[str, Any]:
+    """seqpar itself, so that a cluster's nodes run the launcher's version of it."""
+    return {"py_modules": [str(Path(__file__).parents[1])]}
+
+
 def shipment(spec: JobSpec) -> dict[str, Any]:
     """The runtime environment of the job's workers: seqpar itself, and the working directory."""
     if in_ray_job():
         return {}  # it has come with this launcher
-    package: dict[str, Any] = {"py_modules": [str(Path(__file__).parents[1])]}
+    package = own_package()
     if ships(spec):
         package["working_dir"] = str(spec.working_dir)
     return package
+
+
+def connect(address: str, package: dict[str, Any]) -> None:
+    """Connect this process to a cluster; `package` is its runtime environment.
+
+    Raises:
+        LaunchError: nothing answers there, or the token is missing or wrong.
+    """
+    host, _, port = address.rpartition(":")
+    if port.isdigit():
+        check_answers(host, int(port))
+    try:
+        ray.init(
+            address=address,
+            runtime_env=package,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise LaunchError(f"cannot join the cluster at {address}: {text}") from None
 
 
 def join(spec: JobSpec) -> None:
@@ -64,19 +90,7 @@ def join(spec: JobSpec) -> None:
             than the smallest geometry that the job allows.
     """
     address = str(spec.address)
-    host, _, port = address.rpartition(":")
-    if port.isdigit():
-        check_answers(host, int(port))
-    try:
-        ray.init(
-            address=address,
-            runtime_env=shipment(spec),
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-        )
-    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        text = " ".join(str(error).split())[:300]
-        raise LaunchError(f"cannot join the cluster at {address}: {text}") from None
+    connect(address, shipment(spec))
     total = ray.cluster_resources().get("CPU", 0.0)
     least = spec.smallest_allowed() if spec.can_shrink else spec.nproc
     needed = least * spec.resources.cpus_per_rank

@@ -55,7 +55,7 @@ def run_rank(config: dict[str, Any]) -> None:
     one_host = context.get_local_world_size() == world_size
     host = "127.0.0.1" if one_host else ray.util.get_node_ip_address()
     run_dir = RunDir(Path(config["run_dir"]))
-    listener = socket.create_server((host, 0)) if rank == 0 else None
+    listener = socket.create_server((host, config["port"])) if rank == 0 else None
     meeting = None
     if listener is not None:
         port = listener.getsockname()[1]

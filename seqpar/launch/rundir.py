@@ -57,7 +57,8 @@ class RunDir:
         for folder in (self.logs, self.ranks, self.errors):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-        (self.path / "events.jsonl").unlink(missing_ok=True)
+        for name in ("events.jsonl", "metrics.jsonl"):
+            (self.path / name).unlink(missing_ok=True)
 
     def next_attempt(self) -> int:
         """Count one more start of the ranks; the first is 0. One caller an attempt: rank 0's."""

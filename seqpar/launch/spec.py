@@ -42,6 +42,9 @@ class JobSpec(BaseModel):
     every degree not above it divides it (1, 2, 4: never 3 ranks), or if it is a multiple of `sp`
     where `sp` is given.
 
+    `port` is where the ranks meet; without it a free one is taken and held from the start, which
+    cannot collide. Give one only where a firewall asks for it.
+
     Paths: `script` is relative to the job file; `run_dir` and `working_dir` to the folder that the
     launcher runs in.
     """
@@ -62,11 +65,13 @@ class JobSpec(BaseModel):
     address: str | None = None
     devices: Literal["auto", "cpu", "cuda"] = "auto"
     allow_oversubscribe: bool = False
+    port: Annotated[int, Field(ge=1024, le=65535)] | None = None
     resources: Resources = Resources()
     env: dict[str, str] = {}
     working_dir: Path | None = None
     run_dir: Path | None = None
     checkpoint_dir: Path | None = None
+    tensorboard: bool = False
     restarts: Annotated[int, Field(ge=0)] = 0
     timeout_s: PositiveSeconds | None = None
     start_timeout_s: PositiveSeconds = 120.0

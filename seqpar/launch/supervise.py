@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from seqpar.launch.failure import Failure
+from seqpar.launch.metrics import MetricsLog
 from seqpar.launch.placement import Placement
 from seqpar.launch.rundir import RunDir
 
@@ -126,6 +127,7 @@ class Supervisor:
         self.hangs: dict[tuple[int, int], str] = {}
         self.attempt = -1
         self.ears = Ears()
+        self.metrics = MetricsLog(run_dir, tensorboard=placement.spec.tensorboard)
         self.started = time.monotonic()
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="seqpar-supervisor", daemon=True)
@@ -138,6 +140,8 @@ class Supervisor:
         self.ended.set()
         self.thread.join()
         self._note(self.run_dir.beats())
+        self.metrics.note(self.run_dir.progress())
+        self.metrics.close()
 
     def explain(self, failure: Failure) -> Failure:
         """The failure, with the reason if this supervisor ended the rank in the last attempt."""
@@ -152,6 +156,7 @@ class Supervisor:
                 self.out_of_time = True
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
+            self.metrics.note(self.run_dir.progress())
             beats = self.ears.hear(self._note(self.run_dir.beats()))
             hang = find_hang(beats, bound_s)
             if hang is not None:

@@ -29,12 +29,14 @@ from seqpar.planners.problem import ScatterProblem
 
 __all__ = ["Planner"]
 
-PLACEMENTS_PER_MS = 250
+PLACEMENTS_PER_MS = 200
 """Search work that a millisecond of the limit buys; the rest of it goes to everything else."""
 
 VECTOR_PLACEMENTS_PER_MS = 4
 
 POLISH_STEPS = 40
+
+PIECE_MICRO_BATCHES = 12
 
 SAFETY = 10.0
 """The clock ends a search only after this many times its limit (and at least a second)."""
@@ -69,7 +71,7 @@ class Planner:
         """The best plan found for one step, verified, with its bounds and baselines."""
         start = time.perf_counter()
         batch = SortedBatch.of(problem)
-        *_, packings = self._search(batch)
+        *_, packings = self._search_whole(batch)
         plan = to_plan(problem, batch, packings)
         if self.baselines:
             plan = _with_baselines(problem, batch, plan)
@@ -81,10 +83,28 @@ class Planner:
         """Each better plan as it is found, the first at once, without bounds and baselines."""
         start = time.perf_counter()
         batch = SortedBatch.of(problem)
-        for packings in self._search(batch):
+        for packings in self._search_whole(batch):
             plan = to_plan(problem, batch, packings)
             plan.verify(problem)
             yield replace(plan, solve_ms=(time.perf_counter() - start) * 1e3)
+
+    def _search_whole(self, batch: SortedBatch) -> Iterator[list[Packing]]:
+        """The search, in pieces if the step has very many micro-batches.
+
+        Every P-th sequence makes a piece, so that each has the lengths of the whole batch.
+        """
+        capacity = batch.devices * batch.device_token_capacity
+        pieces = round(sum(batch.tokens) / capacity / PIECE_MICRO_BATCHES)
+        if pieces < 2:
+            yield from self._search(batch)
+            return
+        part = replace(self, time_limit_ms=self.time_limit_ms / pieces)
+        whole: list[Packing] = []
+        for first in range(pieces):
+            members = range(first, len(batch.tokens), pieces)
+            *_, packings = part._search(batch.subset(members))
+            whole += [[(d, [members[k] for k in ks]) for d, ks in packing] for packing in packings]
+        yield whole
 
     def _search(self, batch: SortedBatch) -> Iterator[list[Packing]]:
         best_ms, best = float("inf"), list[Packing]()
@@ -114,11 +134,12 @@ class Planner:
 
 
 def _with_baselines(problem: ScatterProblem, batch: SortedBatch, plan: ScatterPlan) -> ScatterPlan:
-    """The plan, or the baseline that is better, with what each baseline costs."""
+    """The plan, or the baseline that is better, evened out; with what each baseline costs."""
     found = baseline_packings(batch, context_tokens=problem.context_tokens or 0)
     plans = {}
     for name, (ms, packings) in found.items():
         if ms < plan.makespan_ms:
-            plans[name] = to_plan(problem, batch, packings, source=name)
+            even = [improve(batch, packing, max_steps=4) for packing in packings]
+            plans[name] = to_plan(problem, batch, even, source=name)
     best = min([plan, *plans.values()], key=lambda candidate: candidate.makespan_ms)
     return replace(best, baselines={name: ms for name, (ms, _) in found.items()})

@@ -217,7 +217,7 @@ def _megatron_batch(batch: SortedBatch, waiting: list[int]) -> tuple[Packing, li
     work = np.zeros(batch.devices)
     room, degree = np.zeros(batch.devices), np.full(batch.devices, -1)
     left = batch.devices
-    later = []
+    later, most_room = [], 0.0
     for k in waiting:
         d = batch.smallest[k]
         line, tokens = batch.degree_lines[d], batch.tokens[k]
@@ -227,6 +227,10 @@ def _megatron_batch(batch: SortedBatch, waiting: list[int]) -> tuple[Packing, li
             work[group] = tokens**2 / line.degree
             room[group], degree[group] = line.capacity - tokens, d
             left -= line.degree
+            most_room = room.max()
+            continue
+        if tokens > most_room:
+            later.append(k)
             continue
         fitting = np.where((room >= tokens) & (degree >= d), work, np.inf)
         best = int(np.argmin(fitting))
@@ -236,4 +240,5 @@ def _megatron_batch(batch: SortedBatch, waiting: list[int]) -> tuple[Packing, li
         packing[best][1].append(k)
         work[best] += tokens**2 / batch.degree_lines[packing[best][0]].degree
         room[best] -= tokens
+        most_room = room.max()
     return packing, later

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -37,6 +38,14 @@ class SortedBatch:
             tuple(lengths[index] for index in order),
             problem.degree_costs,
             problem.cluster.devices,
+        )
+
+    def subset(self, members: Sequence[int]) -> SortedBatch:
+        """Some of the sequences (rising positions here) as a batch of their own."""
+        return replace(
+            self,
+            order=tuple(self.order[k] for k in members),
+            tokens=tuple(self.tokens[k] for k in members),
         )
 
     @cached_property

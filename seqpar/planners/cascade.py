@@ -6,8 +6,11 @@ place goes on to the next, the last takes all. So a micro-batch holds the longes
 remain, each at the smallest degree that ends in time, and its gaps are filled with shorter ones
 from anywhere in the batch: neither sorted cuts nor a fixed degree vector bind it.
 
-`CascadeSearch` looks for good shares: first equal ones, then changes to one or two of the best
-found. Cascades that agree in their first shares reuse each other's first micro-batches.
+Where memory is tight and sequences are alike, groups of small degrees leave more of it unused than
+their cheaper exchange is worth, so each stage also has a least degree.
+
+`CascadeSearch` looks for good shares and least degrees: first equal ones, then changes to one or
+two stages of the best found. Cascades that begin alike share their first micro-batches.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import random
 import time
 from collections.abc import Iterator
 from itertools import chain, repeat
+from typing import NamedTuple
 
 from seqpar.planners.batch import SortedBatch
 from seqpar.planners.degrees import search_degrees
@@ -27,7 +31,19 @@ __all__ = ["CascadeSearch", "least_target", "pack_micro_batch"]
 SHARES = (0.97, 1.0, 0.92)
 TARGET_PRECISION = 0.006
 MAX_CHANGES = 100_000
-_Key = tuple[int, tuple[float, ...]]
+LARGEST_LEAST_LINE = 3
+CASCADE_STEPS = 25
+"""What a cascade costs, in placements, beside those that it makes."""
+
+
+class Stage(NamedTuple):
+    """How one micro-batch of a cascade is steered: its share, and its least degree line."""
+
+    share: float
+    least_line: int = 0
+
+
+Steering = tuple[Stage, ...]
 
 
 class CascadeSearch:
@@ -40,10 +56,12 @@ class CascadeSearch:
         self, batch: SortedBatch, *, max_steps: int, deadline_s: float = float("inf")
     ) -> None:
         self.batch = batch
+        self._lines = batch.degree_lines
         self.max_steps = max_steps
         self.deadline_s = deadline_s
         self.steps = 0
-        self._prefixes: dict[_Key, Packed | None] = {}
+        self._prefixes: dict[tuple[int, Steering], Packed | None] = {}
+        self._last_ms: dict[int, float] = {}
         self._least_end: list[float] = batch.least(
             batch.weight_array + batch.fixed_array[:, None]
         ).tolist()
@@ -53,48 +71,59 @@ class CascadeSearch:
 
     def run(self, counts: list[int]) -> Iterator[tuple[float, list[Packing]]]:
         """Better and better (ms, packings), from cascades of these numbers of micro-batches."""
-        best_ms, best_shares = float("inf"), tuple[float, ...]()
+        best_ms, best = float("inf"), tuple[Stage, ...]()
         rng = random.Random(0)
-        for shares in chain(_equal_shares(counts), repeat(None, MAX_CHANGES)):
+        for first in chain(self._first(counts), repeat(None, MAX_CHANGES)):
             spent = self.steps > self.max_steps or time.perf_counter() > self.deadline_s
-            if best_shares and spent:
+            if (best and spent) or (first is None and not best):
                 return
-            if shares is None and not best_shares:
-                return
-            tried = shares or self._change(rng, best_shares)
+            tried = first or self._change(rng, best)
+            self.steps += CASCADE_STEPS
             found = self._cascade(tried, below_ms=best_ms)
             if found is not None:
-                best_ms, best_shares = found[0], tried
+                best_ms, best = found[0], tried
                 yield found
 
-    def _change(self, rng: random.Random, shares: tuple[float, ...]) -> tuple[float, ...]:
-        """One or two shares redrawn or moved a little, the earlier the likelier; or a new count."""
-        moved = list(shares)
+    def _first(self, counts: list[int]) -> Iterator[Steering]:
+        """Equal stages: every share and count, and the likeliest count from larger degrees on."""
+        for share in SHARES:
+            for count in counts:
+                yield (Stage(share),) * count
+            if share == SHARES[0]:
+                for least_line in range(1, min(LARGEST_LEAST_LINE + 1, len(self._lines))):
+                    yield (Stage(share, least_line),) * counts[0]
+
+    def _change(self, rng: random.Random, steering: Steering) -> Steering:
+        """One or two stages changed, the earlier the likelier; sometimes their number too."""
+        moved = list(steering)
         if rng.random() < 0.1:
             if rng.random() < 0.5:
-                moved.append(1.0)
+                moved.append(Stage(1.0))
             elif len(moved) > 1:
                 moved.pop()
         for _ in range(1 + (rng.random() < 0.4)):
             at = int(max(1, len(moved) - 1) * rng.random() ** 1.7)
+            share, least_line = moved[at]
             redrawn = rng.random() < 0.5
-            share = rng.uniform(0.45, 1.1) if redrawn else moved[at] * rng.uniform(0.88, 1.12)
-            moved[at] = round(share, 3)
+            share = rng.uniform(0.45, 1.1) if redrawn else share * rng.uniform(0.88, 1.12)
+            if rng.random() < 0.1:
+                least_line = rng.randint(0, min(LARGEST_LEAST_LINE, len(self._lines) - 1))
+            moved[at] = Stage(round(share, 3), least_line)
         return tuple(moved)
 
     def _cascade(
-        self, shares: tuple[float, ...], *, below_ms: float
+        self, steering: Steering, *, below_ms: float
     ) -> tuple[float, list[Packing]] | None:
-        """The cascade of these shares; None if it fails or is no better."""
+        """The cascade that is steered so; None if it fails or is no better."""
         waiting = list(range(len(self.batch.tokens)))
         total, packings = 0.0, []
-        for m in range(len(shares)):
-            stage = self._stage(shares, m, waiting)
-            if stage is None:
+        for m in range(len(steering)):
+            packed = self._pack(steering, m, waiting)
+            if packed is None:
                 return None
-            total += stage.makespan_ms
-            packings.append(stage.packing)
-            waiting = stage.left_over
+            total += packed.makespan_ms
+            packings.append(packed.packing)
+            waiting = packed.left_over
             if total + self._rest_bound(waiting) >= below_ms:
                 return None
             if not waiting:
@@ -107,28 +136,42 @@ class CascadeSearch:
         count = -(-tokens // (self.batch.devices * self.batch.device_token_capacity))
         return count * self._fixed_ms + sum(self._share_ms[k] for k in waiting)
 
-    def _stage(self, shares: tuple[float, ...], m: int, waiting: list[int]) -> Packed | None:
-        """Micro-batch m of a cascade, from the earlier ones with the same shares if known."""
-        key = (len(shares), shares[: m + 1])
+    def _pack(self, steering: Steering, m: int, waiting: list[int]) -> Packed | None:
+        """Micro-batch m of a cascade, from an earlier cascade that began alike if there is one."""
+        key = (len(steering), steering[: m + 1])
         if key not in self._prefixes:
             remaining = sum(self.batch.tokens[k] for k in waiting)
-            last = m == len(shares) - 1
-            absorbed = 1.0 if last else min(1.0, shares[m] / (len(shares) - m))
+            share = steering[m].share / (len(steering) - m)
+            absorbed = 1.0 if m == len(steering) - 1 else min(1.0, share)
             found, steps = least_target(
-                self.batch, waiting, self._least_end, (1 - absorbed) * remaining
+                self.batch,
+                waiting,
+                self._least_end,
+                (1 - absorbed) * remaining,
+                least_line=steering[m].least_line,
+                guess_ms=self._last_ms.get(m, 0.0),
             )
             self.steps += steps
+            if found is not None:
+                self._last_ms[m] = found.makespan_ms
             self._prefixes[key] = found
         return self._prefixes[key]
 
 
 def least_target(
-    batch: SortedBatch, members: list[int], least_end: list[float], max_left_tokens: float
+    batch: SortedBatch,
+    members: list[int],
+    least_end: list[float],
+    max_left_tokens: float,
+    *,
+    least_line: int = 0,
+    guess_ms: float = 0.0,
 ) -> tuple[Packed | None, int]:
     """The packing of about the least target that leaves no more tokens over, and its steps.
 
     The first of `members` (the longest) is never left over. None if no target in reach succeeds,
     which means memory: sequences that do not fit together however long the micro-batch takes.
+    `guess_ms` is where to look first.
     """
     low = least_end[members[0]] * (1 + 1e-9)
     capacity = batch.devices * batch.device_token_capacity
@@ -138,24 +181,34 @@ def least_target(
 
     def attempt(target_ms: float) -> Packed | None:
         nonlocal steps
-        packed = pack_most(batch, waiting, target_ms, max_left_tokens=max_left_tokens)
+        packed = pack_most(
+            batch, waiting, target_ms, max_left_tokens=max_left_tokens, least_line=least_line
+        )
         steps += packed.steps
         if not packed.complete or (packed.left_over and packed.left_over[0] == members[0]):
             return None
         return packed
 
-    high, step = low, 1.06
-    best = attempt(high)
+    best = attempt(low)
     if best is not None:
         return best, steps
-    limit = low * 64 + 1e-9
+    limit, step = low * 64, 1.06
+    high = max(guess_ms * 1.003, low * step)
+    best = attempt(high)
     while best is None:
         if high > limit:
             return None, steps
         low, high = high, high * step
         step *= step
         best = attempt(high)
-    high = best.makespan_ms
+    high, step = best.makespan_ms, 0.97
+    while high * step > low:
+        packed = attempt(high * step)
+        if packed is None:
+            low = high * step
+            break
+        best, high = packed, packed.makespan_ms
+        step *= step
     while high > low * (1 + TARGET_PRECISION):
         middle = (low * high) ** 0.5
         packed = attempt(middle)
@@ -174,9 +227,3 @@ def pack_micro_batch(
     found, _ = least_target(batch, members, least_end, 0.0)
     start = improve(batch, found.packing, max_steps=100) if found else None
     return search_degrees(batch, members, start, max_vectors=max_vectors)
-
-
-def _equal_shares(counts: list[int]) -> Iterator[tuple[float, ...]]:
-    for share in SHARES:
-        for count in counts:
-            yield (share,) * count

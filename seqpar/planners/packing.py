@@ -55,13 +55,19 @@ def makespan(batch: SortedBatch, packing: Packing) -> float:
 
 
 def pack_most(
-    batch: SortedBatch, waiting: Waiting, target_ms: float, *, max_left_tokens: float
+    batch: SortedBatch,
+    waiting: Waiting,
+    target_ms: float,
+    *,
+    max_left_tokens: float,
+    least_line: int = 0,
 ) -> Packed:
     """Fill groups that all end by the target; stop once more tokens are left over than allowed.
 
     From the longest sequence down, each goes to the least full group of the smallest degree that
     can take it in time and memory (fullness is the larger of both shares), else to a new group of
-    the smallest degree that ends it in time while devices last; else it is left over.
+    the smallest degree from `least_line` on that ends it in time while devices last; else it is
+    left over.
 
     A group's limit in time is kept as the longest sequence that it could still take, so that both
     limits are one comparison, and runs of sequences that fit nowhere are skipped by bisection.
@@ -69,6 +75,7 @@ def pack_most(
     lines, weights = batch.degree_lines, batch.weights
     count, sizes, members = len(lines), waiting.sizes, waiting.members
     fresh = [min(line.capacity, _longest(line, target_ms - line.fixed)) for line in lines]
+    fresh[:least_line] = [-1.0] * least_line
     fits = [-1.0] * count  # the longest sequence that the least full group of each degree takes
     heaps: list[_Heap] = [[] for _ in lines]
     packing: Packing = []

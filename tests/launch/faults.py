@@ -112,11 +112,12 @@ class Job:
         return self.recovery(name, step, at, timeout_s=timeout_s)
 
     def recovery(self, fault: str, step: int, at: float, *, timeout_s: float) -> Recovery:
-        """Wait for the first step of a later attempt than the one that was hit."""
-        hit = max(done["attempt"] for done in self.steps_done())
+        """Wait for the first step of another attempt than the one that was hit."""
+        before = self.steps_done()
 
         def resumed() -> list[float]:
-            return [done["time"] for done in self.steps_done() if done["attempt"] > hit]
+            later = self.steps_done()[len(before) :]
+            return [done["time"] for done in later if done["attempt"] != before[-1]["attempt"]]
 
         return Recovery(fault, step, self.wait_until(resumed, timeout_s=timeout_s)[0] - at)
 

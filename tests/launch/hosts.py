@@ -20,6 +20,7 @@ import psutil
 
 from seqpar.launch.security import ensure_token
 
+DASHBOARD = 8265 + os.getpid() % 500
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -60,7 +61,7 @@ class RayHosts:
         """Start Ray on a host."""
         host = self.hosts[index]
         before = _raylets()
-        place = ["--head", f"--port={self.port}", "--include-dashboard=false"]
+        place = ["--head", f"--port={self.port}", f"--dashboard-port={DASHBOARD}"]
         place = place if index == 0 else [f"--address={self.address}"]
         node = [f"--node-ip-address={host.address}", f"--num-cpus={cpus}"]
         words = [RAY, "start", *place, *node, "--disable-usage-stats"]
@@ -78,12 +79,12 @@ class RayHosts:
 
     def stop(self) -> None:
         """End every process that was started for this cluster."""
-        session = f"--port={self.port}", self.address, self.environment["RAY_AUTH_TOKEN_PATH"]
+        mine = self.environment["RAY_AUTH_TOKEN_PATH"]
         for process in psutil.process_iter(["cmdline", "environ"]):
             words = " ".join(process.info["cmdline"] or [])
             environment = process.info["environ"] or {}
             token = environment.get("RAY_AUTH_TOKEN_PATH")
-            if token == session[2] and ("ray" in words) and process.pid != os.getpid():
+            if token == mine and ("ray" in words) and process.pid != os.getpid():
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
 
@@ -95,8 +96,11 @@ def _raylets() -> set[int]:
 
 
 @contextlib.contextmanager
-def ray_hosts(count: int, *, cpus: int) -> Iterator[RayHosts]:
-    """A Ray cluster over `count` hosts with `cpus` each, its own token, and its own folder."""
+def ray_hosts(count: int, *, cpus: int, started: int | None = None) -> Iterator[RayHosts]:
+    """A Ray cluster over `count` hosts with `cpus` each, its own token, and its own folder.
+
+    Ray runs on the first `started` of them; on all by default.
+    """
     folder = Path(tempfile.mkdtemp(prefix="seqpar-ray-"))
     token = folder / "token"
     ensure_token(token)
@@ -110,7 +114,7 @@ def ray_hosts(count: int, *, cpus: int) -> Iterator[RayHosts]:
     with namespaces(count) as hosts:
         cluster = RayHosts(hosts, environment, port=6401 + os.getpid() % 500)
         try:
-            for index in range(count):
+            for index in range(count if started is None else started):
                 cluster.start(index, cpus=cpus)
             yield cluster
         finally:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.launch.faults import Job, check_history
-from tests.launch.hosts import ray_hosts
+from tests.launch.faults import REPOSITORY, Job, check_history
+from tests.launch.hosts import DASHBOARD, RayHosts, ray_hosts
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -38,29 +42,92 @@ def test_an_embedded_ray_runs_the_script_and_keeps_its_exit_code_and_logs(
     assert (state["engine"], state["state"], state["failed_rank"]) == ("ray", "failed", 1)
 
 
-def test_a_cluster_that_loses_a_rank_and_then_a_host_trains_the_same(tmp_path):
+@pytest.fixture(scope="module")
+def head() -> Iterator[RayHosts]:
+    """Two hosts, of which only the first runs Ray yet."""
+    with ray_hosts(2, cpus=2, started=1) as hosts:
+        yield hosts
+
+
+@pytest.fixture(scope="module")
+def cluster(head: RayHosts) -> RayHosts:
+    head.start(1, cpus=2)
+    return head
+
+
+def on_head(cluster: RayHosts, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line, on the head's host."""
+    return subprocess.run(
+        [*cluster.hosts[0].prefix, sys.executable, "-m", "seqpar.cli", *arguments],
+        cwd=folder,
+        env={**cluster.environment, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_submitted_job_brings_its_output_and_exit_code_back(head, tmp_path):
+    # On one host: two raylets on one file system unpack the shipped folder over each other.
+    (tmp_path / "train.py").write_text(
+        "import sys, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "print('args', sys.argv[1:], flush=True)\n"
+        "dist.barrier()\n"
+        "sys.exit(9 if dist.get_rank() == 1 else 0)\n"
+    )
+    dashboard = f"http://127.0.0.1:{DASHBOARD}"
+    options = ("--address", dashboard, "--nproc", "2", "--set", f"run_dir={tmp_path / 'run'}")
+    outcome = on_head(head, tmp_path, "launch", *options, "train.py", "--", "q")
+    assert outcome.returncode == 9, outcome.stdout + outcome.stderr
+    assert "args ['q']" in outcome.stdout
+    assert "rank 1 exited with code 9" in outcome.stdout
+    job = outcome.stderr.split("submitted ")[1].split(";")[0]
+    status = json.loads(on_head(head, tmp_path, "status", job, "--address", dashboard).stdout)
+    assert (status["state"], status["exit_code"], status["name"]) == ("failed", 9, "train")
+    token = Path(head.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    texts = [path.read_text() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert not any(token in text for text in [outcome.stdout, outcome.stderr, *texts])
+
+
+def test_doctor_asks_every_node_and_times_every_link(cluster, tmp_path):
+    outcome = on_head(cluster, tmp_path, "doctor", "--cluster", cluster.address, "--json")
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    found = json.loads(outcome.stdout)
+    addresses = {host.address for host in cluster.hosts}
+    assert {node["address"] for node in found["nodes"]} == addresses
+    assert all(node["token_mode"] == "0o600" for node in found["nodes"])
+    assert all(node["interface"] for node in found["nodes"])
+    (pair,) = found["pairs"]
+    assert 0 < pair["latency_ms"] < 1000
+    assert pair["bandwidth_bytes_per_s"] > 1e6
+    ((sent, degree, ms),) = found["transfers"]
+    assert degree == 2
+    assert sent / ms > 1e3
+
+
+def test_a_cluster_that_loses_a_rank_and_then_a_host_trains_the_same(cluster, tmp_path):
     reference = Job(tmp_path / "reference", "local", ranks=2, steps=40)
     reference.folder.mkdir()
     reference.start()
-    with ray_hosts(2, cpus=2) as cluster:
-        options = ["restarts=1", "degrees=[1,2,4]", f"address={cluster.address}"]
-        job = Job(
-            tmp_path,
-            "ray",
-            ranks=4,
-            steps=40,
-            options=tuple(word for option in options for word in ("--set", option)),
-            prefix=cluster.hosts[0].prefix,
-            environment={"RAY_AUTH_TOKEN_PATH": cluster.environment["RAY_AUTH_TOKEN_PATH"]},
-        )
-        job.start()
-        job.wait_for_step(0, timeout_s=100)
-        killed = job.suffer("kill a rank", 8, timeout_s=60)
-        assert killed.recovery_s < 15 * 2
-        job.wait_for_step(18)
-        lost = job.lose(lambda: cluster.kill(1), "kill a raylet", 18, timeout_s=90)
-        assert lost.recovery_s < 30 * 2
-        assert job.end() == 0
+    options = ["restarts=1", "degrees=[1,2,4]", f"address={cluster.address}"]
+    job = Job(
+        tmp_path,
+        "ray",
+        ranks=4,
+        steps=40,
+        options=tuple(word for option in options for word in ("--set", option)),
+        prefix=cluster.hosts[0].prefix,
+        environment={"RAY_AUTH_TOKEN_PATH": cluster.environment["RAY_AUTH_TOKEN_PATH"]},
+    )
+    job.start()
+    job.wait_for_step(0, timeout_s=100)
+    killed = job.suffer("kill a rank", 8, timeout_s=60)
+    assert killed.recovery_s < 15 * 2
+    job.wait_for_step(18)
+    lost = job.lose(lambda: cluster.kill(1), "kill a raylet", 18, timeout_s=90)
+    assert lost.recovery_s < 30 * 2
+    assert job.end() == 0
     assert reference.end() == 0
     worlds = {step["attempt"]: step["world"] for step in job.steps_done()}
     assert worlds == {0: 4, 1: 4, 2: 2}

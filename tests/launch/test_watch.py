@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import socket
 import stat
 import subprocess
 import sys
@@ -143,3 +144,35 @@ def test_a_ray_job_at_an_address_where_nothing_answers_starts_nothing(seqpar, wr
     outcome = seqpar("launch", *options, script)
     assert outcome.returncode == 1
     assert outcome.stderr.strip().splitlines()[-1].startswith("seqpar: nothing answers at")
+
+
+def test_reports_are_kept_as_json_lines_and_tensorboard_events(seqpar, write_script, tmp_path):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard"
+    )
+    script = write_script(
+        """
+        from seqpar.launch.context import current_run
+        for step in range(3):
+            current_run().report(step=step, loss=2.0 - step / 2)
+            time.sleep(1.2)
+        """
+    )
+    outcome = seqpar("launch", "--nproc", 1, "--set", "tensorboard=true", script)
+    assert outcome.returncode == 0, outcome.stderr
+    run = tmp_path / "runs" / "train"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(0, 2.0), (1, 1.5), (2, 1.0)]
+    events = event_accumulator.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss/rank-0")]
+    assert found == [(0, 2.0), (1, 1.5), (2, 1.0)]
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(seqpar, write_script, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        outcome = seqpar("launch", "--nproc", 1, "--set", f"port={port}", write_script(""))
+    assert outcome.returncode == 2
+    assert f"port {port} cannot be had" in outcome.stderr
+    assert not (tmp_path / "runs").exists()

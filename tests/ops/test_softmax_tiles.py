@@ -64,3 +64,21 @@ def test_zigzag_needs_one_tile_a_pair_of_ranks() -> None:
     assert block_tiles(layout, layout, 1, 1, mask) == (Tile(0, 16, 0, 16, None, 0),)
     assert block_tiles(layout, layout, 1, 3, mask) == (Tile(8, 16, 0, 16),)
     assert block_tiles(layout, layout, 3, 1, mask) == (Tile(0, 16, 0, 8),)
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [
+        Tile(0, 1100, 0, 1100, 37, 0),
+        Tile(5, 1105, 3, 1303, 37, 5),
+        Tile(0, 1300, 0, 1100, 37, 300),
+        Tile(0, 1100, 0, 1100, None, 40),
+        Tile(0, 700, 0, 1100, 600, None),
+    ],
+    ids=str,
+)
+def test_windows_are_cut_into_bands(tile: Tile) -> None:
+    """Rows beyond one band: each band has bounds of its own."""
+    pieces = cut(tile)
+    assert len(pieces) > 1
+    assert torch.equal(painted(pieces, 1400, 1400), painted((tile,), 1400, 1400))
