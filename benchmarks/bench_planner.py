@@ -143,17 +143,22 @@ def scale(sources: Any) -> list[dict[str, Any]]:
     for name, context, problem in problems(
         sources, model="flexsp-7b", batches=1, count=8192, devices=1024
     ):
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.thread_time()
         first = next(Planner(time_limit_ms=2000).plans(problem))
-        first_s = time.perf_counter() - start
+        first_s, first_cpu_s = time.perf_counter() - start, time.thread_time() - cpu
+        cpu = time.thread_time()
         plan = Planner(time_limit_ms=2000).plan(problem)
+        solve_cpu_s = time.thread_time() - cpu - plan.bound_ms / 1e3
         rows.append(
             {
                 "lengths": name,
                 "context": context,
                 "first_plan_s": first_s,
+                "first_plan_cpu_s": first_cpu_s,
                 "first_plan_degree_gap": bound_plan(problem, first).gap,
                 "solve_s": plan.solve_ms / 1e3,
+                "solve_cpu_s": solve_cpu_s,
+                "load_average": os.getloadavg()[0],
                 "bound_s": plan.bound_ms / 1e3,
                 "degree_gap": plan.gap,
                 "step_gap": plan.step_gap,
