@@ -70,7 +70,7 @@ def test_zigzag_needs_one_tile_a_pair_of_ranks() -> None:
     "tile",
     [
         Tile(0, 1100, 0, 1100, 37, 0),
-        Tile(5, 1105, 3, 1303, 37, 5),
+        Tile(5, 1105, 3, 1133, 37, 5),
         Tile(0, 1300, 0, 1100, 37, 300),
         Tile(0, 1100, 0, 1100, None, 40),
         Tile(0, 700, 0, 1100, 600, None),
