@@ -116,6 +116,7 @@ def test_a_cluster_that_loses_a_rank_and_then_a_host_trains_the_same(cluster, tm
         "ray",
         ranks=4,
         steps=40,
+        step_s=0.3,  # the job is to outlast the cluster's notice of a lost host
         options=tuple(word for option in options for word in ("--set", option)),
         prefix=cluster.hosts[0].prefix,
         environment={"RAY_AUTH_TOKEN_PATH": cluster.environment["RAY_AUTH_TOKEN_PATH"]},
