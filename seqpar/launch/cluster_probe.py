@@ -58,11 +58,12 @@ def probe_cluster(address: str, *, timeout_s: float = 60.0) -> ClusterReport:
     try:
         alive = [node for node in ray.nodes() if node["Alive"]]
         nodes = _on_each(alive, node_report, [()] * len(alive), timeout_s)
-        faults = compare_nodes(nodes)
-        pairs, transfers = _measure(alive, timeout_s) if len(alive) > 1 else ([], [])
+        told = _measure(alive, timeout_s) if len(alive) > 1 else []
     finally:
         ray.shutdown()
-    return ClusterReport(nodes, pairs, transfers, faults)
+    faults = compare_nodes(nodes) + compare_clocks([part["clock"] for part in told])
+    pairs = [pair for part in told for pair in part["pairs"]]
+    return ClusterReport(nodes, pairs, told[0]["transfers"] if told else [], faults)
 
 
 def _on_each(
@@ -100,7 +101,6 @@ def node_report() -> dict[str, Any]:
     return {
         "address": address,
         "interface": interface_of(address),
-        "clock": time.time(),
         "token_mode": mode,
         "ephemeral_ports": _ephemeral_ports(),
         **inspect_machine().as_dict(),
@@ -122,10 +122,6 @@ def compare_nodes(nodes: list[dict[str, Any]]) -> list[str]:
         versions = {node["address"]: node["versions"].get(package) for node in nodes}
         if len(set(versions.values())) > 1:
             faults.append(f"{package} differs: {versions}; install one version on all nodes")
-    clocks = [node["clock"] for node in nodes]
-    if max(clocks) - min(clocks) > CLOCK_LIMIT_S:
-        apart = max(clocks) - min(clocks)
-        faults.append(f"clocks are {apart:.1f} s apart; run chrony or ntpd on all nodes")
     for node in nodes:
         if not node["interface"]:
             faults.append(f"{node['address']}: no interface owns it; set --node-ip-address")
@@ -136,18 +132,22 @@ def compare_nodes(nodes: list[dict[str, Any]]) -> list[str]:
     return faults
 
 
-def _measure(
-    nodes: list[dict[str, Any]], timeout_s: float
-) -> tuple[list[dict[str, Any]], list[tuple[int, int, float]]]:
+def compare_clocks(clocks: list[float]) -> list[str]:
+    """Clocks that are apart; each was read when its node left the same barrier."""
+    apart_s = max(clocks, default=0.0) - min(clocks, default=0.0)
+    if apart_s <= CLOCK_LIMIT_S:
+        return []
+    return [f"clocks are {apart_s:.1f} s apart; run chrony or ntpd on all nodes"]
+
+
+def _measure(nodes: list[dict[str, Any]], timeout_s: float) -> list[dict[str, Any]]:
     import ray
     from torch._C._distributed_c10d import TCPStore
 
     host = ray.util.get_node_ip_address()
     store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
     arguments = [(rank, len(nodes), host, store.port, timeout_s) for rank in range(len(nodes))]
-    told = _on_each(nodes, probe_links, arguments, timeout_s)
-    pairs = [pair for part in told for pair in part["pairs"]]
-    return pairs, told[0]["transfers"]
+    return _on_each(nodes, probe_links, arguments, timeout_s)
 
 
 def probe_links(rank: int, world: int, host: str, port: int, timeout_s: float) -> dict[str, Any]:
@@ -178,8 +178,10 @@ def probe_links(rank: int, world: int, host: str, port: int, timeout_s: float) -
         for degree in degrees
         if (ms := _all_to_all_ms(payload, rank, degree)) is not None
     ]
+    dist.barrier()
+    clock = time.time()
     dist.destroy_process_group()
-    return {"pairs": pairs, "transfers": transfers}
+    return {"pairs": pairs, "transfers": transfers, "clock": clock}
 
 
 def _ping(payload: Any, first: bool, peer: int) -> float:

@@ -45,6 +45,7 @@ class Job:
     engine: str
     ranks: int
     steps: int
+    step_s: float = 0.05
     options: tuple[str, ...] = ()
     prefix: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
@@ -64,6 +65,7 @@ class Job:
         words += ["--engine", self.engine, "--nproc", str(self.ranks), *self.options]
         words += ["--resume"] if resume else []
         words += [str(TRAINING), "--", "--steps", str(self.steps)]
+        words += ["--step-s", str(self.step_s)]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **self.environment}
         with (self.folder / "stderr").open("wb") as stderr:
             self.process = subprocess.Popen(

@@ -89,6 +89,7 @@ def surroundings(engine: str) -> Iterator[tuple[RayHosts | None, dict]]:
             cluster,
             {
                 "ranks": 4,
+                "step_s": 0.3,
                 "options": sets(**fields, degrees="[1,2,4]"),
                 "prefix": cluster.hosts[0].prefix,
                 "environment": {"RAY_AUTH_TOKEN_PATH": cluster.environment["RAY_AUTH_TOKEN_PATH"]},
