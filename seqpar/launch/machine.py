@@ -16,7 +16,7 @@ from seqpar.launch.placement import count_cuda_devices
 
 __all__ = ["Machine", "inspect_machine"]
 
-REQUIRED = ("torch", "numpy", "numba", "pulp", "highspy", "pydantic", "PyYAML", "rich", "typer")
+REQUIRED = ("torch", "numpy", "pulp", "highspy", "pydantic", "PyYAML", "rich", "typer")
 EXTRAS = {"ray": "ray", "matplotlib": "plot", "transformers": "hf", "megatron-core": "megatron"}
 OPTIONAL = {"triton": "pip install triton", "tensorboard": "pip install tensorboard"}
 
