@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from seqpar.errors import MeshError
 __all__ = ["GroupPool", "init_mesh"]
 
 
-def init_mesh(*, dp: int = 1, sp: int = 1) -> DeviceMesh:
+def init_mesh(*, dp: int = 1, sp: int = 1, timeout: timedelta | None = None) -> DeviceMesh:
     """A mesh with the axes "dp" (whole streams) and "sp" (parts of one stream).
 
     Neighbouring global ranks share an "sp" group. If nobody has initialised torch.distributed, it
@@ -30,6 +31,7 @@ def init_mesh(*, dp: int = 1, sp: int = 1) -> DeviceMesh:
     Args:
         dp: how many streams are worked on at once.
         sp: how many ranks one stream is scattered over.
+        timeout: how long a collective may wait, if torch.distributed is initialised here.
 
     Raises:
         MeshError: dp * sp is not the world size, or is not positive.
@@ -39,7 +41,7 @@ def init_mesh(*, dp: int = 1, sp: int = 1) -> DeviceMesh:
     has_cuda = torch.cuda.is_available()
     if not dist.is_initialized():
         _check_size(dp, sp, int(os.environ.get("WORLD_SIZE", "1")))
-        _initialise(has_cuda)
+        _initialise(has_cuda, timeout)
     _check_size(dp, sp, dist.get_world_size())
     device_type = "cuda" if "nccl" in dist.get_backend() else "cpu"
     return init_device_mesh(device_type, (dp, sp), mesh_dim_names=("dp", "sp"))
@@ -53,7 +55,7 @@ def _check_size(dp: int, sp: int, world_size: int) -> None:
         )
 
 
-def _initialise(has_cuda: bool) -> None:
+def _initialise(has_cuda: bool, timeout: timedelta | None) -> None:
     if "RANK" not in os.environ:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group("nccl" if has_cuda else "gloo", store=store, rank=0, world_size=1)
@@ -62,9 +64,9 @@ def _initialise(has_cuda: bool) -> None:
         # that: made lazily, a communicator waits for every rank of its group.
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", device_id=device, timeout=timeout)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timeout)
 
 
 class GroupPool:

@@ -9,7 +9,7 @@ whatever the split.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +21,7 @@ from seqpar import comm
 from seqpar.batch import pack, shard
 from seqpar.loss import token_loss_sum
 from seqpar.mesh import GroupPool
-from seqpar.planners import ScatterPlan
+from seqpar.planners import Group, ScatterPlan
 
 __all__ = ["Parity", "PlanExecutor", "StepResult"]
 
@@ -68,6 +68,7 @@ class PlanExecutor:
         world: all ranks of the job; None for a job of one rank.
         device: where the model and the tokens live.
         layout: how a group's stream is laid over its ranks; zigzag balances causal softmax work.
+        on_group: told (micro-batch, group) before this rank begins each group, to report progress.
     """
 
     def __init__(
@@ -78,12 +79,14 @@ class PlanExecutor:
         world: ProcessGroup | None,
         device: torch.device,
         layout: Literal["contiguous", "zigzag"] = "zigzag",
+        on_group: Callable[[int, Group], None] | None = None,
     ) -> None:
         self.model = model
         self.pool = pool
         self.world = world
         self.device = device
         self.layout: Literal["contiguous", "zigzag"] = layout
+        self.on_group = on_group
         self.rank = comm.group_rank(world)
         self.num_ranks = comm.group_size(world)
 
@@ -102,6 +105,8 @@ class PlanExecutor:
         for index, micro_batch in enumerate(plan.micro_batches):
             for group in micro_batch.groups:
                 if self.rank in group.ranks:
+                    if self.on_group is not None:
+                        self.on_group(index, group)
                     times[index, 0] = self._now() - start
                     parts = [documents[sequence] for sequence in group.sequences]
                     loss_sum += self._backward(parts, self.pool.group(group.ranks), num_targets)

@@ -27,11 +27,13 @@ from seqpar.console import TrainingConsole
 from seqpar.data import DocumentSampler, PlannedStep, PlannedSteps, limit_documents, recorded_plans
 from seqpar.errors import ParityError
 from seqpar.feedback import CostFeedback
+from seqpar.launch.context import RunContext, current_run
 from seqpar.mesh import GroupPool
 from seqpar.models import Decoder, DecoderConfig, hybrid
 from seqpar.planners import (
     Cluster,
     CostModel,
+    Group,
     Planner,
     ScatterPlan,
     ScatterProblem,
@@ -90,22 +92,30 @@ def decoder_config(settings: argparse.Namespace) -> DecoderConfig:
 class HybridLM:
     """The demo's run: documents, model, planner, and what has been measured so far."""
 
-    def __init__(self, settings: argparse.Namespace, run_dir: Path) -> None:
+    def __init__(self, settings: argparse.Namespace, run: RunContext) -> None:
         self.start = time.perf_counter()
-        self.settings, self.run_dir = settings, run_dir
-        mesh = seqpar.init_mesh(sp=int(os.environ.get("WORLD_SIZE", "1")))
+        self.settings, self.run = settings, run
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        mesh = seqpar.init_mesh(sp=ranks, timeout=run.collective_timeout)
         device = torch.device(mesh.device_type)
         self.documents, self.heldout = load_documents(settings)
         self.lengths = [len(document) for document in self.documents]
         torch.manual_seed(settings.seed)
         model = Decoder(decoder_config(settings)).to(device)
-        self.executor = PlanExecutor(model, GroupPool(), world=dist.group.WORLD, device=device)
+        self.executor = PlanExecutor(
+            model,
+            GroupPool(),
+            world=dist.group.WORLD,
+            device=device,
+            on_group=self.report_progress,
+        )
+        self.documents_in_step: tuple[int, ...] = ()
         self.state = TrainingState(
             model,
             learning_rate=settings.learning_rate,
             total_steps=settings.steps,
-            folder=Path(os.environ.get("SEQPAR_CHECKPOINT_DIR", run_dir / "checkpoints")),
-            run_id=os.environ.get("SEQPAR_RUN_ID", os.environ.get("TORCHELASTIC_RUN_ID", "")),
+            folder=run.checkpoint_dir,
+            run_id=run.run_id,
         )
         visible = self.executor.rank == 0
         self.screen = TrainingConsole(total_steps=settings.steps, visible=visible)
@@ -130,7 +140,7 @@ class HybridLM:
             recorded_plans(self.settings.replay) if self.settings.replay else plan_documents,
             group=dist.group.WORLD,
             first_step=self.state.step,
-            record=self.run_dir / "plans.jsonl",
+            record=self.run.run_dir / "plans.jsonl",
         )
         self.rival = FixedDegreeRival(self.executor, self.fixed_degree_plans(cost))
         with self.screen:
@@ -208,6 +218,8 @@ class HybridLM:
         self.feedback.observe(planned, result, self.lengths)
         self.state.notes["observations"] = self.feedback.observations
         self.screen.show_step(planned, result)
+        rate = result.num_tokens / result.step_ms * 1e3
+        self.run.report(step=self.state.step, loss=result.loss, tokens_per_s=rate)
         if self.state.step % self.settings.checkpoint_every == 0:
             self.state.save()
 
@@ -231,7 +243,15 @@ class HybridLM:
         self.state.notes.setdefault("heldout", []).append((self.state.step, loss))
         self.screen.say(f"held-out loss after {self.state.step} steps: {loss:.3f} nats a byte")
 
+    def report_progress(self, micro_batch: int, group: Group) -> None:
+        """Where this rank is: `seqpar status` shows it, and a failure is told in these terms."""
+        documents = [self.documents_in_step[i] for i in group.sequences if self.documents_in_step]
+        self.run.report(
+            step=self.state.step, micro_batch=micro_batch, group=group.ranks, documents=documents
+        )
+
     def documents_of(self, planned: PlannedStep) -> list[Tensor]:
+        self.documents_in_step = planned.documents
         return [self.documents[index] for index in planned.documents]
 
     def finish(self) -> None:
@@ -248,7 +268,7 @@ class HybridLM:
             )
         notes = self.state.notes
         report = RunReport(
-            name=self.run_dir.name,
+            name=self.run.run_dir.name,
             heldout_loss_first=notes["heldout"][0][1],
             heldout_loss_last=notes["heldout"][-1][1],
             heldout=notes["heldout"],
@@ -263,8 +283,10 @@ class HybridLM:
             settings={key: str(value) for key, value in vars(self.settings).items()},
             steps=notes["steps"],
         )
-        report.write(self.run_dir)
-        self.screen.say(f"report: {self.run_dir / 'report.html'} ({report.wall_s:.0f} s in all)")
+        report.write(self.run.run_dir)
+        self.screen.say(
+            f"report: {self.run.run_dir / 'report.html'} ({report.wall_s:.0f} s in all)"
+        )
 
 
 def prediction_error(steps: Sequence[dict[str, Any]]) -> float:
@@ -274,9 +296,9 @@ def prediction_error(steps: Sequence[dict[str, Any]]) -> float:
 
 
 def main() -> None:
-    run_dir = Path(os.environ.get("SEQPAR_RUN_DIR", "runs/hybrid_lm")).absolute()
-    run_dir.mkdir(parents=True, exist_ok=True)
-    HybridLM(parse_arguments(), run_dir).main()
+    run = current_run()
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    HybridLM(parse_arguments(), run).main()
     dist.destroy_process_group()
 
 
