@@ -106,6 +106,8 @@ def ray_hosts(count: int, *, cpus: int, started: int | None = None) -> Iterator[
     ensure_token(token)
     environment = {
         **os.environ,
+        # A cluster's nodes have the job's interpreter on their path, an unactivated venv has not.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_TMPDIR": str(folder),
