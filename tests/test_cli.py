@@ -76,3 +76,14 @@ def test_doctor_reports_versions_and_engines():
     assert found["versions"]["torch"].startswith("2.")
     assert found["engines"]["local"] == "ready"
     assert found["devices"][0]["device"] == "cpu"
+
+
+def test_bench_leaves_out_what_the_machine_cannot_run():
+    import torch
+
+    if torch.cuda.device_count():
+        pytest.skip("CUDA devices: the benchmarks would run")
+    outcome = run("bench", "lightning", "state", "--json")
+    assert outcome.returncode == 0, outcome.stderr
+    assert json.loads(outcome.stdout)["state"] == "left out: needs 2 CUDA devices, found 0"
+    assert run("bench", "nothing").returncode == 2
