@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from seqpar import comm
 from seqpar.batch import pack, shard
 from seqpar.loss import token_loss_sum
 from seqpar.planners import CostModel, Group, MicroBatch, ScatterPlan
@@ -22,6 +23,11 @@ from seqpar.planners.calibrate import GroupMeasurement, fit
 from seqpar.training import PlanExecutor
 
 __all__ = ["Calibration", "calibrate_model", "saved_bytes_per_token"]
+
+CPU_TOKENS = 4096
+MOST_TOKENS = 2**18
+TELLING_TIMES = 4
+"""The longest document takes at least so many times what a group of 64 tokens takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +54,7 @@ def calibrate_model(
     degrees: Sequence[int],
     vocab_size: int,
     strategy: str = "ring",
-    longest_tokens: int = 4096,
+    longest_tokens: int | None = None,
     seed: int = 0,
 ) -> Calibration:
     """Time forward and backward by degree and length on all ranks, and fit the constants.
@@ -59,20 +65,21 @@ def calibrate_model(
         vocab_size: token ids are drawn below it.
         strategy: what the model's softmax layers run at degrees over 1.
         longest_tokens: the document whose time tells the quadratic part, at degree 1; at degree
-            d it is sqrt(d) times as long, which costs a rank about the same.
+            d it is sqrt(d) times as long, which costs a rank about the same. By default 4,096 on
+            CPU; on CUDA, where launches hide short documents, as long as it takes for the work
+            to show, within half of the free memory.
     """
     start = time.perf_counter()
-    generator = torch.Generator().manual_seed(seed)
     rows = []
-    for degree in degrees:
-        _group_ms(executor, degree, (64,) * degree, generator, vocab_size)  # connects, warms up
-        for lengths in _shapes(degree, longest_tokens):
-            tries = 2 if sum(lengths) <= 64 * degree else 1  # a short time is a noisy one
-            ms = min(
-                _group_ms(executor, degree, lengths, generator, vocab_size) for _ in range(tries)
-            )
-            rows.append(GroupMeasurement(degree=degree, lengths=lengths, ms=ms))
     bytes_per_token = saved_bytes_per_token(executor.model, executor.device, vocab_size)
+    probe = _Probe(executor, vocab_size, torch.Generator().manual_seed(seed))
+    if longest_tokens is None:
+        longest_tokens = _telling_tokens(probe, bytes_per_token)
+    for degree in degrees:
+        probe.once(degree, (64,) * degree)  # connects, warms up
+        for lengths in _shapes(degree, longest_tokens):
+            ms = probe.steady_ms(degree, lengths)
+            rows.append(GroupMeasurement(degree=degree, lengths=lengths, ms=ms))
     executor.model.zero_grad(set_to_none=True)
     cost = fit(rows, strategy=strategy, memory_bytes_per_token=bytes_per_token)
     return Calibration(cost=cost, measurements=tuple(rows), seconds=time.perf_counter() - start)
@@ -101,8 +108,50 @@ def saved_bytes_per_token(model: nn.Module, device: torch.device, vocab_size: in
 def _shapes(degree: int, longest_tokens: int) -> Iterator[tuple[int, ...]]:
     """Documents of one group: few tokens, many short documents, one long document."""
     yield (64,) * degree
-    yield (512,) * (4 * degree)
+    yield (max(1, longest_tokens // 8),) * (4 * degree)
     yield (math.isqrt(longest_tokens**2 * degree),)
+
+
+def _telling_tokens(probe: _Probe, bytes_per_token: float) -> int:
+    """How long a document must be for its own work to stand out of what every group costs."""
+    if probe.executor.device.type != "cuda":
+        return CPU_TOKENS
+    executor = probe.executor
+    free = torch.tensor(torch.cuda.mem_get_info(executor.device)[0], device=executor.device)
+    least_free = comm.all_gather(free, executor.world).min().item()
+    most = min(MOST_TOKENS, int(least_free / 2 / max(1.0, bytes_per_token)))
+    least_ms, tokens = probe.steady_ms(1, (64,)), CPU_TOKENS
+    while 2 * tokens <= most and probe.steady_ms(1, (tokens,)) < TELLING_TIMES * least_ms:
+        tokens *= 2
+    return tokens
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Runs documents on all ranks at once and times them."""
+
+    executor: PlanExecutor
+    vocab_size: int
+    generator: torch.Generator
+
+    def steady_ms(self, degree: int, lengths: Sequence[int]) -> float:
+        """What these documents cost each time but the first, which may compile and allocate."""
+        if self.executor.device.type == "cuda":
+            self.once(degree, lengths)
+            return min(self.once(degree, lengths) for _ in range(3))
+        tries = 2 if sum(lengths) <= 64 * degree else 1  # a short time is a noisy one
+        return min(self.once(degree, lengths) for _ in range(tries))
+
+    def once(self, degree: int, lengths: Sequence[int]) -> float:
+        """The mean time of the groups: all run documents of these lengths at the same time."""
+        documents = [
+            torch.randint(self.vocab_size, (tokens,), generator=self.generator)
+            for _ in range(self.executor.num_ranks // degree)
+            for tokens in lengths
+        ]
+        plan = _every_rank_busy(self.executor.num_ranks, degree, len(lengths))
+        times = self.executor.forward_backward(plan, documents).group_ms[0]
+        return sum(times) / len(times)
 
 
 def _every_rank_busy(num_ranks: int, degree: int, documents_a_group: int) -> ScatterPlan:
@@ -118,21 +167,3 @@ def _every_rank_busy(num_ranks: int, degree: int, documents_a_group: int) -> Sca
         for index in range(num_ranks // degree)
     )
     return ScatterPlan(micro_batches=(MicroBatch(makespan_ms=0.0, groups=groups),))
-
-
-def _group_ms(
-    executor: PlanExecutor,
-    degree: int,
-    lengths: Sequence[int],
-    generator: torch.Generator,
-    vocab_size: int,
-) -> float:
-    """The mean time of the groups: they all run documents of these lengths at the same time."""
-    documents = [
-        torch.randint(vocab_size, (tokens,), generator=generator)
-        for _ in range(executor.num_ranks // degree)
-        for tokens in lengths
-    ]
-    plan = _every_rank_busy(executor.num_ranks, degree, len(lengths))
-    times = executor.forward_backward(plan, documents).group_ms[0]
-    return sum(times) / len(times)

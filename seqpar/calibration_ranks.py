@@ -46,7 +46,7 @@ class CalibrationJob:
         device: "cpu" or "cuda".
         dim, layers, heads, softmax_every: the hybrid decoder's sizes.
         vocabulary: rows of its embedding.
-        longest_tokens: the longest document at degree 1.
+        longest_tokens: the longest document at degree 1; None as in `calibrate_model`.
         message_bytes: sizes of the collectives.
     """
 
@@ -57,7 +57,7 @@ class CalibrationJob:
     heads: int = 4
     softmax_every: int = 4
     vocabulary: int = 256
-    longest_tokens: int = 4096
+    longest_tokens: int | None = None
     message_bytes: tuple[int, ...] = (2**14, 2**18, 2**22)
 
     @property
