@@ -24,14 +24,14 @@ def command(
         int, typer.Option(help="Every n-th layer is softmax, the others keep a state.", min=1)
     ] = 4,
     longest_tokens: Annotated[
-        int,
+        int | None,
         typer.Option(
             help="Longest document that one rank is timed with (default: 4,096 on CPU; on CUDA "
             "as long as its work needs to show).",
             min=256,
             show_default=False,
         ),
-    ] = 0,
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything measured.")] = False,
 ) -> None:
     """Measure compute by length, collectives by size and degree, and memory a token; fit costs.
@@ -56,7 +56,7 @@ def command(
         layers=layers,
         heads=heads,
         softmax_every=softmax_every,
-        longest_tokens=longest_tokens or None,
+        longest_tokens=longest_tokens,
     )
     result = calibrate_machine(job)
     try:
