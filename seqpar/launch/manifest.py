@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +128,22 @@ _ALLOWED = {
 }
 
 
+def _enum_member(of: Any, name: str) -> Any:
+    """`getattr` of enums alone: Python 3.11.0 to 3.11.3 pickle an enum's member by it."""
+    if isinstance(of, type) and issubclass(of, Enum) and name in of.__members__:
+        return of[name]
+    raise CheckpointError(
+        f"the checkpoint's metadata asks for {name!r} of {of!r}, which no checkpoint needs: "
+        "it was not written by seqpar; do not load it"
+    )
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Knows the classes of torch's checkpoint metadata and no other."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -184,6 +185,34 @@ class Unwritable:
 class Evil:
     def __reduce__(self):
         return os.system, ("touch /tmp/seqpar-evil",)
+
+
+class Reaching:
+    """What Python 3.11.0 to 3.11.3 write for an enum's member, of something that is no enum."""
+
+    def __reduce__(self):
+        return getattr, (torch.Size, "__init_subclass__")
+
+
+def test_metadata_of_a_python_that_pickles_enums_by_getattr_is_read(tmp_path, monkeypatch):
+    save_steps(tmp_path, [1])
+    by_getattr = lambda member, protocol: (getattr, (type(member), member.name))  # noqa: E731
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", by_getattr)
+    save_steps(tmp_path, [2])
+    found = CheckpointStore(tmp_path, run_id="a").latest_complete()
+    assert found is not None
+    assert b"getattr" in (found.folder / ".metadata").read_bytes()
+    assert loaded_step(tmp_path) == 2
+
+
+def test_metadata_may_get_no_other_attribute(tmp_path):
+    save_steps(tmp_path, [1])
+    store = CheckpointStore(tmp_path, run_id="a")
+    found = store.latest_complete()
+    assert found is not None
+    (found.folder / ".metadata").write_bytes(pickle.dumps(Reaching()))
+    with pytest.raises(CheckpointError, match="__init_subclass__"):
+        store.load(found, {"w": torch.zeros(64)})
 
 
 @pytest.mark.parametrize("name", [".metadata", "extra-0.pt"])
