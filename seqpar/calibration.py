@@ -13,21 +13,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
 from seqpar import comm
-from seqpar.batch import pack, shard
-from seqpar.loss import token_loss_sum
+from seqpar.calibration_memory import MemoryUse, memory_use
 from seqpar.planners import CostModel, Group, MicroBatch, ScatterPlan
 from seqpar.planners.calibrate import GroupMeasurement, fit
 from seqpar.training import PlanExecutor
 
-__all__ = ["Calibration", "calibrate_model", "saved_bytes_per_token"]
+__all__ = ["Calibration", "calibrate_model"]
 
 CPU_TOKENS = 4096
 MOST_TOKENS = 2**18
+SHORT_TOKENS = 512
+MEMORY_TOKENS = 8192
 TELLING_TIMES = 4
 """The longest document takes at least so many times what a group of 64 tokens takes."""
+
+MOST_TRIES, ENOUGH_MS = 3, 1000.0
+"""A shape is timed up to so often, until its runs have taken that long; the least time counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,55 +74,45 @@ def calibrate_model(
     """
     start = time.perf_counter()
     rows = []
-    bytes_per_token = saved_bytes_per_token(executor.model, executor.device, vocab_size)
     probe = _Probe(executor, vocab_size, torch.Generator().manual_seed(seed))
+    probe.once(1, (64,))  # makes gradients and workspaces
+    memory = memory_use(executor, vocab_size=vocab_size, tokens=MEMORY_TOKENS)
     if longest_tokens is None:
-        longest_tokens = _telling_tokens(probe, bytes_per_token)
+        longest_tokens = _telling_tokens(probe, memory)
     for degree in degrees:
         probe.once(degree, (64,) * degree)  # connects, warms up
         for lengths in _shapes(degree, longest_tokens):
             ms = probe.steady_ms(degree, lengths)
             rows.append(GroupMeasurement(degree=degree, lengths=lengths, ms=ms))
     executor.model.zero_grad(set_to_none=True)
-    cost = fit(rows, strategy=strategy, memory_bytes_per_token=bytes_per_token)
+    cost = fit(
+        rows,
+        strategy=strategy,
+        memory_bytes_per_token=memory.bytes_per_token,
+        memory_fixed_bytes=memory.fixed_bytes,
+    )
     return Calibration(cost=cost, measurements=tuple(rows), seconds=time.perf_counter() - start)
 
 
-def saved_bytes_per_token(model: nn.Module, device: torch.device, vocab_size: int) -> float:
-    """Bytes of activations that one token keeps for backward, parameters apart; on one device."""
-    tokens = 2048
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    batch = shard(pack([torch.arange(tokens) % vocab_size]), None, device=device)
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        loss, _ = token_loss_sum(model(**batch.inputs), batch.labels)
-        held = sum(kept.values())
-    del loss
-    return held / tokens
-
-
 def _shapes(degree: int, longest_tokens: int) -> Iterator[tuple[int, ...]]:
-    """Documents of one group: few tokens, many short documents, one long document."""
-    yield (64,) * degree
-    yield (max(1, longest_tokens // 8),) * (4 * degree)
-    yield (math.isqrt(longest_tokens**2 * degree),)
+    """Documents of one group: few tokens, many short documents, one long document, a mixture."""
+    short = max(1, min(SHORT_TOKENS, longest_tokens // 8))
+    half = max(1, longest_tokens // 2 // short) * degree
+    long = math.isqrt(longest_tokens**2 * degree)
+    yield (short,) * max(degree, half // 4)
+    yield (short,) * half
+    yield (long,)
+    yield (long // 2, *(short,) * (half // 2))
 
 
-def _telling_tokens(probe: _Probe, bytes_per_token: float) -> int:
+def _telling_tokens(probe: _Probe, memory: MemoryUse) -> int:
     """How long a document must be for its own work to stand out of what every group costs."""
     if probe.executor.device.type != "cuda":
         return CPU_TOKENS
     executor = probe.executor
     free = torch.tensor(torch.cuda.mem_get_info(executor.device)[0], device=executor.device)
     least_free = comm.all_gather(free, executor.world).min().item()
-    most = min(MOST_TOKENS, int(least_free / 2 / max(1.0, bytes_per_token)))
+    most = min(MOST_TOKENS, int(least_free / 2 / memory.bytes_per_token))
     least_ms, tokens = probe.steady_ms(1, (64,)), CPU_TOKENS
     while 2 * tokens <= most and probe.steady_ms(1, (tokens,)) < TELLING_TIMES * least_ms:
         tokens *= 2
@@ -135,12 +128,16 @@ class _Probe:
     generator: torch.Generator
 
     def steady_ms(self, degree: int, lengths: Sequence[int]) -> float:
-        """What these documents cost each time but the first, which may compile and allocate."""
+        """What these documents cost each time but CUDA's first, which may compile and allocate.
+
+        Ranks agree on how often they try: `once` tells all of them the same time.
+        """
         if self.executor.device.type == "cuda":
             self.once(degree, lengths)
-            return min(self.once(degree, lengths) for _ in range(3))
-        tries = 2 if sum(lengths) <= 64 * degree else 1  # a short time is a noisy one
-        return min(self.once(degree, lengths) for _ in range(tries))
+        times = [self.once(degree, lengths)]
+        while len(times) < MOST_TRIES and sum(times) < ENOUGH_MS:
+            times.append(self.once(degree, lengths))
+        return min(times)
 
     def once(self, degree: int, lengths: Sequence[int]) -> float:
         """The mean time of the groups: all run documents of these lengths at the same time."""

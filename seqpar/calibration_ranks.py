@@ -31,8 +31,8 @@ from seqpar.training import PlanExecutor
 
 __all__ = ["CalibrationJob", "Collective", "MachineCalibration", "calibrate_machine"]
 
-BYTES_PER_PARAMETER = 16
-"""Float32 weight, gradient and two Adam moments, on every device."""
+STATE_BYTES_PER_PARAMETER = 12
+"""Float32 weight and two Adam moments, on every device; the gradient is measured."""
 
 REPEATS = 5
 
@@ -47,6 +47,7 @@ class CalibrationJob:
         dim, layers, heads, softmax_every: the hybrid decoder's sizes.
         vocabulary: rows of its embedding.
         longest_tokens: the longest document at degree 1; None as in `calibrate_model`.
+        precision: "float32", or "bfloat16" for torch.autocast over float32 parameters.
         message_bytes: sizes of the collectives.
     """
 
@@ -58,6 +59,7 @@ class CalibrationJob:
     softmax_every: int = 4
     vocabulary: int = 256
     longest_tokens: int | None = None
+    precision: str = "float32"
     message_bytes: tuple[int, ...] = (2**14, 2**18, 2**22)
 
     @property
@@ -166,7 +168,13 @@ def _measure(
         device = torch.device("cuda", rank) if cuda else torch.device("cpu")
         torch.manual_seed(0)
         model = Decoder(_decoder(job)).to(device)
-        executor = PlanExecutor(model, pool, world=dist.group.WORLD, device=device)
+        executor = PlanExecutor(
+            model,
+            pool,
+            world=dist.group.WORLD,
+            device=device,
+            autocast=torch.bfloat16 if job.precision == "bfloat16" else None,
+        )
         calibration = calibrate_model(
             executor,
             degrees=job.degrees,
@@ -174,7 +182,7 @@ def _measure(
             longest_tokens=job.longest_tokens,
         )
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        fixed = float(BYTES_PER_PARAMETER * parameters)
+        fixed = calibration.cost.memory_fixed_bytes + STATE_BYTES_PER_PARAMETER * parameters
         cost = replace(calibration.cost, name=f"{job.device}", memory_fixed_bytes=fixed)
         collectives = tuple(_collectives(rank, job, pool, device))
         return replace(calibration, cost=cost), collectives

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from seqpar import comm
-from seqpar.batch import pack, shard
+from seqpar.balance import balanced_layout
+from seqpar.batch import Batch, pack, shard
 from seqpar.loss import token_loss_sum
 from seqpar.mesh import GroupPool
 from seqpar.planners import Group, ScatterPlan
@@ -67,7 +68,9 @@ class PlanExecutor:
         pool: process groups by ranks; the plan's groups are prepared before it runs.
         world: all ranks of the job; None for a job of one rank.
         device: where the model and the tokens live.
-        layout: how a group's stream is laid over its ranks; zigzag balances causal softmax work.
+        layout: how a group's stream is laid over its ranks: "balanced" cuts no more documents than
+            equal work asks for, "zigzag" and "contiguous" cut the stream.
+        autocast: forward runs under torch.autocast to this dtype; None leaves it as it is.
         on_group: told (micro-batch, group) before this rank begins each group, to report progress.
     """
 
@@ -78,14 +81,16 @@ class PlanExecutor:
         *,
         world: ProcessGroup | None,
         device: torch.device,
-        layout: Literal["contiguous", "zigzag"] = "zigzag",
+        layout: Literal["balanced", "contiguous", "zigzag"] = "balanced",
+        autocast: torch.dtype | None = None,
         on_group: Callable[[int, Group], None] | None = None,
     ) -> None:
         self.model = model
         self.pool = pool
         self.world = world
         self.device = device
-        self.layout: Literal["contiguous", "zigzag"] = layout
+        self.layout: Literal["balanced", "contiguous", "zigzag"] = layout
+        self.autocast = autocast
         self.on_group = on_group
         self.rank = comm.group_rank(world)
         self.num_ranks = comm.group_size(world)
@@ -130,12 +135,15 @@ class PlanExecutor:
         """Mean loss of held-out documents in nats a token, each document on one rank."""
         totals = torch.zeros(2, dtype=torch.float64)
         for index in _share_of(self.rank, self.num_ranks, documents):
-            batch = shard(pack([documents[index]]), None, device=self.device)
             with torch.no_grad():
-                loss, count = token_loss_sum(self.model(**batch.inputs), batch.labels)
+                loss, count = self._loss_sum(self._shard([documents[index]], None))
             totals += torch.tensor([float(loss), float(count)], dtype=torch.float64)
         totals = comm.all_reduce_sum(totals.to(self.device), group=self.world).cpu()
         return (totals[0] / totals[1]).item()
+
+    def loss_alone(self, documents: Sequence[Tensor]) -> Tensor:
+        """Summed loss of these documents on this rank alone, differentiable; no collective."""
+        return self._loss_sum(self._shard(documents, None))[0]
 
     def check_parity(self, plan: ScatterPlan, documents: Sequence[Tensor]) -> Parity:
         """Compare one planned step, loss and every gradient, with one process doing it alone.
@@ -156,10 +164,21 @@ class PlanExecutor:
         self, documents: Sequence[Tensor], group: ProcessGroup | None, num_targets: int
     ) -> Tensor:
         """Backward of this rank's share of one group's stream; its summed loss, float64."""
-        batch = shard(pack(documents), group, layout=self.layout, device=self.device)
-        loss, _ = token_loss_sum(self.model(**batch.inputs), batch.labels)
+        loss, _ = self._loss_sum(self._shard(documents, group))
         (loss / max(num_targets, 1)).backward()  # type: ignore[no-untyped-call]
         return loss.detach().double().cpu()
+
+    def _shard(self, documents: Sequence[Tensor], group: ProcessGroup | None) -> Batch:
+        stream = pack(documents)
+        if self.layout != "balanced":
+            return shard(stream, group, layout=self.layout, device=self.device)
+        layout = balanced_layout(stream.cu_seqlens, comm.group_size(group))
+        return shard(stream, group, layout=layout, device=self.device)
+
+    def _loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Summed loss of the batch's targets on this rank, and their number."""
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            return token_loss_sum(self.model(**batch.inputs), batch.labels)
 
     def _sum_gradients(self) -> None:
         """One all-reduce of every gradient, flattened; ranks that had no work add zeros."""

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from seqpar.calibration import calibrate_model, saved_bytes_per_token
+from seqpar.calibration import calibrate_model
+from seqpar.calibration_memory import saved_bytes_per_token
 from seqpar.comparison import FixedDegreeRival
 from seqpar.data import DocumentSampler, PlannedStep, PlannedSteps, recorded_plans
 from seqpar.feedback import CostFeedback
@@ -156,7 +157,7 @@ def _calibrated(rank: int) -> tuple[float, float, float]:
     return (
         cost.group_ms([2048], 1),
         cost.group_ms([512], 1),
-        saved_bytes_per_token(executor.model, executor.device, 40),
+        saved_bytes_per_token(executor, vocab_size=40),
     )
 
 

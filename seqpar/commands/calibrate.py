@@ -32,6 +32,9 @@ def command(
             show_default=False,
         ),
     ] = None,
+    precision: Annotated[
+        str, typer.Option(help="float32 or bfloat16 (default: bfloat16 on cuda, else float32).")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print everything measured.")] = False,
 ) -> None:
     """Measure compute by length, collectives by size and degree, and memory a token; fit costs.
@@ -49,6 +52,9 @@ def command(
         raise PlanError(f"--device is cpu or cuda, got {device!r}")
     if dim % heads:
         raise PlanError(f"--heads must divide --dim: {heads} does not divide {dim}")
+    precision = precision or ("bfloat16" if chosen == "cuda" else "float32")
+    if precision not in ("float32", "bfloat16"):
+        raise PlanError(f"--precision is float32 or bfloat16, got {precision!r}")
     job = CalibrationJob(
         ranks=ranks or (found if chosen == "cuda" else 2),
         device=chosen,
@@ -57,6 +63,7 @@ def command(
         heads=heads,
         softmax_every=softmax_every,
         longest_tokens=longest_tokens,
+        precision=precision,
     )
     result = calibrate_machine(job)
     try:
