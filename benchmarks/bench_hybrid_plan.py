@@ -114,7 +114,7 @@ class Bench:
         capacity = calibration.cost.tokens_per_device(cluster.memory_bytes, self.ranks)
         documents = self.documents(capacity)
         self.lengths = [len(document) for document in documents]
-        budget = max(2 * self.ranks * capacity * 3 // 4, max(self.lengths))
+        budget = int(1.8 * self.ranks * capacity)
         if self.options.tiny:
             budget = min(budget, 24_576)
         self.say(
@@ -173,14 +173,14 @@ class Bench:
         return of_ranks.min().item()
 
     def documents(self, capacity: int) -> list[torch.Tensor]:
-        """Lognormal lengths, one in sixty a hundred times as long; split where no group holds them.
+        """Lognormal lengths, one in a hundred fifty times as long; split where no group holds them.
 
         The longest need both devices.
         """
         rng = np.random.default_rng(self.options.seed)
-        median = 60 if self.options.tiny else 1200
-        lengths = rng.lognormal(math.log(median), 1.4, 600)
-        lengths[::60] *= 100
+        median = 60 if self.options.tiny else 1500
+        lengths = rng.lognormal(math.log(median), 1.3, 600)
+        lengths[::100] *= 50
         whole = [
             torch.from_numpy(rng.integers(self.config.vocab_size, size=max(2, int(n))))
             for n in lengths

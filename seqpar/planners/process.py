@@ -64,7 +64,8 @@ class PlannerProcess:
         """
         with self._one_at_a_time:
             process = self._process = self._process or _start()
-            assert process.stdin is not None and process.stdout is not None
+            assert process.stdin is not None
+            assert process.stdout is not None
             try:
                 _send(process.stdin, (self.planner, problem))
                 answer = pickle.load(process.stdout)
