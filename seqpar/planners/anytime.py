@@ -1,57 +1,69 @@
 """The anytime planner: a valid plan at once, a better one until its work is spent.
 
 Micro-batches and groups are chosen together by a search over cascades (`cascade`); each
-micro-batch's groups are then evened out by local search (`improve`). The fixed-degree and
-rule-based baselines are candidates too, so the plan is never worse than any of them.
+micro-batch's groups are then polished by local search (`polish`). The fixed-degree and rule-based
+baselines are candidates too, so the plan is never worse than any of them.
 
-Work is counted in placements of one sequence; how many are allowed follows from the time limit
-and not from the clock, so the same problem gives the same plan on a fast and on a slow machine.
-The clock ends the search only where it takes ten times the limit.
+Work is counted, in placements of one sequence; how much is allowed follows from the time limit,
+and takes half of it to four fifths on a usual core. So the same problem gives the same plan, as
+long as the machine keeps up. Where it does not, the clock ends the search at the limit, and the
+plan says so (`cut_short`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from math import inf
 
 from seqpar.errors import PlanError
-from seqpar.planners.baselines import baseline_packings, step_ms
+from seqpar.planners.baselines import baseline_packings, megatron_packings, step_ms
 from seqpar.planners.batch import SortedBatch
 from seqpar.planners.bounds import bound_plan
 from seqpar.planners.cascade import CascadeSearch
-from seqpar.planners.degrees import search_degrees
-from seqpar.planners.improve import improve
+from seqpar.planners.clock import Clock
 from seqpar.planners.microbatch import likely_counts, safe_packings
 from seqpar.planners.packing import Packing
 from seqpar.planners.plan import ScatterPlan, to_plan
+from seqpar.planners.polish import polish_packings
 from seqpar.planners.problem import ScatterProblem
+from seqpar.planners.workers import Workers, map_with
 
 __all__ = ["Planner"]
 
 PLACEMENTS_PER_MS = 200
 """Search work that a millisecond of the limit buys; the rest of it goes to everything else."""
 
-VECTOR_PLACEMENTS_PER_MS = 4
-
-POLISH_STEPS = 40
-
 PIECE_MICRO_BATCHES = 12
 
-SAFETY = 10.0
-"""The clock ends a search only after this many times its limit (and at least a second)."""
+PIECES_SHARE = 0.6
+"""Of the limit, for cascades in pieces: they come after a rule's plan and its polish."""
+
+PROMISING = 1.01
+"""Candidates within this factor of the best plan are worth polishing."""
+
+FINISH_MS_PER_SEQUENCE = 0.008
+"""What making and verifying the plan takes, kept back from the search's time."""
+
+Candidate = tuple[float, list[Packing], str]
+"""ms of the step, its micro-batches, and what found them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planner:
-    """Plans one step after the other; holds nothing between them.
+    """Plans one step after the other; holds nothing between them but its workers.
 
     Args:
-        time_limit_ms: how much work a plan may take, in milliseconds of a usual core. It buys a
-            counted amount of work, so the same limit gives the same plan on fast and slow machines.
+        time_limit_ms: what planning may take, bounds apart. The first plan and the baselines are
+            finished whatever the limit.
         bound: the lower bound to attach: "none", "degree" (milliseconds) or "configuration"
             (column generation, seconds).
         baselines: compare with the fixed-degree and rule-based plans, and never be worse.
+        repeatable: ignore the clock and do all the counted work: the same plan on any machine,
+            later on a slow or busy one.
+        workers: processes to share micro-batches with, where a step is large; it changes no plan.
 
     Raises:
         PlanError: a time limit that is not over 0, or an unknown bound.
@@ -60,6 +72,8 @@ class Planner:
     time_limit_ms: float = 200.0
     bound: str = "degree"
     baselines: bool = True
+    repeatable: bool = False
+    workers: Workers | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not self.time_limit_ms > 0:
@@ -70,76 +84,120 @@ class Planner:
     def plan(self, problem: ScatterProblem) -> ScatterPlan:
         """The best plan found for one step, verified, with its bounds and baselines."""
         start = time.perf_counter()
+        clock = self._clock(problem)
         batch = SortedBatch.of(problem)
-        *_, packings = self._search_whole(batch)
-        plan = to_plan(problem, batch, packings)
-        if self.baselines:
-            plan = _with_baselines(problem, batch, plan)
+        context = problem.context_tokens or 0
+        found = baseline_packings(batch, context_tokens=context) if self.baselines else {}
+        rivals = [(ms, packings, name) for name, (ms, packings) in found.items()]
+        *_, (_, packings, source) = self._search(batch, clock, rivals)
+        plan = to_plan(problem, batch, packings, source=source)
         plan.verify(problem)
-        plan = replace(plan, solve_ms=(time.perf_counter() - start) * 1e3)
-        return plan if self.bound == "none" else bound_plan(problem, plan, kind=self.bound)
+        plan = replace(
+            plan,
+            baselines={name: ms for name, (ms, _) in found.items()},
+            cut_short=clock.has_struck,
+            solve_ms=(time.perf_counter() - start) * 1e3,
+        )
+        if self.bound == "none":
+            return plan
+        return bound_plan(problem, plan, kind=self.bound, workers=self.workers)
 
     def plans(self, problem: ScatterProblem) -> Iterator[ScatterPlan]:
         """Each better plan as it is found, the first at once, without bounds and baselines."""
         start = time.perf_counter()
+        clock = self._clock(problem)
         batch = SortedBatch.of(problem)
-        for packings in self._search_whole(batch):
-            plan = to_plan(problem, batch, packings)
+        for _, packings, source in self._search(batch, clock, []):
+            plan = to_plan(problem, batch, packings, source=source)
             plan.verify(problem)
             yield replace(plan, solve_ms=(time.perf_counter() - start) * 1e3)
 
-    def _search_whole(self, batch: SortedBatch) -> Iterator[list[Packing]]:
-        """The search, in pieces if the step has very many micro-batches.
+    def _clock(self, problem: ScatterProblem) -> Clock:
+        if self.repeatable:
+            return Clock()
+        return Clock(self.time_limit_ms).earlier(FINISH_MS_PER_SEQUENCE * len(problem.lengths))
 
-        Every P-th sequence makes a piece, so that each has the lengths of the whole batch.
-        """
-        capacity = batch.devices * batch.device_token_capacity
-        pieces = round(sum(batch.tokens) / capacity / PIECE_MICRO_BATCHES)
-        if pieces < 2:
-            yield from self._search(batch)
-            return
-        part = replace(self, time_limit_ms=self.time_limit_ms / pieces)
-        whole: list[Packing] = []
-        for first in range(pieces):
-            members = range(first, len(batch.tokens), pieces)
-            *_, packings = part._search(batch.subset(members))
-            whole += [[(d, [members[k] for k in ks]) for d, ks in packing] for packing in packings]
-        yield whole
-
-    def _search(self, batch: SortedBatch) -> Iterator[list[Packing]]:
-        best_ms, best = float("inf"), list[Packing]()
-        search = CascadeSearch(
-            batch,
-            max_steps=int(self.time_limit_ms * PLACEMENTS_PER_MS),
-            deadline_s=time.perf_counter() + SAFETY * max(self.time_limit_ms, 100.0) / 1e3,
-        )
-        for ms, packings in search.run(likely_counts(batch)):
-            if ms < best_ms:
-                best_ms, best = ms, packings
+    def _search(
+        self, batch: SortedBatch, clock: Clock, rivals: list[Candidate]
+    ) -> Iterator[Candidate]:
+        """Better and better steps: the best of each family of candidates is polished."""
+        best: Candidate = (inf, [], "anytime")
+        for family in self._families(batch, clock, rivals):
+            start: Candidate = (inf, [], "")
+            for candidate in family:
+                start = min(start, candidate, key=_ms)
+                if candidate[0] < best[0]:
+                    best = candidate
+                    yield best
+            if clock.is_over() or start[0] > PROMISING * best[0]:
+                continue
+            polished = polish_packings(
+                batch, start[1], time_limit_ms=self.time_limit_ms, clock=clock, workers=self.workers
+            )
+            candidate = step_ms(batch, polished), polished, start[2]
+            if candidate[0] < best[0]:
+                best = candidate
                 yield best
-        if not best:
-            best = safe_packings(batch)
-            best_ms = step_ms(batch, best)
-            yield best
-        polished = [self._polish(batch, packing) for packing in best]
-        if step_ms(batch, polished) < best_ms:
-            yield polished
 
-    def _polish(self, batch: SortedBatch, packing: Packing) -> Packing:
-        """The micro-batch with its groups evened out, and other degrees tried if it is small."""
-        members = sorted(k for _, group in packing for k in group)
-        vectors = int(self.time_limit_ms * VECTOR_PLACEMENTS_PER_MS / len(members))
-        even = improve(batch, packing, max_steps=POLISH_STEPS)
-        return search_degrees(batch, members, even, max_vectors=vectors) or even
+    def _families(
+        self, batch: SortedBatch, clock: Clock, rivals: list[Candidate]
+    ) -> Iterator[Iterable[Candidate]]:
+        """Cascades and rivals together; where micro-batches are many, a rule before cascades."""
+        pieces = round(batch.least_micro_batches / PIECE_MICRO_BATCHES)
+        if pieces < 2:
+            yield chain(self._cascades(batch, clock), rivals)
+            return
+        yield rivals or [self._rule(batch)]
+        yield self._in_pieces(batch, pieces, clock)
+
+    def _rule(self, batch: SortedBatch) -> Candidate:
+        packings = megatron_packings(batch) or safe_packings(batch)
+        return step_ms(batch, packings), packings, "megatron_dynamic"
+
+    def _in_pieces(self, batch: SortedBatch, pieces: int, clock: Clock) -> Iterator[Candidate]:
+        """Every P-th sequence makes a piece, so that each has the lengths of the whole batch.
+
+        Nothing if the clock strikes before every piece has its micro-batches.
+        """
+        share = replace(
+            self, time_limit_ms=PIECES_SHARE * self.time_limit_ms / pieces, workers=None
+        )
+        tasks = [
+            (share, batch.subset(range(first, len(batch.tokens), pieces)), clock)
+            for first in range(pieces)
+        ]
+        whole: list[Packing] = []
+        for first, (packings, was_cut) in enumerate(map_with(self.workers, _piece, tasks)):
+            clock.has_struck |= was_cut
+            if not packings:
+                return
+            members = range(first, len(batch.tokens), pieces)
+            whole += [[(d, [members[k] for k in ks]) for d, ks in packing] for packing in packings]
+        yield step_ms(batch, whole), whole, "anytime"
+
+    def _cascades(self, batch: SortedBatch, clock: Clock) -> Iterator[Candidate]:
+        max_steps = int(self.time_limit_ms * PLACEMENTS_PER_MS)
+        search = CascadeSearch(batch, max_steps=max_steps, clock=clock)
+        found = False
+        for ms, packings in search.run(likely_counts(batch)):
+            found = True
+            yield ms, packings, "anytime"
+        if not found:
+            safe = safe_packings(batch)
+            yield step_ms(batch, safe), safe, "anytime"
 
 
-def _with_baselines(problem: ScatterProblem, batch: SortedBatch, plan: ScatterPlan) -> ScatterPlan:
-    """The plan, or the baseline that is better, evened out; with what each baseline costs."""
-    found = baseline_packings(batch, context_tokens=problem.context_tokens or 0)
-    plans = {}
-    for name, (ms, packings) in found.items():
-        if ms < plan.makespan_ms:
-            even = [improve(batch, packing, max_steps=4) for packing in packings]
-            plans[name] = to_plan(problem, batch, even, source=name)
-    best = min([plan, *plans.values()], key=lambda candidate: candidate.makespan_ms)
-    return replace(best, baselines={name: ms for name, (ms, _) in found.items()})
+def _piece(task: tuple[Planner, SortedBatch, Clock]) -> tuple[list[Packing], bool]:
+    """The best cascade of one piece of a step, and whether the clock ended its search.
+
+    No packings if it was over before.
+    """
+    planner, batch, clock = task
+    if clock.is_over():
+        return [], True
+    *_, (_, packings, _) = planner._cascades(batch, clock)
+    return packings, clock.has_struck
+
+
+def _ms(candidate: Candidate) -> float:
+    return candidate[0]

@@ -13,6 +13,7 @@ balanced longest first with the full cost model (the rule apart, which has its o
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -30,6 +31,7 @@ __all__ = [
     "best_fixed_degree",
     "fixed_degree",
     "megatron_dynamic",
+    "megatron_packings",
     "step_ms",
 ]
 
@@ -57,7 +59,7 @@ def baseline_packings(
         if holds and (holding is None or found[0] < holding[0]):
             holding = found
     results = {"best_degree_per_batch": best, "fixed_degree": holding}
-    rule = _megatron(batch)
+    rule = megatron_packings(batch)
     results["megatron_dynamic"] = None if rule is None else (step_ms(batch, rule), rule)
     return {name: found for name, found in results.items() if found is not None}
 
@@ -120,7 +122,7 @@ def megatron_dynamic(problem: ScatterProblem) -> ScatterPlan:
     time is that of the full cost model.
     """
     batch = SortedBatch.of(problem)
-    packings = _megatron(batch)
+    packings = megatron_packings(batch)
     if packings is None:
         raise PlanError("Megatron's rule leaves a sequence over: no degree holds it alone")
     return to_plan(problem, batch, packings, source="megatron_dynamic")
@@ -201,24 +203,33 @@ def _first_fit(batch: SortedBatch, d: int, groups: int) -> list[Packing]:
     return [[(d, members) for members in piece] for piece in pieces]
 
 
-def _megatron(batch: SortedBatch) -> list[Packing] | None:
+def megatron_packings(batch: SortedBatch) -> list[Packing] | None:
+    """The packings of `megatron_dynamic`; None if a sequence is left over."""
     packings: list[Packing] = []
-    waiting = list(range(len(batch.tokens)))
+    waiting, falling = list(range(len(batch.tokens))), [-tokens for tokens in batch.tokens]
     while waiting:
-        packing, waiting = _megatron_batch(batch, waiting)
+        packing, waiting, falling = _megatron_batch(batch, waiting, falling)
         if not packing:
             return None
         packings.append(packing)
     return packings
 
 
-def _megatron_batch(batch: SortedBatch, waiting: list[int]) -> tuple[Packing, list[int]]:
+def _megatron_batch(
+    batch: SortedBatch, waiting: list[int], falling: list[int]
+) -> tuple[Packing, list[int], list[int]]:
+    """One micro-batch of the rule, and what it leaves over, longest first.
+
+    `falling` are the waiting sequences' tokens, negated.
+    """
     packing: Packing = []
     work = np.zeros(batch.devices)
     room, degree = np.zeros(batch.devices), np.full(batch.devices, -1)
-    left = batch.devices
-    later, most_room = [], 0.0
-    for k in waiting:
+    left, at = batch.devices, 0
+    later: list[int] = []
+    falling_later: list[int] = []
+    while at < len(waiting):
+        k = waiting[at]
         d = batch.smallest[k]
         line, tokens = batch.degree_lines[d], batch.tokens[k]
         if line.degree <= left:
@@ -227,18 +238,20 @@ def _megatron_batch(batch: SortedBatch, waiting: list[int]) -> tuple[Packing, li
             work[group] = tokens**2 / line.degree
             room[group], degree[group] = line.capacity - tokens, d
             left -= line.degree
-            most_room = room.max()
-            continue
-        if tokens > most_room:
-            later.append(k)
+            at += 1
             continue
         fitting = np.where((room >= tokens) & (degree >= d), work, np.inf)
         best = int(np.argmin(fitting))
-        if fitting[best] == np.inf:
-            later.append(k)
+        if fitting[best] < np.inf:
+            packing[best][1].append(k)
+            work[best] += tokens**2 / batch.degree_lines[packing[best][0]].degree
+            room[best] -= tokens
+            at += 1
             continue
-        packing[best][1].append(k)
-        work[best] += tokens**2 / batch.degree_lines[packing[best][0]].degree
-        room[best] -= tokens
-        most_room = room.max()
-    return packing, later
+        # Nothing as long finds a place: on to the first that might, in a group or a new one.
+        longest = max(room.max(), *(e.capacity for e in batch.degree_lines if e.degree <= left), 0)
+        stop = max(at + 1, bisect_left(falling, -longest, at))
+        later += waiting[at:stop]
+        falling_later += falling[at:stop]
+        at = stop
+    return packing, later, falling_later

@@ -89,6 +89,11 @@ class SortedBatch:
         return least
 
     @property
+    def least_micro_batches(self) -> int:
+        """How many micro-batches memory asks for at least."""
+        return -(-sum(self.tokens) // (self.devices * self.device_token_capacity))
+
+    @property
     def device_token_capacity(self) -> int:
         """Tokens that one device holds."""
         line = self.degree_lines[0]

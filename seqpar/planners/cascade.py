@@ -16,12 +16,13 @@ two stages of the best found. Cascades that begin alike share their first micro-
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator
 from itertools import chain, repeat
+from math import inf
 from typing import NamedTuple
 
 from seqpar.planners.batch import SortedBatch
+from seqpar.planners.clock import Clock
 from seqpar.planners.degrees import search_degrees
 from seqpar.planners.improve import improve
 from seqpar.planners.packing import Packed, Packing, Waiting, pack_most
@@ -49,16 +50,14 @@ Steering = tuple[Stage, ...]
 class CascadeSearch:
     """Searches cascades of one batch; `steps` counts the placements that it has tried.
 
-    `deadline_s` (of `time.perf_counter`) stops it on a machine that is far too slow.
+    The clock ends it early, but not before the first cascade is found.
     """
 
-    def __init__(
-        self, batch: SortedBatch, *, max_steps: int, deadline_s: float = float("inf")
-    ) -> None:
+    def __init__(self, batch: SortedBatch, *, max_steps: int, clock: Clock | None = None) -> None:
         self.batch = batch
         self._lines = batch.degree_lines
         self.max_steps = max_steps
-        self.deadline_s = deadline_s
+        self.clock = clock or Clock()
         self.steps = 0
         self._prefixes: dict[tuple[int, Steering], Packed | None] = {}
         self._last_ms: dict[int, float] = {}
@@ -71,10 +70,10 @@ class CascadeSearch:
 
     def run(self, counts: list[int]) -> Iterator[tuple[float, list[Packing]]]:
         """Better and better (ms, packings), from cascades of these numbers of micro-batches."""
-        best_ms, best = float("inf"), tuple[Stage, ...]()
+        best_ms, best = inf, tuple[Stage, ...]()
         rng = random.Random(0)
         for first in chain(self._first(counts), repeat(None, MAX_CHANGES)):
-            spent = self.steps > self.max_steps or time.perf_counter() > self.deadline_s
+            spent = self.steps > self.max_steps or self.clock.is_over()
             if (best and spent) or (first is None and not best):
                 return
             tried = first or self._change(rng, best)
@@ -118,6 +117,8 @@ class CascadeSearch:
         waiting = list(range(len(self.batch.tokens)))
         total, packings = 0.0, []
         for m in range(len(steering)):
+            if below_ms < inf and self.clock.is_over():
+                return None
             packed = self._pack(steering, m, waiting)
             if packed is None:
                 return None

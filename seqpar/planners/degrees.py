@@ -12,6 +12,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 
 from seqpar.planners.batch import SortedBatch
+from seqpar.planners.clock import Clock
 from seqpar.planners.improve import improve
 from seqpar.planners.packing import Packing, makespan, spread
 
@@ -25,13 +26,19 @@ POLISH_STEPS = 40
 
 
 def search_degrees(
-    batch: SortedBatch, members: Sequence[int], start: Packing | None, *, max_vectors: int
+    batch: SortedBatch,
+    members: Sequence[int],
+    start: Packing | None,
+    *,
+    max_vectors: int,
+    clock: Clock | None = None,
 ) -> Packing | None:
     """The best groups found for these sequences within that many vectors; None if none fits.
 
-    `start` is a packing to begin with and to return if nothing is better.
+    `start` is a packing to begin with and to return if nothing is better. The clock ends the
+    search early.
     """
-    search = _Search(batch, members, start, max_vectors)
+    search = _Search(batch, members, start, max_vectors, clock or Clock())
     if start is not None:
         search.climb(tuple(sorted(d for d, group in start if group)))
     for vector in _first_vectors(batch, members):
@@ -42,9 +49,14 @@ def search_degrees(
 
 class _Search:
     def __init__(
-        self, batch: SortedBatch, members: Sequence[int], start: Packing | None, left: int
+        self,
+        batch: SortedBatch,
+        members: Sequence[int],
+        start: Packing | None,
+        left: int,
+        clock: Clock,
     ) -> None:
-        self.batch, self.members, self.left = batch, members, left
+        self.batch, self.members, self.left, self.clock = batch, members, left, clock
         self.best = start
         self.best_ms = makespan(batch, start) if start is not None else float("inf")
         self.tried: set[Vector] = set()
@@ -57,7 +69,7 @@ class _Search:
 
     def offer(self, vector: Vector) -> bool:
         """Whether the vector's packing is better than the best so far; keeps it if so."""
-        if vector in self.tried or self.left <= 0:
+        if vector in self.tried or self.left <= 0 or self.clock.is_over():
             return False
         self.tried.add(vector)
         self.left -= 1
@@ -68,7 +80,7 @@ class _Search:
             return False
         if packing is None:
             return False
-        packing = improve(self.batch, packing, max_steps=POLISH_STEPS)
+        packing = improve(self.batch, packing, max_steps=POLISH_STEPS, clock=self.clock)
         found_ms = makespan(self.batch, packing)
         if found_ms >= self.best_ms * (1 - 1e-9):
             return False

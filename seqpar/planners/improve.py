@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seqpar.planners.batch import SortedBatch
+from seqpar.planners.clock import Clock
 from seqpar.planners.packing import Packing
 
 __all__ = ["improve"]
@@ -16,17 +17,21 @@ Changes = list[tuple[int, int]]
 """(sequence, the group that it goes to)."""
 
 
-def improve(batch: SortedBatch, packing: Packing, *, max_steps: int) -> Packing:
+def improve(
+    batch: SortedBatch, packing: Packing, *, max_steps: int, clock: Clock | None = None
+) -> Packing:
     """Shorten the slowest group by the best move or swap until none helps.
 
     Each step looks at every sequence of the slowest group against every group (move) and every
     sequence outside it (swap), memory respected, and takes what leaves the smaller maximum of the
-    two groups touched.
+    two groups touched. Ends early when the clock says so.
     """
     if len(packing) < 2:
         return packing
     state = _State(batch, packing)
     for _ in range(max_steps):
+        if clock is not None and clock.is_over():
+            break
         slow = int(np.argmax(state.ends))
         inside = np.flatnonzero(state.home == slow)
         moved_ms, move = state.best_move(slow, inside)

@@ -70,8 +70,7 @@ def _pieces(tokens: tuple[int, ...], limit: int) -> list[int]:
 
 def likely_counts(batch: SortedBatch) -> list[int]:
     """Numbers of micro-batches worth trying, the likeliest first."""
-    capacity = batch.devices * batch.device_token_capacity
-    fewest = -(-sum(batch.tokens) // capacity)
+    fewest = batch.least_micro_batches
     cuts = best_cuts(batch, fill=1.0)
     estimated = len(cuts) - 1 if cuts else fewest
     counts = [max(estimated, fewest), fewest, fewest + 1, estimated + 1]

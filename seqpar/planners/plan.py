@@ -55,6 +55,8 @@ class ScatterPlan:
         bound: which bound `lower_bound_ms` is: "none", "degree" or "configuration".
         baselines: ms of other ways to plan the same step, by name.
         source: what found the plan: "anytime", "exact" or a baseline's name.
+        cut_short: the clock ended the search before its work was done, so that the same problem
+            may get another plan next time; not part of equality.
         solve_ms: wall-clock of planning alone, bounds apart; not part of equality.
         bound_ms: wall-clock of the bounds; not part of equality.
     """
@@ -65,6 +67,7 @@ class ScatterPlan:
     bound: str = "none"
     baselines: Mapping[str, float] = field(default_factory=dict)
     source: str = "anytime"
+    cut_short: bool = field(default=False, compare=False)
     solve_ms: float = field(default=0.0, compare=False)
     bound_ms: float = field(default=0.0, compare=False)
 
@@ -124,6 +127,7 @@ class ScatterPlan:
             "step_gap": _finite(self.step_gap),
             "bound": self.bound,
             "source": self.source,
+            "cut_short": self.cut_short,
             "solve_ms": self.solve_ms,
             "bound_ms": self.bound_ms,
             "baselines": dict(self.baselines),
@@ -145,6 +149,7 @@ class ScatterPlan:
                 bound=data["bound"],
                 baselines=dict(data["baselines"]),
                 source=data["source"],
+                cut_short=data.get("cut_short", False),
                 solve_ms=data.get("solve_ms", 0.0),
                 bound_ms=data.get("bound_ms", 0.0),
             )

@@ -1,10 +1,10 @@
-"""Planning in a process of its own, so that its time is nobody else's.
+"""Planning in processes of its own, so that its time is nobody else's.
 
 A planner in a thread of the training process holds Python's interpreter lock for most of its time,
 and the step that launches kernels meanwhile waits for it. Here the problem is sent to a process
 that imports no torch and does nothing but plan; who waits for the answer holds no lock.
 
-The process is a fresh interpreter that runs this module, started without multiprocessing: that
+The processes are fresh interpreters that run this module, started without multiprocessing: that
 would import the training script, and torch with it, or fork a process that has CUDA threads.
 """
 
@@ -17,71 +17,60 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from types import TracebackType
-from typing import IO
+from typing import IO, Any, TypeVar
 
 from seqpar.errors import PlanError
 from seqpar.planners.anytime import Planner
 from seqpar.planners.plan import ScatterPlan
 from seqpar.planners.problem import ScatterProblem
 
-__all__ = ["PlannerProcess"]
+__all__ = ["PlannerProcess", "Worker"]
+
+Result = TypeVar("Result")
 
 CLOSE_TIMEOUT_S = 5.0
 
 
-class PlannerProcess:
-    """Plans in another process; `plan` waits for the answer without holding the interpreter lock.
+class Worker:
+    """A process that runs functions for this one; it starts with the first and ends with `close`.
 
-    The process starts with the first plan and ends with `close` (or with this process). Plans are
-    those of `planner.plan` in this process: the same problem gives the same plan.
-
-    Args:
-        planner: how to plan.
+    It ends too when this process does. Functions, arguments and results must pickle.
     """
 
-    def __init__(self, planner: Planner) -> None:
-        self.planner = planner
+    def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._one_at_a_time = threading.Lock()
 
-    def __enter__(self) -> PlannerProcess:
-        return self
+    def call(self, function: Callable[..., Result], *args: Any) -> Result:
+        """`function(*args)` over there; threads that call it take turns.
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def plan(self, problem: ScatterProblem) -> ScatterPlan:
-        """`planner.plan(problem)`, in the other process; threads that call it take turns.
+        Waiting for the answer, it does not hold the interpreter lock.
 
         Raises:
-            PlanError: whatever planning raises, and if the process has died.
+            PlanError: the process died; and whatever the function raises.
         """
         with self._one_at_a_time:
             process = self._process = self._process or _start()
             assert process.stdin is not None
             assert process.stdout is not None
             try:
-                _send(process.stdin, (self.planner, problem))
-                answer = pickle.load(process.stdout)
+                _send(process.stdin, (function, args))
+                is_error, answer = pickle.load(process.stdout)
             except (EOFError, OSError, pickle.UnpicklingError) as error:
                 code = self._end()
                 raise PlanError(
                     f"the planning process ended (exit code {code}) before it answered: it was "
                     "killed, or ran out of memory"
                 ) from error
-        if isinstance(answer, BaseException):
+        if is_error:
             raise answer
-        assert isinstance(answer, ScatterPlan)
-        return answer
+        result: Result = answer
+        return result
 
     def close(self) -> None:
-        """End the process; a later `plan` starts another."""
+        """End the process; a later call starts another."""
         with self._one_at_a_time:
             self._end()
 
@@ -100,6 +89,43 @@ class PlannerProcess:
             return process.wait()
 
 
+class PlannerProcess:
+    """A planner in another process; its plans are those of `planner.plan` in this one.
+
+    The process starts with the first plan and ends with `close` or the end of a `with` block.
+
+    Args:
+        planner: how to plan.
+    """
+
+    def __init__(self, planner: Planner) -> None:
+        self.planner = planner
+        self._worker = Worker()
+
+    def __enter__(self) -> PlannerProcess:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def plan(self, problem: ScatterProblem) -> ScatterPlan:
+        """`planner.plan(problem)`, in the other process; threads that call it take turns.
+
+        Raises:
+            PlanError: whatever planning raises, and if the process has died.
+        """
+        return self._worker.call(self.planner.plan, problem)
+
+    def close(self) -> None:
+        """End the process; a later `plan` starts another."""
+        self._worker.close()
+
+
 def _start() -> subprocess.Popen[bytes]:
     """A fresh interpreter with this one's import path."""
     return subprocess.Popen(
@@ -116,16 +142,16 @@ def _send(pipe: IO[bytes], value: object) -> None:
 
 
 def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Answer (planner, problem) with a plan or the error, until the input ends."""
+    """Answer (function, arguments) with (is it an error, result or error) until the input ends."""
     while True:
         try:
-            planner, problem = pickle.load(requests)
+            function, args = pickle.load(requests)
         except EOFError:
             return
         try:
-            answer: ScatterPlan | Exception = planner.plan(problem)
+            answer = False, function(*args)
         except Exception as error:
-            answer = error
+            answer = True, error
         _send(answers, answer)
 
 
