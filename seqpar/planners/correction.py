@@ -3,10 +3,12 @@
 Each constant is multiplied by a factor: one for the quadratic terms, one for the linear, one for
 the fixed, and one for the exchange at each degree. The factors minimise
 
-    Σ ((predicted - measured) / measured)²  +  PRIOR · Σ (factor - 1)²
+    Σ ((corrected - measured) / max(predicted, measured))²  +  PRIOR · Σ (factor - 1)²
 
 so a few observations move the constants a little, many move them to what was measured, and a
-constant that no observation touches stays as it was.
+constant that no observation touches stays as it was. An observation that is far off while the
+others agree (a page fault, a first run that compiles) counts less the farther it is off: its
+residual enters linearly beyond OUTLYING times the typical one (Huber 1964, by reweighting).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from seqpar.errors import PlanError
 from seqpar.planners.cost import CostModel
@@ -25,6 +28,8 @@ PRIOR = 0.05
 """Weight of staying as it was: about that of PRIOR observations of one constant alone."""
 
 SMALLEST, LARGEST = 0.1, 10.0
+
+OUTLYING, ROUNDS, LEAST_TYPICAL = 2.0, 8, 0.01
 
 Observation = tuple[int, Sequence[int], float]
 """A group that ran: its degree, its documents' lengths, and measured ms."""
@@ -60,9 +65,8 @@ def corrected(cost: CostModel, observations: Iterable[Observation]) -> CostModel
             rest = cost.group_ms(lengths, degree) - terms[i, :3].sum()
             terms[i, names.index(f"exchange_{degree}")] = max(0.0, rest)
     ms = np.asarray([row[2] for row in rows])
-    shares = terms / ms[:, None]
-    normal = shares.T @ shares + PRIOR * np.eye(len(names))
-    factors = np.linalg.solve(normal, shares.T @ np.ones(len(rows)) + PRIOR)
+    scales = np.maximum(ms, terms.sum(axis=1))
+    factors = _factors(terms / scales[:, None], ms / scales)
     scale = dict(zip(names, np.clip(factors, SMALLEST, LARGEST).tolist(), strict=True))
     better = _scaled(cost, scale)
     errors = {
@@ -71,6 +75,20 @@ def corrected(cost: CostModel, observations: Iterable[Observation]) -> CostModel
         "observations": float(len(rows)),
     }
     return replace(better, errors={**cost.errors, **errors})
+
+
+def _factors(shares: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What to multiply each constant by, so that `shares` [rows, constants] add up to `target`."""
+    weights = np.ones(len(shares))
+    factors = np.ones(shares.shape[1])
+    for _ in range(ROUNDS):
+        weighted = shares * weights[:, None]
+        normal = weighted.T @ shares + PRIOR * np.eye(len(factors))
+        factors = np.linalg.solve(normal, weighted.T @ target + PRIOR)
+        off = np.abs(shares @ factors - target)
+        limit = OUTLYING * max(float(np.median(off)), LEAST_TYPICAL)
+        weights = np.minimum(1.0, limit / np.maximum(off, 1e-12))
+    return factors
 
 
 def _compute_terms(cost: CostModel, lengths: Sequence[int], degree: int) -> tuple[float, ...]:

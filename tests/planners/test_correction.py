@@ -54,3 +54,13 @@ def test_right_predictions_change_nothing() -> None:
 def test_useless_observations_are_refused(rows: list[tuple[int, list[int], float]]) -> None:
     with pytest.raises(PlanError, match="observation"):
         SMALL.corrected(rows)
+
+
+@pytest.mark.parametrize("times", [5.0, 0.2])
+def test_one_time_that_is_far_off_does_not_spoil_the_rest(times: float) -> None:
+    rows = observed(SMALL, 12)
+    degree, lengths, ms = rows[4]
+    rows[4] = (degree, lengths, times * ms)
+    fixed = WRONG.corrected(rows)
+    fresh = observed(SMALL, 50)
+    assert fixed.prediction_error(fresh) < 0.3 * WRONG.prediction_error(fresh)
