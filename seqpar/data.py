@@ -1,9 +1,11 @@
 """Documents -> planned steps, the same on every rank, resumable at any step.
 
-A step draws documents up to a token budget, rank 0 plans how they are scattered (in the background,
-while the step before trains), and one message carries the plan to all ranks. The position in the
-data is one integer, the number of documents drawn since the start, so that a checkpoint holds it
-and a resumed run neither loses nor repeats a document.
+A step draws documents up to a token budget, rank 0 has it planned in the background, while the
+steps before train, and one message carries the plan to all ranks. The background is a thread that
+waits; a plan function that plans in a `PlannerProcess` leaves the training process alone.
+
+The position in the data is one integer, the number of documents drawn since the start, so that a
+checkpoint holds it and a resumed run neither loses nor repeats a document.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -144,7 +146,8 @@ class PlannedSteps(Iterator[PlannedStep]):
 
     Args:
         sampler: where documents come from; only rank 0's is drawn from.
-        plan_documents: plans one step; called on rank 0 only, in a thread of its own.
+        plan_documents: plans one step; called on rank 0 only, in a thread of its own, which should
+            do no more than wait: `PlannerProcess.plan` does the work elsewhere.
         group: all ranks of the job; None for a job of one rank.
         first_step: number of the next step, from a checkpoint.
         lookahead: how many steps are planned ahead.
@@ -172,12 +175,22 @@ class PlannedSteps(Iterator[PlannedStep]):
         self._pending: list[Future[PlannedStep]] = []
 
     def __next__(self) -> PlannedStep:
-        text = self._next_planned().to_json() if self._is_source else ""
-        text = comm.broadcast_object(text, group=self.group, source=0)
+        """The next step. What planning it raised on rank 0 is raised on every rank."""
+        message: str | Exception = ""
+        if self._is_source:
+            try:
+                message = self._next_planned().to_json()
+            except Exception as error:
+                message = error
+        message = cast(
+            "str | Exception", comm.broadcast_object(message, group=self.group, source=0)
+        )
+        if isinstance(message, Exception):
+            raise message
         if self._is_source and self.record is not None:
             with self.record.open("a") as lines:
-                lines.write(text + "\n")
-        return PlannedStep.from_json(text)
+                lines.write(message + "\n")
+        return PlannedStep.from_json(message)
 
     def close(self) -> None:
         """Stop planning; the steps planned ahead are forgotten (their documents were not used)."""
@@ -206,20 +219,46 @@ class PlannedSteps(Iterator[PlannedStep]):
 def recorded_plans(record: Path) -> PlanDocuments:
     """Replays the plans that a run recorded: the same plans give the same bits on one hardware.
 
+    Where a resumed run recorded a step again, the later plan counts.
+
     Raises:
-        DataError: on a step that the recording lacks, or whose documents had other lengths.
+        DataError: a file that cannot be read or is no recording; later, on a step that it lacks or
+            whose documents had other lengths.
     """
-    steps = [PlannedStep.from_json(line) for line in record.read_text().splitlines()]
-    plans = {planned.step: planned.plan for planned in steps}
+    plans = _read_plans(record)
 
     def plan_documents(step: int, lengths: Sequence[int]) -> ScatterPlan:
         if step not in plans:
             raise DataError(f"{record} has no plan for step {step}: it holds {sorted(plans)[-1:]}")
-        planned = sum(len(g.sequences) for m in plans[step].micro_batches for g in m.groups)
-        if planned != len(lengths):
+        held = {i: g for m in plans[step].micro_batches for g in m.groups for i in g.sequences}
+        if len(held) != len(lengths):
             raise DataError(
-                f"step {step} of {record} plans {planned} documents, not {len(lengths)}"
+                f"step {step} of {record} plans {len(held)} documents, not {len(lengths)}"
             )
+        for group in set(held.values()):
+            tokens = sum(lengths[i] for i in group.sequences)
+            if tokens != group.tokens:
+                raise DataError(
+                    f"step {step} of {record} plans documents of {group.tokens} tokens for ranks "
+                    f"{group.ranks}, but these have {tokens}: it recorded other documents"
+                )
         return plans[step]
 
     return plan_documents
+
+
+def _read_plans(record: Path) -> dict[int, ScatterPlan]:
+    try:
+        lines = record.read_text().splitlines()
+    except OSError as error:
+        raise DataError(f"cannot read the recording {record}: {error.strerror}") from error
+    plans = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            planned = PlannedStep.from_json(line)
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines) and len(lines) > 1:
+                break  # a run that was killed while it wrote; the step was not begun
+            raise DataError(f"{record}, line {number}, is no planned step: {error}") from error
+        plans[planned.step] = planned.plan
+    return plans

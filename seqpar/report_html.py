@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import io
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -79,10 +80,20 @@ def _summary(report: dict[str, Any]) -> str:
         "Parity with one process": f"relative error {report['parity_relative_error']:.1e}",
         "Against the best fixed degree": against,
         "Step times, predicted": f"off by {report['prediction_error']:.0%} on average",
+        "Planning": _planning(report["steps"]),
         "Ranks": f"{report['ranks']} on {report['device']}",
         "Wall time": f"{report['wall_s']:.0f} s",
     }
     return _table([(html.escape(k), html.escape(v)) for k, v in rows.items()])
+
+
+def _planning(steps: Sequence[dict[str, Any]]) -> str:
+    """What plans took beside the steps, and what the steps waited for them."""
+    took = statistics.median(s["plan_ms"] for s in steps)
+    first = steps[0]["plan_wait_ms"]
+    said = f"{took:,.0f} ms a step, beside the steps; the first waited {first:,.0f} ms"
+    rest = [s["plan_wait_ms"] for s in steps[1:]]
+    return said + (f", no other over {max(rest):,.1f} ms" if rest else "")
 
 
 def _steps_table(report: dict[str, Any]) -> str:

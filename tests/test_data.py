@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from seqpar.data import DocumentSampler, limit_documents
-from seqpar.errors import DataError
+from seqpar.data import (
+    DocumentSampler,
+    PlannedStep,
+    PlannedSteps,
+    limit_documents,
+    recorded_plans,
+)
+from seqpar.errors import DataError, InfeasiblePlanError
+from seqpar.mesh import GroupPool
+from seqpar.planners import (
+    Cluster,
+    CostModel,
+    Exchange,
+    LayerCost,
+    Link,
+    Planner,
+    ScatterPlan,
+    ScatterProblem,
+)
+from seqpar.training import PlanExecutor
+from tests.ranks import run_ranks
 
 LENGTHS = [1, 700, 30, 999, 4, 4, 250, 61, 1000, 12]
 
@@ -56,3 +78,104 @@ def test_unusable_documents_are_refused() -> None:
         DocumentSampler([3, 9], budget_tokens=5, seed=0)
     with pytest.raises(DataError, match="no documents"):
         DocumentSampler([], budget_tokens=5, seed=0)
+
+
+COST = CostModel(
+    name="test",
+    layers=(LayerCost(kind="softmax", quadratic_ms=1e-3, linear_ms=0.1),),
+    exchanges=(Exchange(strategy="ring", bytes_per_token=1e3),),
+    links=(Link(degree=2, gib_per_s=1.0),),
+    memory_bytes_per_token=1.0,
+)
+CLUSTER = Cluster(devices=2, memory_bytes=700.0)
+
+
+def _train(rank: int, replay: Path | None, record: Path | None) -> tuple[list[Any], list[Any]]:
+    """Three planned steps: their plans, and the model's parameters afterwards."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    documents = [torch.randint(97, (n,), generator=generator) for n in LENGTHS]
+    model = torch.nn.Sequential(torch.nn.Embedding(97, 8), torch.nn.Linear(8, 97))
+    executor = PlanExecutor(
+        _IgnoringLayout(model), GroupPool(), world=dist.group.WORLD, device=torch.device("cpu")
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+
+    def plan_documents(step: int, lengths: Any) -> ScatterPlan:
+        return Planner(time_limit_ms=5 + step).plan(ScatterProblem(tuple(lengths), CLUSTER, COST))
+
+    steps = PlannedSteps(
+        DocumentSampler(LENGTHS, budget_tokens=1400, seed=2),
+        recorded_plans(replay) if replay else plan_documents,
+        group=dist.group.WORLD,
+        record=record,
+    )
+    plans = []
+    for _ in range(3):
+        planned = next(steps)
+        plans.append(planned.plan.micro_batches)
+        executor.forward_backward(planned.plan, [documents[i] for i in planned.documents])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    steps.close()
+    return plans, [parameter.detach().numpy().tobytes() for parameter in model.parameters()]
+
+
+class _IgnoringLayout(torch.nn.Module):
+    """A model without attention: every token for itself, wherever it lies."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        logits: torch.Tensor = self.model(input_ids)
+        return logits
+
+
+def test_replayed_plans_give_the_same_bits(tmp_path: Path) -> None:
+    record = tmp_path / "plans.jsonl"
+    plans, bits = run_ranks(2, _train, None, record)[0]
+    again, same_bits = run_ranks(2, _train, record, None)[0]
+    assert any(group.degree == 2 for step in plans for batch in step for group in batch.groups)
+    assert again == plans
+    assert same_bits == bits
+
+
+def test_a_recording_of_other_documents_or_torn_is_refused(tmp_path: Path) -> None:
+    problem = ScatterProblem((600, 30, 7), CLUSTER, COST)
+    plan = Planner(time_limit_ms=5).plan(problem)
+    line = PlannedStep(0, (4, 5, 6), plan, 3, 0.0, 0.0).to_json()
+    record = tmp_path / "plans.jsonl"
+    record.write_text(line + "\n" + line[:50])
+    replay = recorded_plans(record)
+    assert replay(0, [600, 30, 7]) == plan
+    with pytest.raises(DataError, match="has no plan for step 1"):
+        replay(1, [600, 30, 7])
+    with pytest.raises(DataError, match="plans 3 documents, not 2"):
+        replay(0, [600, 30])
+    with pytest.raises(DataError, match="it recorded other documents"):
+        replay(0, [600, 30, 8])
+    record.write_text(line[:50] + "\n" + line)
+    with pytest.raises(DataError, match="line 1, is no planned step"):
+        recorded_plans(record)
+    with pytest.raises(DataError, match="cannot read the recording"):
+        recorded_plans(tmp_path / "nowhere")
+
+
+def _fails_to_plan(rank: int) -> str:
+    def plan_documents(step: int, lengths: Any) -> ScatterPlan:
+        return Planner().plan(ScatterProblem((5000,), CLUSTER, COST))
+
+    sampler = DocumentSampler(LENGTHS, budget_tokens=1400, seed=2)
+    steps = PlannedSteps(sampler, plan_documents, group=dist.group.WORLD)
+    with pytest.raises(InfeasiblePlanError) as caught:
+        next(steps)
+    steps.close()
+    return str(caught.value)
+
+
+def test_a_step_that_cannot_be_planned_is_told_to_every_rank() -> None:
+    first, second = run_ranks(2, _fails_to_plan)
+    assert first == second
+    assert "sequence 0 has 5000 tokens" in first

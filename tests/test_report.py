@@ -28,6 +28,8 @@ def _report(lengths: list[int]) -> dict[str, Any]:
         "predicted_ms": 9.0,
         "measured_ms": 10.0,
         "group_spans_ms": [[[0.0, 9.5], [0.1, 5.0]]],
+        "plan_ms": 42.0,
+        "plan_wait_ms": 17.0,
     }
     return {
         "name": "a <run>",
@@ -55,7 +57,14 @@ def test_the_page_holds_its_pictures_and_figures(lengths: list[int]) -> None:
     assert not re.search(r'(src|href)="(?!#)', page)
     assert "a &lt;run&gt;" in page
     assert "<script" not in page
-    for shown in ("5.500 → 2.500", "1.25 times", "1 x 1, 1 x 2", "1,234", "off by 10%"):
+    for shown in (
+        "5.500 → 2.500",
+        "1.25 times",
+        "1 x 1, 1 x 2",
+        "1,234",
+        "off by 10%",
+        "the first waited 17 ms",
+    ):
         assert shown in page
 
 

@@ -39,6 +39,7 @@ from seqpar.planners import (
     ScatterProblem,
     best_fixed_degree,
 )
+from seqpar.planners.process import PlannerProcess
 from seqpar.report import RunReport, StepReport
 from seqpar.training import PlanExecutor
 from seqpar.training_state import TrainingState
@@ -130,10 +131,10 @@ class HybridLM:
             self.state.notes = {"cost": self.calibrate().to_json(), "steps": []}
         cost = CostModel.from_json(self.state.notes["cost"])
         self.feedback = CostFeedback(cost, self.state.notes.get("observations", ()))
-        planner = Planner(time_limit_ms=50)
+        planning = PlannerProcess(Planner(time_limit_ms=50))
 
         def plan_documents(step: int, lengths: Sequence[int]) -> ScatterPlan:
-            return planner.plan(self.problem(lengths, self.feedback.cost))
+            return planning.plan(self.problem(lengths, self.feedback.cost))
 
         steps = PlannedSteps(
             self.sampler(),
@@ -146,6 +147,7 @@ class HybridLM:
         with self.screen:
             self.train(steps)
         steps.close()
+        planning.close()
         self.finish()
 
     def sampler(self) -> DocumentSampler:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,8 +80,8 @@ def corrected(cost: CostModel, observations: Iterable[Observation]) -> CostModel
 
 def _factors(shares: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
     """What to multiply each constant by, so that `shares` [rows, constants] add up to `target`."""
-    weights = np.ones(len(shares))
-    factors = np.ones(shares.shape[1])
+    weights: NDArray[Any] = np.ones(len(shares))
+    factors: NDArray[Any] = np.ones(shares.shape[1])
     for _ in range(ROUNDS):
         weighted = shares * weights[:, None]
         normal = weighted.T @ shares + PRIOR * np.eye(len(factors))
