@@ -8,13 +8,18 @@ from torch import Tensor, nn
 
 from seqpar.adapters.sequence import SequenceContext, held_tokens
 from seqpar.errors import UnsupportedModelError
-from seqpar.loss import lm_head_loss_sum
+from seqpar.head_loss import HeadImplementation, lm_head_loss_sum
 
 __all__ = ["head_loss_sum"]
 
 
 def head_loss_sum(
-    model: Any, labels: Tensor, *, sequence: SequenceContext, **inputs: Any
+    model: Any,
+    labels: Tensor,
+    implementation: HeadImplementation,
+    *,
+    sequence: SequenceContext,
+    **inputs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Run the model up to its last hidden states, and the head by blocks of tokens.
 
@@ -37,6 +42,7 @@ def head_loss_sum(
         bias=head.bias,
         scale=1 / getattr(model.config, "logits_scaling", 1.0),
         softcap=getattr(model.config, "final_logit_softcapping", None),
+        implementation=implementation,
     )
 
 
