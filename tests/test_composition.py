@@ -20,6 +20,7 @@ from seqpar.gradients import reduce_gradients, seed_ranks
 from seqpar.loss import chunked_token_loss, count_targets, token_loss
 from seqpar.parallelize import is_parallelized, parallelize
 from seqpar.parity import check_parity
+from seqpar.tiles import tile_tokens
 from tests.ranks import run_ranks
 from tests.tolerances import MODEL_GRADIENT, MODEL_LOSS, RELATIVE, relative_error
 
@@ -90,11 +91,15 @@ def _around(rank: int) -> dict[str, dict[str, Any]]:
         "fully_shard": {"mesh": flat},
         "hybrid shard": {"mesh": mesh},
         "chunked loss": {"mesh": flat},
+        "tiled MLP": {"mesh": flat},
     }
     found = {}
     for way, options in ways.items():
         model = parallelize(tiny_model("llama").train(), mesh["sp"])
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        if way == "tiled MLP":
+            for layer in model.model.layers:
+                tile_tokens(layer.mlp, tokens=5)
         parameters = dict(model.named_parameters())
         if options:
             for layer in model.model.layers:
@@ -102,7 +107,7 @@ def _around(rank: int) -> dict[str, dict[str, Any]]:
             fully_shard(model, **options)
             parameters = dict(model.named_parameters())
         outer = nn.parallel.DistributedDataParallel(model) if way == "DDP" else model
-        chunked = way == "chunked loss"
+        chunked = way in ("chunked loss", "tiled MLP")
         loss = _train_step(outer, mesh, chunked=chunked, sharded=bool(options))
         if way == "replicated":
             reduce_gradients(model, mesh)
