@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from seqpar.adapters.tiny import TINY_VOCABULARY, tiny_model, tiny_stream
 from seqpar.batch import Batch, shard
 from seqpar.errors import UnsupportedModelError
-from seqpar.gradients import reduce_gradients, seed_ranks
+from seqpar.gradients import reduce_gradients
 from seqpar.loss import chunked_token_loss, count_targets, token_loss
 from seqpar.parallelize import is_parallelized, parallelize
 from seqpar.parity import check_parity
@@ -207,34 +207,6 @@ def test_compile_breaks_at_attention_and_not_for_new_layouts() -> None:
     )
     assert places == ["Wrapping.context", "_attend"]  # the call's layout, and every attention
     assert graphs == [GRAPHS] * 2  # another layout is not another compilation
-
-
-# -- random numbers -------------------------------------------------------------------------------
-
-
-def _with_dropout(rank: int) -> dict[str, Tensor]:
-    mesh = _mesh()
-    model = parallelize(tiny_model("gpt_neox", hidden_dropout=0.5).train(), mesh["sp"])
-    batch = shard(tiny_stream(model, (40,)), mesh["sp"])
-    masks = []
-
-    def keep_mask(module: nn.Module, arguments: Any, output: Tensor) -> None:
-        masks.append(output == 0)
-
-    model.gpt_neox.emb_dropout.register_forward_hook(keep_mask)
-    for seed in (7, 7, 8):
-        seed_ranks(seed, mesh)
-        model(**batch.inputs)
-    return {"first": masks[0], "again": masks[1], "other": masks[2]}
-
-
-def test_dropout_masks_differ_between_ranks_and_repeat_with_the_seed() -> None:
-    results = run_ranks(4, _with_dropout)
-    for a, b in itertools.combinations(results, 2):
-        assert 0.4 < (a["first"] == b["first"]).float().mean() < 0.6  # independent coins
-    for result in results:
-        assert torch.equal(result["first"], result["again"])
-        assert not torch.equal(result["first"], result["other"])
 
 
 def test_a_head_that_is_not_one_linear_layer_is_refused() -> None:
