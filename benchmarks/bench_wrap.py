@@ -36,8 +36,8 @@ from benchmarks.wrapped import LLAMA, MINIMAX, Machine
 from seqpar.adapters.tiny import tiny_model, tiny_stream
 from seqpar.batch import shard
 from seqpar.loss import chunked_token_loss, token_loss_sum
-from seqpar.parallelize import parallelize, unparallelize
 from seqpar.parity import check_parity
+from seqpar.wrap import parallelize, unparallelize
 
 
 def overhead(machine: Machine) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from benchmarks.wrap_peers import deepspeed_ulysses, torch_context_parallel
 from benchmarks.wrapped import LLAMA, Machine
 from seqpar.loss import chunked_token_loss
-from seqpar.parallelize import parallelize, unparallelize
 from seqpar.tiles import tile_tokens
+from seqpar.wrap import parallelize, unparallelize
 
 LENGTHS = (32768, 98304)
 FAR, FAR_WAYS = 262144, ("seqpar_ring_zigzag_tiled_mlp",)

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from seqpar.mesh import GroupPool, init_mesh
     from seqpar.ops.softmax import softmax_attention
     from seqpar.ops.state import state_attention
-    from seqpar.parallelize import parallelize, unparallelize
     from seqpar.parity import check_parity
     from seqpar.planners import Cluster, CostModel, Planner, ScatterPlan, ScatterProblem
     from seqpar.tiles import tile_tokens
+    from seqpar.wrap import parallelize, unparallelize
 
 __version__ = "0.1.0"
 
@@ -90,7 +90,7 @@ _HOMES = {
     "lm_head_loss_sum": "head_loss",
     "mean_over_mesh": "loss",
     "pack": "batch",
-    "parallelize": "parallelize",
+    "parallelize": "wrap",
     "reduce_gradients": "gradients",
     "seed_ranks": "gradients",
     "shard": "batch",
@@ -98,7 +98,7 @@ _HOMES = {
     "state_attention": "ops.state",
     "tile_tokens": "tiles",
     "token_loss": "loss",
-    "unparallelize": "parallelize",
+    "unparallelize": "wrap",
     "unshard": "batch",
 }
 

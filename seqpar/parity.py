@@ -25,9 +25,9 @@ from seqpar.comm import all_gather, all_reduce_sum, group_rank
 from seqpar.errors import ParityError, UnsupportedModelError
 from seqpar.layout import IGNORE_INDEX
 from seqpar.loss import token_loss
-from seqpar.parallelize import is_parallelized, unparallelize
 from seqpar.parity_divergence import Divergence, first_divergence
 from seqpar.parity_reference import documents_of, logits_of, run_document, whole_stream
+from seqpar.wrap import is_parallelized, unparallelize
 
 __all__ = ["Divergence", "ParityReport", "check_parity"]
 

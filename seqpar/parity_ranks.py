@@ -26,8 +26,8 @@ from seqpar.adapters.tiny import tiny_model, tiny_stream
 from seqpar.batch import shard
 from seqpar.errors import LaunchError, MeshError, SeqparError, UnsupportedModelError
 from seqpar.ops.softmax_choice import Strategy
-from seqpar.parallelize import parallelize
 from seqpar.parity import ParityReport, check_parity
+from seqpar.wrap import parallelize
 
 __all__ = ["DEFAULT_LENGTHS", "ParityJob", "check_on_ranks"]
 

@@ -18,9 +18,9 @@ from seqpar.batch import Batch, shard
 from seqpar.errors import UnsupportedModelError
 from seqpar.gradients import reduce_gradients
 from seqpar.loss import chunked_token_loss, count_targets, token_loss
-from seqpar.parallelize import is_parallelized, parallelize
 from seqpar.parity import check_parity
 from seqpar.tiles import tile_tokens
+from seqpar.wrap import is_parallelized, parallelize
 from tests.ranks import run_ranks
 from tests.tolerances import MODEL_GRADIENT, MODEL_LOSS, RELATIVE, relative_error
 

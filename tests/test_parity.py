@@ -23,9 +23,9 @@ from seqpar.batch import Batch, pack, shard
 from seqpar.errors import ParityError, UnsupportedModelError
 from seqpar.layout import SequenceLayout
 from seqpar.ops.softmax import softmax_attention
-from seqpar.parallelize import parallelize
 from seqpar.parity import check_parity
 from seqpar.parity_ranks import ParityJob, check_on_ranks
+from seqpar.wrap import parallelize
 from tests.ranks import run_ranks
 from tests.small_hybrid import small_hybrid
 

@@ -48,6 +48,17 @@ def test_public_names_are_pinned_and_resolve() -> None:
     assert dir(seqpar) == sorted(PUBLIC)
 
 
+def test_no_module_hides_a_public_name() -> None:
+    """A package's submodule becomes its attribute, whatever `__getattr__` would have said."""
+    code = (
+        "import importlib, types, seqpar; "
+        "[importlib.import_module(f'seqpar.{home}') for home in sorted(set(seqpar._HOMES.values()))]; "
+        "print([n for n in seqpar._HOMES if isinstance(getattr(seqpar, n), types.ModuleType)])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
 def test_importing_seqpar_and_its_planners_loads_nothing_heavy() -> None:
     heavy = ["torch", "ray", "numba", "matplotlib", "transformers", "pulp", "highspy"]
     code = (

@@ -15,7 +15,7 @@ from seqpar.batch import shard
 from seqpar.errors import MeshError
 from seqpar.gradients import reduce_gradients, seed_ranks
 from seqpar.loss import chunked_token_loss
-from seqpar.parallelize import parallelize
+from seqpar.wrap import parallelize
 from tests.ranks import run_ranks
 
 pytest.importorskip("transformers")
