@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from seqpar.adapters.sequence import SequenceContext, held_tokens
+from seqpar.adapters.sequence import SequenceContext, held_tokens, outside_graph
 from seqpar.errors import UnsupportedModelError
 from seqpar.head_loss import HeadImplementation, lm_head_loss_sum
 
 __all__ = ["head_loss_sum"]
+
+_loss_sum = outside_graph(lm_head_loss_sum)  # its loop over blocks would be compiled by length
 
 
 def head_loss_sum(
@@ -35,7 +37,7 @@ def head_loss_sum(
     """
     head = _plain_head(model)
     hidden = model.base_model(**inputs, sequence=sequence).last_hidden_state
-    return lm_head_loss_sum(
+    return _loss_sum(
         held_tokens(hidden, sequence),
         head.weight,
         labels,
