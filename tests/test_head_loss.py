@@ -8,33 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from seqpar import head_loss
 from seqpar.errors import LayoutError, MissingExtraError
 from seqpar.head_loss import lm_head_loss_sum
 from seqpar.layout import IGNORE_INDEX
+from tests.loss_cases import loss_inputs, reference_sum
 from tests.tolerances import RELATIVE, relative_error
 
-VOCAB, HIDDEN = 37, 16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _inputs(num_tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(num_tokens)
-    hidden = torch.randn(1, num_tokens, HIDDEN, generator=generator).to(dtype)
-    weight = torch.randn(VOCAB, HIDDEN, generator=generator).to(dtype)
-    bias = torch.randn(VOCAB, generator=generator).to(dtype)
-    labels = torch.randint(0, VOCAB, (1, num_tokens), generator=generator)
-    labels[0, ::5] = IGNORE_INDEX
-    return hidden, weight, bias, labels
-
-
-def _reference(logits: Tensor, labels: Tensor) -> Tensor:
-    return functional.cross_entropy(
-        logits.flatten(0, -2).double(), labels.flatten(), reduction="sum"
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -43,7 +26,7 @@ def _reference(logits: Tensor, labels: Tensor) -> Tensor:
 def test_head_loss_equals_cross_entropy_of_its_logits(
     dtype: torch.dtype, scale: float, softcap: float | None, num_tokens: int
 ) -> None:
-    hidden, weight, bias, labels = _inputs(num_tokens, dtype)
+    hidden, weight, bias, labels = loss_inputs(num_tokens, dtype)
     arguments = [x.requires_grad_() for x in (hidden, weight, bias)]
     nll, count = lm_head_loss_sum(
         hidden, weight, labels, bias=bias, scale=scale, softcap=softcap, block_tokens=5
@@ -53,7 +36,7 @@ def test_head_loss_equals_cross_entropy_of_its_logits(
     logits = scale * (h @ w.T + b)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    expected = _reference(logits, labels)
+    expected = reference_sum(logits, labels)
     (expected / 7).backward()
     assert count.item() == (labels != IGNORE_INDEX).sum()
     assert relative_error(nll, expected) <= RELATIVE[dtype]
@@ -63,13 +46,13 @@ def test_head_loss_equals_cross_entropy_of_its_logits(
 
 
 def test_head_loss_without_bias_autocast_and_frozen_weight() -> None:
-    hidden, weight, _, labels = _inputs(11)
+    hidden, weight, _, labels = loss_inputs(11)
     hidden.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         nll, _ = lm_head_loss_sum(hidden, weight, labels)
     nll.backward()
     reference = hidden.detach().double().requires_grad_()
-    expected = _reference(reference @ weight.double().T, labels)
+    expected = reference_sum(reference @ weight.double().T, labels)
     expected.backward()
     assert relative_error(nll, expected) <= RELATIVE[torch.bfloat16]
     assert relative_error(hidden.grad, reference.grad) <= RELATIVE[torch.bfloat16]
@@ -116,7 +99,7 @@ def test_ligers_sum_is_our_sum(dtype: torch.dtype, softcap: float | None) -> Non
     pytest.importorskip("liger_kernel")
     if DEVICE == "cpu" and not INTERPRETED:
         pytest.skip("Liger's kernels need CUDA or Triton's interpreter")
-    hidden, weight, _, labels = (x.to(DEVICE) for x in _inputs(23, dtype))
+    hidden, weight, _, labels = (x.to(DEVICE) for x in loss_inputs(23, dtype))
     hidden, labels = hidden[0].requires_grad_(), labels[0]
     weight.requires_grad_()
     fused = head_loss._liger_sum(hidden, weight, None, labels, softcap)
@@ -124,7 +107,7 @@ def test_ligers_sum_is_our_sum(dtype: torch.dtype, softcap: float | None) -> Non
     logits = h @ w.T
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    expected = _reference(logits, labels)
+    expected = reference_sum(logits, labels)
     assert relative_error(fused, expected) <= RELATIVE[dtype]
     pairs = zip(_gradients(fused, hidden, weight), _gradients(expected, *references), strict=True)
     for ours, theirs in pairs:
@@ -137,7 +120,7 @@ def test_liger_is_chosen_where_it_fits_and_agrees(monkeypatch: pytest.MonkeyPatc
     asked = []
     fused = head_loss._liger_sum
     monkeypatch.setattr(head_loss, "_liger_sum", lambda *a: (asked.append(len(a[0])), fused(*a))[1])
-    hidden, weight, bias, labels = (x.cuda() for x in _inputs(23, torch.bfloat16))
+    hidden, weight, bias, labels = (x.cuda() for x in loss_inputs(23, torch.bfloat16))
     hidden.requires_grad_(), weight.requires_grad_()
     sums = {
         name: lm_head_loss_sum(hidden, weight, labels, bias=bias, implementation=name)[0]  # type: ignore[arg-type]
@@ -163,7 +146,7 @@ def test_liger_is_chosen_where_it_fits_and_agrees(monkeypatch: pytest.MonkeyPatc
 def test_what_liger_does_not_compute_exactly_is_refused(change: dict[str, Any], why: str) -> None:
     pytest.importorskip("liger_kernel")
     options = {key: change[key] for key in ("scale", "block_tokens") if key in change}
-    hidden, weight, _, labels = (x.cuda() for x in _inputs(5, torch.bfloat16))
+    hidden, weight, _, labels = (x.cuda() for x in loss_inputs(5, torch.bfloat16))
     hidden, weight = hidden.to(change.get("dtype")), weight.to(change.get("dtype"))
     hidden.requires_grad_(not change.get("frozen", False))
     weight.requires_grad_()
@@ -172,7 +155,7 @@ def test_what_liger_does_not_compute_exactly_is_refused(change: dict[str, Any], 
 
 
 def test_asking_for_liger_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, weight, _, labels = _inputs(5)
+    hidden, weight, _, labels = loss_inputs(5)
     monkeypatch.setattr(head_loss, "_liger_installed", lambda: True)
     with pytest.raises(LayoutError, match="run on CUDA, the hidden states are on cpu"):
         lm_head_loss_sum(hidden, weight, labels, implementation="liger")

@@ -19,26 +19,9 @@ from seqpar.loss import (
     token_loss,
     token_loss_sum,
 )
+from tests.loss_cases import HIDDEN, VOCAB, loss_inputs, reference_sum
 from tests.ranks import run_ranks
 from tests.tolerances import MODEL_GRADIENT, MODEL_LOSS, RELATIVE, relative_error
-
-VOCAB, HIDDEN = 37, 12
-
-
-def _inputs(num_tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(num_tokens)
-    hidden = torch.randn(1, num_tokens, HIDDEN, generator=generator).to(dtype)
-    weight = torch.randn(VOCAB, HIDDEN, generator=generator).to(dtype)
-    bias = torch.randn(VOCAB, generator=generator).to(dtype)
-    labels = torch.randint(0, VOCAB, (1, num_tokens), generator=generator)
-    labels[0, ::5] = IGNORE_INDEX
-    return hidden, weight, bias, labels
-
-
-def _reference(logits: Tensor, labels: Tensor) -> Tensor:
-    return functional.cross_entropy(
-        logits.flatten(0, -2).double(), labels.flatten(), reduction="sum"
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -47,12 +30,12 @@ def test_sum_over_blocks_equals_cross_entropy(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, num_tokens: int
 ) -> None:
     monkeypatch.setattr(loss_module, "_BLOCK_LOGITS", 4 * VOCAB)  # blocks of four tokens
-    hidden, weight, bias, labels = _inputs(num_tokens, dtype)
+    hidden, weight, bias, labels = loss_inputs(num_tokens, dtype)
     logits = (hidden @ weight.T + bias).requires_grad_()
     nll, count = token_loss_sum(logits, labels)
     (3 * nll).backward()
     reference = logits.detach().double().requires_grad_()
-    expected = _reference(reference, labels)
+    expected = reference_sum(reference, labels)
     (3 * expected).backward()
     assert count.item() == (labels != IGNORE_INDEX).sum()
     assert nll.dtype == torch.promote_types(dtype, torch.float32)
