@@ -60,7 +60,7 @@ class ParityJob:
 
 
 def check_on_ranks(job: ParityJob, *, timeout_s: float = 300.0) -> ParityReport:
-    """Start the ranks, wrap the model, compare it with one device, end the ranks.
+    """Start the ranks, wrap the model, compare it in float32 with one device, end the ranks.
 
     Raises:
         ParityError: they differ; the message names the first module that diverges.
@@ -150,7 +150,7 @@ def _check(rank: int, job: ParityJob, folder: str, timeout_s: float) -> ParityRe
         device_id=torch.device("cuda", rank) if cuda else None,
     )
     try:
-        model = build_model(job.model).to(job.device)
+        model = build_model(job.model).to(job.device, torch.float32)
         group = dist.group.WORLD
         parallelize(model, group, strategy=job.strategy, exchange=job.exchange)
         stream = tiny_stream(model, job.lengths, seed=job.seed)
