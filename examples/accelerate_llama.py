@@ -20,7 +20,7 @@ from seqpar.batch import Batch
 from seqpar.loaders import SequenceParallelLoader, collate_documents
 from seqpar.loss import count_targets, token_loss
 from seqpar.mesh import init_mesh
-from seqpar.parallelize import parallelize
+from seqpar.wrap import parallelize
 
 
 def documents(rank: int, ranks: int) -> DataLoader:

@@ -19,7 +19,7 @@ from seqpar.adapters.tiny import tiny_model
 from seqpar.loaders import TrainerLoader, collate_documents
 from seqpar.loss import trainer_loss
 from seqpar.mesh import init_mesh
-from seqpar.parallelize import parallelize
+from seqpar.wrap import parallelize
 
 
 class Documents(Dataset):

@@ -10,16 +10,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from seqpar.batch import Batch, PackedStream, pack, shard
+    from seqpar.batch import (
+        Batch,
+        PackedStream,
+        documents_of_padded,
+        documents_of_positions,
+        pack,
+        shard,
+        unshard,
+    )
     from seqpar.errors import SeqparError
+    from seqpar.gradients import reduce_gradients, seed_ranks
+    from seqpar.head_loss import lm_head_loss_sum
     from seqpar.layout import SequenceLayout
-    from seqpar.loss import lm_head_loss_sum, token_loss
+    from seqpar.loaders import SequenceParallelLoader
+    from seqpar.loss import chunked_token_loss, count_targets, mean_over_mesh, token_loss
     from seqpar.mesh import GroupPool, init_mesh
     from seqpar.ops.softmax import softmax_attention
     from seqpar.ops.state import state_attention
-    from seqpar.parallelize import parallelize, unparallelize
     from seqpar.parity import check_parity
     from seqpar.planners import Cluster, CostModel, Planner, ScatterPlan, ScatterProblem
+    from seqpar.tiles import tile_tokens
+    from seqpar.wrap import parallelize, unparallelize
 
 __version__ = "0.1.0"
 
@@ -34,17 +46,27 @@ __all__ = [
     "ScatterProblem",
     "SeqparError",
     "SequenceLayout",
+    "SequenceParallelLoader",
     "__version__",
     "check_parity",
+    "chunked_token_loss",
+    "count_targets",
+    "documents_of_padded",
+    "documents_of_positions",
     "init_mesh",
     "lm_head_loss_sum",
+    "mean_over_mesh",
     "pack",
     "parallelize",
+    "reduce_gradients",
+    "seed_ranks",
     "shard",
     "softmax_attention",
     "state_attention",
+    "tile_tokens",
     "token_loss",
     "unparallelize",
+    "unshard",
 ]
 
 _HOMES = {
@@ -58,16 +80,26 @@ _HOMES = {
     "ScatterProblem": "planners",
     "SeqparError": "errors",
     "SequenceLayout": "layout",
+    "SequenceParallelLoader": "loaders",
     "check_parity": "parity",
+    "chunked_token_loss": "loss",
+    "count_targets": "loss",
+    "documents_of_padded": "batch",
+    "documents_of_positions": "batch",
     "init_mesh": "mesh",
-    "lm_head_loss_sum": "loss",
+    "lm_head_loss_sum": "head_loss",
+    "mean_over_mesh": "loss",
     "pack": "batch",
-    "parallelize": "parallelize",
+    "parallelize": "wrap",
+    "reduce_gradients": "gradients",
+    "seed_ranks": "gradients",
     "shard": "batch",
     "softmax_attention": "ops.softmax",
     "state_attention": "ops.state",
+    "tile_tokens": "tiles",
     "token_loss": "loss",
-    "unparallelize": "parallelize",
+    "unparallelize": "wrap",
+    "unshard": "batch",
 }
 
 

@@ -3,12 +3,10 @@
 A rank's mean is not the mean: ranks hold different numbers of target tokens. So every rank sums
 its negative log-likelihoods, and the sum is divided by the number of targets over the whole mesh.
 
-Both losses are computed in fp32 by blocks of tokens. `token_loss_sum` keeps the logits and their
-log-sum-exp; `lm_head_loss_sum` takes the hidden states instead and never holds whole logits: its
-forward computes each block's logits, loss and gradients, and keeps only the gradients of hidden
-states and weight (the scheme of Liger-Kernel's fused linear cross-entropy, arXiv 2410.10989).
+`token_loss_sum` computes in fp32 by blocks of tokens and keeps the logits and their log-sum-exp;
+seqpar/head_loss.py takes the hidden states instead and never holds whole logits.
 
-Shape letters: T tokens of this rank, E hidden size, V vocabulary.
+Shape letters: T tokens of this rank, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,7 +28,6 @@ from seqpar.layout import IGNORE_INDEX
 __all__ = [
     "chunked_token_loss",
     "count_targets",
-    "lm_head_loss_sum",
     "mean_over_mesh",
     "token_loss",
     "token_loss_sum",
@@ -84,6 +81,7 @@ def chunked_token_loss(
     mesh: DeviceMesh | None = None,
     num_targets: int | None = None,
     grad_reduction: GradReduction = "mean",
+    implementation: str = "auto",
 ) -> Tensor:
     """`token_loss` of a wrapped Hugging Face causal model that never holds whole logits.
 
@@ -91,12 +89,16 @@ def chunked_token_loss(
 
     Args:
         model: wrapped by `parallelize`; `fully_shard` and DDP may be around it.
-        batch: this rank's. The other arguments are those of `token_loss`.
+        batch: this rank's.
+        implementation: "auto", "seqpar" or "liger", as `lm_head_loss_sum` takes it. The other
+            arguments are those of `token_loss`.
 
     Raises:
         UnsupportedModelError: the head is not one linear layer (the message says what to use).
     """
-    nll_sum, local_targets = model(**batch.inputs, head_labels=batch.labels)
+    nll_sum, local_targets = model(
+        **batch.inputs, head_labels=batch.labels, head_implementation=implementation
+    )
     return mean_over_mesh(
         nll_sum,
         local_targets,
@@ -142,57 +144,8 @@ def token_loss_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         LayoutError: labels of another shape than the logits' tokens.
     """
-    _check_labels("logits", logits, labels)
+    check_labels("logits", logits, labels)
     nll_sum: Tensor = _LogitsLoss.apply(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))  # type: ignore[no-untyped-call]
-    return nll_sum, (labels != IGNORE_INDEX).sum()
-
-
-def lm_head_loss_sum(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    block_tokens: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """As `token_loss_sum` of the logits hidden @ weight.T + bias, which are never held whole.
-
-    Args:
-        hidden: [..., E] this rank's last hidden states.
-        weight: [V, E] of the LM head; bias [V].
-        labels: int64 [...].
-        scale: the logits are multiplied by it.
-        softcap: if given, logits become softcap * tanh(logits / softcap), after the scale.
-        block_tokens: tokens whose logits exist at one time; by default 256 MiB of them in fp32.
-
-    Memory beyond its arguments: one block of fp32 logits, and when gradients are wanted one
-    tensor like `hidden` and an fp32 one like `weight`. Under autocast the matrix products run in
-    its dtype. Gradients are fp32 sums over blocks, returned in the arguments' dtypes.
-
-    Raises:
-        LayoutError: labels of another shape than the hidden states' tokens.
-    """
-    _check_labels("hidden states", hidden, labels)
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    if block_tokens is None:
-        block_tokens = max(1, _BLOCK_LOGITS // weight.shape[0])
-    with torch.autocast(device_type, enabled=False):
-        nll_sum: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-            hidden.reshape(-1, hidden.shape[-1]),
-            weight,
-            bias,
-            labels.reshape(-1),
-            scale,
-            softcap,
-            block_tokens,
-            torch.is_grad_enabled(),
-        )
     return nll_sum, (labels != IGNORE_INDEX).sum()
 
 
@@ -249,7 +202,7 @@ def groups_of(mesh: DeviceMesh | dist.ProcessGroup | None) -> list[dist.ProcessG
     return [group for group in groups if group.size() > 1]
 
 
-def _check_labels(what: str, values: Tensor, labels: Tensor) -> None:
+def check_labels(what: str, values: Tensor, labels: Tensor) -> None:
     if values.ndim < 2 or values.shape[:-1].numel() != labels.numel():
         raise LayoutError(
             f"{what} {tuple(values.shape)} and labels {tuple(labels.shape)} hold different "
@@ -271,19 +224,6 @@ def _block_gradient(logits: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
     rows = torch.arange(len(labels), device=labels.device)
     gradient[rows, labels.clamp(min=0)] -= 1
     return gradient.masked_fill_((labels == IGNORE_INDEX)[:, None], 0)
-
-
-def _block_nll_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Both at once, in the logits' own memory: (sum over targets, softmax - one-hot [T, V])."""
-    index, target = labels.clamp(min=0), labels != IGNORE_INDEX
-    chosen = logits.gather(-1, index[:, None])[:, 0]
-    largest = logits.amax(-1, keepdim=True)
-    weights = logits.sub_(largest).exp_()
-    total = weights.sum(-1, keepdim=True)
-    nll = torch.where(target, (largest + total.log())[:, 0] - chosen, 0).sum()
-    gradient = weights.div_(total)
-    gradient[torch.arange(len(labels), device=labels.device), index] -= 1
-    return nll, gradient.masked_fill_(~target[:, None], 0)
 
 
 class _LogitsLoss(torch.autograd.Function):
@@ -315,59 +255,3 @@ class _LogitsLoss(torch.autograd.Function):
             fresh = part.to(lse.dtype, copy=True)
             out.copy_(_block_gradient(fresh, wanted, part_lse).mul_(grad_sum))
         return gradient, None
-
-
-class _HeadLoss(torch.autograd.Function):
-    """Computes the gradients in forward, block by block, while a block's logits exist."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        scale: float,
-        softcap: float | None,
-        block_tokens: int,
-        with_gradients: bool,
-    ) -> Tensor:
-        accumulate = torch.promote_types(hidden.dtype, torch.float32)
-        total = hidden.new_zeros((), dtype=accumulate)
-        wanted = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
-        d_hidden = torch.empty_like(hidden) if wanted[0] else None
-        d_weight = torch.zeros_like(weight, dtype=accumulate) if wanted[1] else None
-        d_bias = None
-        if bias is not None and wanted[2]:
-            d_bias = torch.zeros_like(bias, dtype=accumulate)
-        for start in range(0, len(hidden), block_tokens):
-            part = hidden[start : start + block_tokens]
-            block_labels = labels[start : start + block_tokens]
-            raw = part @ weight.T if bias is None else torch.addmm(bias, part, weight.T)
-            logits = raw.to(accumulate).mul_(scale)
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-            slope = scale if softcap is None else scale * (1 - (logits / softcap).square())
-            nll, d_logits = _block_nll_and_gradient(logits, block_labels)
-            total += nll
-            if not any(wanted):
-                continue
-            d_logits = d_logits.mul_(slope).to(hidden.dtype)
-            if d_hidden is not None:
-                torch.mm(d_logits, weight, out=d_hidden[start : start + block_tokens])
-            if d_weight is not None:
-                d_weight += d_logits.T @ part
-            if d_bias is not None:
-                d_bias += d_logits.sum(0, dtype=accumulate)
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = (
-            None if gradient is None else (gradient * grad_sum).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return (*gradients, None, None, None, None, None)

@@ -21,13 +21,13 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from seqpar.batch import Batch, PackedStream
-from seqpar.comm import all_reduce_sum, group_rank
+from seqpar.comm import all_gather, all_reduce_sum, group_rank
 from seqpar.errors import ParityError, UnsupportedModelError
 from seqpar.layout import IGNORE_INDEX
 from seqpar.loss import token_loss
-from seqpar.parallelize import is_parallelized, unparallelize
 from seqpar.parity_divergence import Divergence, first_divergence
 from seqpar.parity_reference import documents_of, logits_of, run_document, whole_stream
+from seqpar.wrap import is_parallelized, unparallelize
 
 __all__ = ["Divergence", "ParityReport", "check_parity"]
 
@@ -114,11 +114,13 @@ def check_parity(
         The report, if it is within tolerance.
 
     Raises:
-        ParityError: it is not; the message names the first module that diverges.
+        ParityError: it is not; the message names the first module that diverges. Or the ranks do
+            not hold the same weights, so that there is no one device to compare with.
         UnsupportedModelError: a model that is not wrapped, is sharded, or draws dropout masks.
     """
     _check_comparable(model)
     groups = [group for group in _groups(batch, mesh) if group is not None]
+    _check_same_weights(model, groups)
     streams = _all_streams(batch, groups)
     reference_model = unparallelize(copy.deepcopy(model))
     reference_loss, reference_gradients = _reference(reference_model, streams, groups)
@@ -240,6 +242,26 @@ def _check_comparable(model: nn.Module) -> None:
     if model.training and random:
         raise UnsupportedModelError(
             f"{random[0]} (Dropout)", "two runs draw different masks", "call model.eval() first"
+        )
+
+
+def _check_same_weights(model: nn.Module, groups: Sequence[ProcessGroup]) -> None:
+    """Compare every parameter's sum of squares with the first rank's."""
+    named = dict(model.named_parameters())
+    if not named or not groups:
+        return
+    own = torch.stack([p.detach().double().square().sum() for p in named.values()])
+    differs = torch.zeros(len(named), dtype=torch.int64, device=own.device)
+    for group in groups:
+        # The same weights summed by other numbers of threads differ in the last digits.
+        differs += (~torch.isclose(all_gather(own, group), own, rtol=1e-9, atol=0)).any(0)
+    for group in groups:
+        differs = all_reduce_sum(differs, group)
+    first = next((name for name, count in zip(named, differs.tolist(), strict=True) if count), None)
+    if first is not None:
+        raise ParityError(
+            f"the ranks hold different weights, first in {first}: call torch.manual_seed before "
+            "the model is built, or load the same checkpoint on every rank"
         )
 
 

@@ -2,7 +2,7 @@
 
 Every rank is a process of its own, on gloo and CPU or on NCCL and one CUDA device each. A model is
 named, not handed over: a family of Hugging Face models gives a tiny random one, and
-`package.module:function` calls that function, which must build the same model on every rank.
+`package.module:function` calls that function, which must build the same weights on every rank.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from seqpar.adapters.tiny import check_family, tiny_model, tiny_stream
+from seqpar.adapters.families import family_of
+from seqpar.adapters.tiny import tiny_model, tiny_stream
 from seqpar.batch import shard
 from seqpar.errors import LaunchError, MeshError, SeqparError, UnsupportedModelError
 from seqpar.ops.softmax_choice import Strategy
-from seqpar.parallelize import parallelize
 from seqpar.parity import ParityReport, check_parity
+from seqpar.wrap import parallelize
 
 __all__ = ["DEFAULT_LENGTHS", "ParityJob", "check_on_ranks"]
 
@@ -39,7 +40,7 @@ class ParityJob:
     """What to check, and how.
 
     Attributes:
-        model: a family ("llama"), or "package.module:function" that builds a model.
+        model: a family ("llama", "LlamaConfig"), or "package.module:function" that builds a model.
         ranks: sequence-parallel ranks.
         lengths: tokens of each document of the batch.
         strategy, exchange: as `parallelize` takes them.
@@ -59,7 +60,7 @@ class ParityJob:
 
 
 def check_on_ranks(job: ParityJob, *, timeout_s: float = 300.0) -> ParityReport:
-    """Start the ranks, wrap the model, compare it with one device, end the ranks.
+    """Start the ranks, wrap the model, compare it in float32 with one device, end the ranks.
 
     Raises:
         ParityError: they differ; the message names the first module that diverges.
@@ -100,7 +101,7 @@ def check_on_ranks(job: ParityJob, *, timeout_s: float = 300.0) -> ParityReport:
 def build_model(name: str) -> nn.Module:
     """A model by its name; see `ParityJob.model`."""
     if ":" not in name:
-        return tiny_model(name)
+        return tiny_model(family_of(name))
     module_name, _, function_name = name.partition(":")
     model: nn.Module = getattr(importlib.import_module(module_name), function_name)()
     return model
@@ -110,7 +111,7 @@ def _check_name(name: str) -> None:
     """Refuse an unknown model before any process is started."""
     module_name, colon, function_name = name.partition(":")
     if not colon:
-        check_family(name)
+        family_of(name)
         return
     try:
         getattr(importlib.import_module(module_name), function_name)
@@ -149,7 +150,7 @@ def _check(rank: int, job: ParityJob, folder: str, timeout_s: float) -> ParityRe
         device_id=torch.device("cuda", rank) if cuda else None,
     )
     try:
-        model = build_model(job.model).to(job.device)
+        model = build_model(job.model).to(job.device, torch.float32)
         group = dist.group.WORLD
         parallelize(model, group, strategy=job.strategy, exchange=job.exchange)
         stream = tiny_stream(model, job.lengths, seed=job.seed)

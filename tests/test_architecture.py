@@ -29,7 +29,7 @@ ALLOWED = {
 TOP = {
     "errors", "layout", "balance", "comm", "mesh", "kernels", "ops", "batch",
     "loss", "models", "adapters", "planners", "launch", "data", "training", "calibration",
-    "comparison", "feedback", "report", "report_html", "console", "parallelize", "parity",
+    "comparison", "feedback", "report", "report_html", "console", "wrap", "parity",
     "commands",
 }
 # fmt: on

@@ -16,10 +16,11 @@ from torch.distributed.fsdp import fully_shard
 from seqpar.adapters.tiny import TINY_VOCABULARY, tiny_model, tiny_stream
 from seqpar.batch import Batch, shard
 from seqpar.errors import UnsupportedModelError
-from seqpar.gradients import reduce_gradients, seed_ranks
+from seqpar.gradients import reduce_gradients
 from seqpar.loss import chunked_token_loss, count_targets, token_loss
-from seqpar.parallelize import is_parallelized, parallelize
 from seqpar.parity import check_parity
+from seqpar.tiles import tile_tokens
+from seqpar.wrap import is_parallelized, parallelize
 from tests.ranks import run_ranks
 from tests.tolerances import MODEL_GRADIENT, MODEL_LOSS, RELATIVE, relative_error
 
@@ -28,7 +29,6 @@ pytest.importorskip("transformers")
 # Two micro-batches a step for each data-parallel rank, of different lengths and layouts.
 STEP = {0: [(13, 1, 29, 2, 7), (3, 40)], 1: [(8,), (1, 2, 31)]}
 LAYOUTS = ("contiguous", "zigzag")
-GRAPHS = 10  # whatever the layouts, and for any number of layers: they share code
 
 
 def _mesh() -> Any:
@@ -90,11 +90,15 @@ def _around(rank: int) -> dict[str, dict[str, Any]]:
         "fully_shard": {"mesh": flat},
         "hybrid shard": {"mesh": mesh},
         "chunked loss": {"mesh": flat},
+        "tiled MLP": {"mesh": flat},
     }
     found = {}
     for way, options in ways.items():
         model = parallelize(tiny_model("llama").train(), mesh["sp"])
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        if way == "tiled MLP":
+            for layer in model.model.layers:
+                tile_tokens(layer.mlp, tokens=5)
         parameters = dict(model.named_parameters())
         if options:
             for layer in model.model.layers:
@@ -102,7 +106,7 @@ def _around(rank: int) -> dict[str, dict[str, Any]]:
             fully_shard(model, **options)
             parameters = dict(model.named_parameters())
         outer = nn.parallel.DistributedDataParallel(model) if way == "DDP" else model
-        chunked = way == "chunked loss"
+        chunked = way in ("chunked loss", "tiled MLP")
         loss = _train_step(outer, mesh, chunked=chunked, sharded=bool(options))
         if way == "replicated":
             reduce_gradients(model, mesh)
@@ -155,81 +159,116 @@ def test_lora_adapters_before_or_after() -> None:
         assert compared == {"wrapped before": 12, "wrapped after": 12}  # 2 layers x 3 x A and B
 
 
-def _under_autocast(rank: int) -> tuple[Tensor, torch.dtype]:
-    model = parallelize(tiny_model("llama"), dist.group.WORLD)
-    batch = shard(tiny_stream(model, (13, 1, 29, 7)), dist.group.WORLD, layout="zigzag")
-    with torch.autocast("cpu", torch.bfloat16):
-        output = model(**batch.inputs).logits
-        token_loss(output, batch).backward()
-    reduce_gradients(model, init_device_mesh("cpu", (2,), mesh_dim_names=("sp",)))
-    return model.lm_head.weight.grad, output.dtype
+# Every kind of mixer: softmax, lightning with experts, Mamba-2.
+KINDS = ("llama", "minimax", "bamba")
+LENGTHS = (13, 1, 29, 7)
 
 
-def test_autocast_computes_in_bf16_and_agrees() -> None:
-    model = tiny_model("llama")
-    stream = tiny_stream(model, (13, 1, 29, 7))
+def _whole_documents(family: str) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of one device, document by document."""
+    model = tiny_model(family)
+    stream = tiny_stream(model, LENGTHS)
     nll = torch.zeros(())
     for a, b in itertools.pairwise(stream.cu_seqlens):
         logits = model(input_ids=stream.ids[:, a:b], use_cache=False).logits[0]
         nll = nll + nn.functional.cross_entropy(logits, stream.labels[0, a:b], reduction="sum")
-    (nll / (50 - 4)).backward()
-    for gradient, dtype in run_ranks(2, _under_autocast):
+    loss = nll / (stream.labels >= 0).sum()
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def _every_kind(rank: int) -> dict[tuple[str, str], Any]:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("sp",))
+    found: dict[tuple[str, str], Any] = {}
+    for family in KINDS:
+        model = parallelize(tiny_model(family), mesh)
+        batch = shard(tiny_stream(model, LENGTHS), mesh, layout="zigzag")
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(**batch.inputs).logits
+            token_loss(logits, batch).backward()
+        reduce_gradients(model, mesh)
+        found[family, "autocast"] = (model.get_output_embeddings().weight.grad, logits.dtype)
+
+        model = parallelize(tiny_model(family).train(), mesh)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in model.base_model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        loss = chunked_token_loss(model, batch)
+        loss.backward()
+        gradients = {name: _full(p.grad) for name, p in model.named_parameters()}
+        found[family, "sharded"] = (loss.item(), gradients)
+    return found
+
+
+@pytest.fixture(scope="module")
+def every_kind() -> list[dict[tuple[str, str], Any]]:
+    return run_ranks(2, _every_kind)
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_autocast_computes_in_bf16_and_agrees(
+    every_kind: list[dict[tuple[str, str], Any]], family: str
+) -> None:
+    _, expected = _whole_documents(family)
+    for found in every_kind:
+        gradient, dtype = found[family, "autocast"]
         assert dtype == torch.bfloat16
-        error = relative_error(gradient, model.lm_head.weight.grad)
+        error = relative_error(gradient, expected["lm_head.weight"])
         assert 1e-4 < error < 6 * RELATIVE[torch.bfloat16]  # several roundings deep
 
 
+@pytest.mark.parametrize("family", KINDS)
+def test_layers_sharded_and_recomputed_agree(
+    every_kind: list[dict[tuple[str, str], Any]], family: str
+) -> None:
+    loss, expected = _whole_documents(family)
+    for found in every_kind:
+        ours, gradients = found[family, "sharded"]
+        assert abs(ours / loss - 1) < MODEL_LOSS
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            assert relative_error(gradient, expected[name]) < MODEL_GRADIENT, name
+
+
+BREAKS = {
+    "llama": {"Wrapping.context", "_attend"},
+    "minimax": {"Wrapping.context", "_attend", "_lightning"},
+    "bamba": {"Wrapping.context", "_attend", "_convolution", "_state"},
+}
+"""Where a compiled call leaves its graphs: the call's layout, and each exchange."""
+
+GRAPHS = {"llama": 10, "minimax": 13, "bamba": 17}
+"""Whatever the layouts and the number of layers of a kind: layers share code."""
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_compile_breaks_at_attention_and_not_for_new_layouts() -> None:
+@pytest.mark.parametrize(
+    ("family", "chunked"), [*((family, False) for family in KINDS), ("llama", True)]
+)
+def test_compile_breaks_at_exchanges_and_not_for_new_layouts(family: str, chunked: bool) -> None:
     """What is compiled is the same on any number of ranks: exchanges stay outside the graphs."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
-    model = parallelize(tiny_model("llama", num_hidden_layers=1), None)
+    model = parallelize(tiny_model(family), None)
     eager = copy.deepcopy(model)
     compiled = torch.compile(model, backend="eager", dynamic=True)
     graphs = []
-    for lengths in ((13, 1, 29, 7), (5, 6, 7, 8, 9)):
+    for lengths in (LENGTHS, (5, 6, 7, 8, 9)):
         batch = shard(tiny_stream(model, lengths), None)
-        token_loss(compiled(**batch.inputs).logits, batch).backward()
-        token_loss(eager(**batch.inputs).logits, batch).backward()
+        for called in (compiled, eager):
+            if chunked:
+                chunked_token_loss(called, batch).backward()
+            else:
+                token_loss(called(**batch.inputs).logits, batch).backward()
         graphs.append(counters["stats"]["unique_graphs"])
     for ours, plain in zip(model.parameters(), eager.parameters(), strict=True):
         assert relative_error(ours.grad, plain.grad) < MODEL_GRADIENT
-    places = sorted(
-        reason.partition("<function ")[2].split()[0] for reason in counters["graph_break"]
-    )
-    assert places == ["Wrapping.context", "_attend"]  # the call's layout, and every attention
-    assert graphs == [GRAPHS] * 2  # another layout is not another compilation
-
-
-# -- random numbers -------------------------------------------------------------------------------
-
-
-def _with_dropout(rank: int) -> dict[str, Tensor]:
-    mesh = _mesh()
-    model = parallelize(tiny_model("gpt_neox", hidden_dropout=0.5).train(), mesh["sp"])
-    batch = shard(tiny_stream(model, (40,)), mesh["sp"])
-    masks = []
-
-    def keep_mask(module: nn.Module, arguments: Any, output: Tensor) -> None:
-        masks.append(output == 0)
-
-    model.gpt_neox.emb_dropout.register_forward_hook(keep_mask)
-    for seed in (7, 7, 8):
-        seed_ranks(seed, mesh)
-        model(**batch.inputs)
-    return {"first": masks[0], "again": masks[1], "other": masks[2]}
-
-
-def test_dropout_masks_differ_between_ranks_and_repeat_with_the_seed() -> None:
-    results = run_ranks(4, _with_dropout)
-    for a, b in itertools.combinations(results, 2):
-        assert 0.4 < (a["first"] == b["first"]).float().mean() < 0.6  # independent coins
-    for result in results:
-        assert torch.equal(result["first"], result["again"])
-        assert not torch.equal(result["first"], result["other"])
+    places = {reason.partition("<function ")[2].split()[0] for reason in counters["graph_break"]}
+    assert places == BREAKS[family] | ({"lm_head_loss_sum"} if chunked else set())
+    assert graphs == [GRAPHS[family] + chunked] * 2  # another layout is not another compilation
 
 
 def test_a_head_that_is_not_one_linear_layer_is_refused() -> None:

@@ -11,34 +11,17 @@ from torch.nn import functional
 from seqpar import loss as loss_module
 from seqpar.batch import PackedStream, pack, shard
 from seqpar.errors import DataError, LayoutError
+from seqpar.head_loss import lm_head_loss_sum
 from seqpar.layout import IGNORE_INDEX, SequenceLayout
 from seqpar.loss import (
     count_targets,
-    lm_head_loss_sum,
     mean_over_mesh,
     token_loss,
     token_loss_sum,
 )
+from tests.loss_cases import HIDDEN, VOCAB, loss_inputs, reference_sum
 from tests.ranks import run_ranks
 from tests.tolerances import MODEL_GRADIENT, MODEL_LOSS, RELATIVE, relative_error
-
-VOCAB, HIDDEN = 37, 12
-
-
-def _inputs(num_tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(num_tokens)
-    hidden = torch.randn(1, num_tokens, HIDDEN, generator=generator).to(dtype)
-    weight = torch.randn(VOCAB, HIDDEN, generator=generator).to(dtype)
-    bias = torch.randn(VOCAB, generator=generator).to(dtype)
-    labels = torch.randint(0, VOCAB, (1, num_tokens), generator=generator)
-    labels[0, ::5] = IGNORE_INDEX
-    return hidden, weight, bias, labels
-
-
-def _reference(logits: Tensor, labels: Tensor) -> Tensor:
-    return functional.cross_entropy(
-        logits.flatten(0, -2).double(), labels.flatten(), reduction="sum"
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -47,73 +30,17 @@ def test_sum_over_blocks_equals_cross_entropy(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, num_tokens: int
 ) -> None:
     monkeypatch.setattr(loss_module, "_BLOCK_LOGITS", 4 * VOCAB)  # blocks of four tokens
-    hidden, weight, bias, labels = _inputs(num_tokens, dtype)
+    hidden, weight, bias, labels = loss_inputs(num_tokens, dtype)
     logits = (hidden @ weight.T + bias).requires_grad_()
     nll, count = token_loss_sum(logits, labels)
     (3 * nll).backward()
     reference = logits.detach().double().requires_grad_()
-    expected = _reference(reference, labels)
+    expected = reference_sum(reference, labels)
     (3 * expected).backward()
     assert count.item() == (labels != IGNORE_INDEX).sum()
     assert nll.dtype == torch.promote_types(dtype, torch.float32)
     assert relative_error(nll, expected) < 1e-6
     assert relative_error(logits.grad, reference.grad) <= RELATIVE[dtype]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, None), (0.7, 3.0)])
-@pytest.mark.parametrize("num_tokens", [0, 1, 23])
-def test_head_loss_equals_cross_entropy_of_its_logits(
-    dtype: torch.dtype, scale: float, softcap: float | None, num_tokens: int
-) -> None:
-    hidden, weight, bias, labels = _inputs(num_tokens, dtype)
-    arguments = [x.requires_grad_() for x in (hidden, weight, bias)]
-    nll, count = lm_head_loss_sum(
-        hidden, weight, labels, bias=bias, scale=scale, softcap=softcap, block_tokens=5
-    )
-    (nll / 7).backward()
-    h, w, b = references = [x.detach().double().requires_grad_() for x in arguments]
-    logits = scale * (h @ w.T + b)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    expected = _reference(logits, labels)
-    (expected / 7).backward()
-    assert count.item() == (labels != IGNORE_INDEX).sum()
-    assert relative_error(nll, expected) <= RELATIVE[dtype]
-    for name, ours, theirs in zip(("hidden", "weight", "bias"), arguments, references, strict=True):
-        assert ours.grad.dtype == dtype
-        assert relative_error(ours.grad, theirs.grad) <= RELATIVE[dtype], name
-
-
-def test_head_loss_without_bias_autocast_and_frozen_weight() -> None:
-    hidden, weight, _, labels = _inputs(11)
-    hidden.requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        nll, _ = lm_head_loss_sum(hidden, weight, labels)
-    nll.backward()
-    reference = hidden.detach().double().requires_grad_()
-    expected = _reference(reference @ weight.double().T, labels)
-    expected.backward()
-    assert relative_error(nll, expected) <= RELATIVE[torch.bfloat16]
-    assert relative_error(hidden.grad, reference.grad) <= RELATIVE[torch.bfloat16]
-    assert hidden.grad.dtype == torch.float32
-    with torch.no_grad():
-        quiet, _ = lm_head_loss_sum(hidden, weight, labels)
-    assert relative_error(quiet, expected) < 1e-6
-
-
-def test_head_loss_never_holds_whole_logits() -> None:
-    """The largest tensor that its forward and backward make is far smaller than the logits."""
-    num_tokens, vocab, block = 512, 4096, 16
-    hidden = torch.randn(1, num_tokens, 8, requires_grad=True)
-    weight = torch.randn(vocab, 8, requires_grad=True)
-    labels = torch.randint(0, vocab, (1, num_tokens))
-    with torch.profiler.profile(profile_memory=True) as profile:
-        nll, _ = lm_head_loss_sum(hidden, weight, labels, block_tokens=block)
-        nll.backward()
-    largest = max(event.self_cpu_memory_usage for event in profile.events())
-    assert 4 * block * vocab <= largest <= 4 * 4 * block * vocab
-    assert largest < num_tokens * vocab * 4 / 8
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

@@ -11,9 +11,9 @@ from seqpar.adapters.tiny import TINY_FAMILIES, tiny_model, tiny_stream
 from seqpar.batch import Batch, shard
 from seqpar.errors import LayoutError, SeqparError
 from seqpar.loss import chunked_token_loss, token_loss
-from seqpar.parallelize import parallelize
 from seqpar.parity import ParityReport, check_parity
 from seqpar.parity_ranks import DEFAULT_LENGTHS
+from seqpar.wrap import parallelize
 from tests.ranks import run_ranks
 from tests.small_hybrid import small_hybrid
 from tests.tolerances import MODEL_GRADIENT, MODEL_LOSS, relative_error

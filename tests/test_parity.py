@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,14 +17,15 @@ from torch import Tensor
 
 import seqpar.adapters.hf_attention as hf_attention
 import seqpar.parity as parity
+from seqpar.adapters.families import family_of
 from seqpar.adapters.tiny import TINY_VOCABULARY, tiny_model
 from seqpar.batch import Batch, pack, shard
 from seqpar.errors import ParityError, UnsupportedModelError
 from seqpar.layout import SequenceLayout
 from seqpar.ops.softmax import softmax_attention
-from seqpar.parallelize import parallelize
 from seqpar.parity import check_parity
 from seqpar.parity_ranks import ParityJob, check_on_ranks
+from seqpar.wrap import parallelize
 from tests.ranks import run_ranks
 from tests.small_hybrid import small_hybrid
 
@@ -139,9 +143,62 @@ def test_the_command_checks_and_fails_with_one(capsys: pytest.CaptureFixture[str
     assert "output of layers.1" in bad["error"]
 
 
-def test_unknown_models_are_refused_by_the_check() -> None:
-    with pytest.raises(UnsupportedModelError, match="no tiny model"):
-        check_on_ranks(ParityJob("gpt17", ranks=1))
+def _unlike_weights(rank: int) -> str:
+    torch.manual_seed(rank)
+    model = small_hybrid()
+    torch.nn.init.normal_(model.layers[1].out.weight)
+    with pytest.raises(ParityError) as caught:
+        check_parity(parallelize(model, dist.group.WORLD), _batch(dist.group.WORLD))
+    return str(caught.value)
+
+
+def test_ranks_with_different_weights_are_told_so() -> None:
+    for message in run_ranks(2, _unlike_weights):
+        assert "different weights, first in layers.1.out.weight: call torch.manual_seed" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "reason"),
+    [
+        ("qwen3_next", "layers.0.linear_attn (Qwen3NextGatedDeltaNet)", "delta rule"),
+        ("KimiLinearConfig", "self_attn (KimiLinearDeltaAttention)", "delta rule"),
+        ("olmo_hybrid", "linear_attn (OlmoHybridGatedDeltaNet)", "delta rule"),
+        ("BailingHybridForCausalLM", "self_attn (BailingHybridDeltaAttention)", "delta rule"),
+        ("qwen3_5_text", "linear_attn (Qwen3_5GatedDeltaNet)", "delta rule"),
+        ("falcon_mamba", "mixer (FalconMambaMixer)", "Mamba-1"),
+        ("jamba", "mamba (JambaMambaMixer)", "Mamba-1"),
+        ("mamba", "mixer (MambaMixer)", "Mamba-1"),
+        ("recurrent_gemma", "temporal_block (RecurrentGemmaRecurrentBlock)", "for each channel"),
+        ("rwkv", "attention (RwkvSelfAttention)", "for each channel"),
+        ("OPTForCausalLM", "OPTForCausalLM", "no test has shown the family 'opt'"),
+        ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B", "nothing is downloaded"),
+    ],
+)
+def test_the_check_refuses_by_module_and_reason(name: str, module: str, reason: str) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        check_on_ranks(ParityJob(name, ranks=1))
+    assert module in caught.value.module
+    assert reason in caught.value.reason
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["llama", "LlamaConfig", "LlamaForCausalLM", "LlamaModel"])
+def test_a_family_goes_by_its_class_names_too(name: str) -> None:
+    assert family_of(name) == "llama"
+
+
+def test_a_module_in_the_users_folder_is_found(tmp_path: Path) -> None:
+    """As the installed script is run: its own folder is on the path, the user's is not."""
+    (tmp_path / "mine.py").write_text("from tests.small_hybrid import small_hybrid as build\n")
+    root = Path(__file__).parent.parent
+    code = f"import sys; sys.path[:1] = [{str(root)!r}]; from seqpar.cli import main; main()"
+    words = [sys.executable, "-c", code, "check", "mine:build", "--ranks", "2"]
+    ran = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("mine:build: loss ")
+
+
+def test_unknown_functions_are_refused_by_the_check() -> None:
     with pytest.raises(UnsupportedModelError, match="no such function"):
         check_on_ranks(ParityJob("tests.small_hybrid:nothing", ranks=1))
 

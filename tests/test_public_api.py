@@ -18,17 +18,27 @@ PUBLIC = {
     "ScatterProblem",
     "SeqparError",
     "SequenceLayout",
+    "SequenceParallelLoader",
     "__version__",
     "check_parity",
+    "chunked_token_loss",
+    "count_targets",
+    "documents_of_padded",
+    "documents_of_positions",
     "init_mesh",
     "lm_head_loss_sum",
+    "mean_over_mesh",
     "pack",
     "parallelize",
+    "reduce_gradients",
+    "seed_ranks",
     "shard",
     "softmax_attention",
     "state_attention",
+    "tile_tokens",
     "token_loss",
     "unparallelize",
+    "unshard",
 }
 
 
@@ -36,6 +46,17 @@ def test_public_names_are_pinned_and_resolve() -> None:
     assert set(seqpar.__all__) == PUBLIC
     assert all(getattr(seqpar, name) is not None for name in PUBLIC)
     assert dir(seqpar) == sorted(PUBLIC)
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """A package's submodule becomes its attribute, whatever `__getattr__` would have said."""
+    code = (
+        "import importlib, types, seqpar; "
+        "[importlib.import_module(f'seqpar.{home}') for home in seqpar._HOMES.values()]; "
+        "print([n for n in seqpar._HOMES if isinstance(getattr(seqpar, n), types.ModuleType)])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
 
 
 def test_importing_seqpar_and_its_planners_loads_nothing_heavy() -> None:

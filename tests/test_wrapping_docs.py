@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from seqpar.commands.check import command
 from tests.ranks import run_ranks
 from tests.support_table import PAGE, page_with, table
 
@@ -16,11 +17,14 @@ pytest.importorskip("transformers")
 WRAPPING = Path(__file__).parent.parent / "docs" / "wrapping.md"
 
 
+def _blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", WRAPPING.read_text(), re.DOTALL | re.MULTILINE)
+
+
 def _run_blocks(rank: int) -> list[str]:
     warnings.simplefilter("ignore")  # other packages' notices
-    blocks = re.findall(r"^```python\n(.*?)^```", WRAPPING.read_text(), re.DOTALL | re.MULTILINE)
     names: dict[str, object] = {}
-    for block in blocks:
+    for block in _blocks():
         exec(compile(block, str(WRAPPING), "exec"), names)
     return sorted(names)
 
@@ -28,6 +32,18 @@ def _run_blocks(rank: int) -> list[str]:
 def test_the_page_on_wrapping_runs() -> None:
     for names in run_ranks(2, _run_blocks):
         assert {"report", "targets", "own", "tokens"} <= set(names)
+
+
+def test_the_page_s_own_model_passes_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a newcomer would: save the block as my_model.py, run the command in that folder."""
+    (block,) = (block for block in _blocks() if "def build()" in block)
+    (tmp_path / "my_model.py").write_text(block)
+    monkeypatch.chdir(tmp_path)
+    assert "\nseqpar check my_model:build\n" in WRAPPING.read_text()
+    command("my_model:build")
+    assert capsys.readouterr().out.startswith("my_model:build: loss ")
 
 
 def test_the_table_of_models_is_the_tests_own() -> None:

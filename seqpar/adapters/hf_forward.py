@@ -10,6 +10,7 @@ from torch import Tensor
 
 from seqpar.adapters.hf_head import head_loss_sum
 from seqpar.adapters.wrapping import Bound, wrapping_of
+from seqpar.head_loss import HeadImplementation
 from seqpar.layout import SequenceLayout
 
 __all__ = ["hugging_face_forward"]
@@ -22,6 +23,7 @@ def hugging_face_forward(
     group: Any = Bound,
     source_layout: SequenceLayout | None = None,
     head_labels: Tensor | None = None,
+    head_implementation: HeadImplementation = "auto",
     original: Callable[..., Any],
     whole: Callable[..., Any] | None,
     **inputs: Any,
@@ -31,13 +33,14 @@ def hugging_face_forward(
     Args:
         layout, source_layout, group: of the batch; the group that was wrapped with by default.
         head_labels: return the blockwise head's loss sum instead of an output.
+        head_implementation: of that sum; see `lm_head_loss_sum`.
         original, whole: the model's own forward, and what to run in its place if it drops the
             layout on its way.
     """
     if whole is not None:
         original = functools.partial(whole, self)
     if head_labels is not None:
-        original = functools.partial(head_loss_sum, self, head_labels)
+        original = functools.partial(head_loss_sum, self, head_labels, head_implementation)
     if args:
         inputs = {"input_ids": args[0], **inputs}
     tokens, source_tokens = _first(inputs, "input_ids", "inputs_embeds"), None

@@ -6,15 +6,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from seqpar.adapters.sequence import SequenceContext, held_tokens
+from seqpar.adapters.sequence import SequenceContext, held_tokens, outside_graph
 from seqpar.errors import UnsupportedModelError
-from seqpar.loss import lm_head_loss_sum
+from seqpar.head_loss import HeadImplementation, lm_head_loss_sum
 
 __all__ = ["head_loss_sum"]
 
+_loss_sum = outside_graph(lm_head_loss_sum)  # its loop over blocks would be compiled by length
+
 
 def head_loss_sum(
-    model: Any, labels: Tensor, *, sequence: SequenceContext, **inputs: Any
+    model: Any,
+    labels: Tensor,
+    implementation: HeadImplementation,
+    *,
+    sequence: SequenceContext,
+    **inputs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Run the model up to its last hidden states, and the head by blocks of tokens.
 
@@ -30,13 +37,14 @@ def head_loss_sum(
     """
     head = _plain_head(model)
     hidden = model.base_model(**inputs, sequence=sequence).last_hidden_state
-    return lm_head_loss_sum(
+    return _loss_sum(
         held_tokens(hidden, sequence),
         head.weight,
         labels,
         bias=head.bias,
         scale=1 / getattr(model.config, "logits_scaling", 1.0),
         softcap=getattr(model.config, "final_logit_softcapping", None),
+        implementation=implementation,
     )
 
 

@@ -88,7 +88,7 @@ _DELTA_RULE = (
 )
 _REFUSED_MIXERS = {
     "BailingHybridDeltaAttention": _DELTA_RULE,
-    "KimiDeltaAttention": _DELTA_RULE,
+    "KimiLinearDeltaAttention": _DELTA_RULE,
     "OlmoHybridGatedDeltaNet": _DELTA_RULE,
     "Qwen3NextGatedDeltaNet": _DELTA_RULE,
     "Qwen3_5GatedDeltaNet": _DELTA_RULE,

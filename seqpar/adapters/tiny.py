@@ -17,7 +17,7 @@ from seqpar.batch import PackedStream, pack, pack_pairs
 from seqpar.errors import MissingExtraError, UnsupportedModelError
 from seqpar.models.decoder import Decoder, hybrid, transnormer
 
-__all__ = ["TINY_FAMILIES", "TINY_VOCABULARY", "check_family", "tiny_model", "tiny_stream"]
+__all__ = ["TINY_FAMILIES", "TINY_VOCABULARY", "tiny_model", "tiny_stream"]
 
 TINY_VOCABULARY = 61
 
@@ -200,7 +200,10 @@ def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> nn.Module:
         UnsupportedModelError: no such family.
         MissingExtraError: transformers is not installed.
     """
-    check_family(family)
+    if family not in TINY_FAMILIES:
+        raise UnsupportedModelError(
+            family, "there is no tiny model of it", f"choose from {', '.join(TINY_FAMILIES)}"
+        )
     if family in _OWN:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -221,14 +224,6 @@ def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> nn.Module:
         model: nn.Module = build.from_config(config)
         _spread(model)
     return model
-
-
-def check_family(family: str) -> None:
-    """Refuse a family without a tiny model."""
-    if family not in TINY_FAMILIES:
-        raise UnsupportedModelError(
-            family, "there is no tiny model of it", f"choose from {', '.join(TINY_FAMILIES)}"
-        )
 
 
 def tiny_stream(model: nn.Module, lengths: Sequence[int], *, seed: int = 0) -> PackedStream:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,9 +17,10 @@ from seqpar.errors import LayoutError
 from seqpar.layout import SequenceLayout
 from seqpar.ops.softmax_choice import Strategy
 
-__all__ = ["MARK", "Bound", "Wrapping", "wrapping_of"]
+__all__ = ["MARK", "Bound", "Wrapping", "replace_forward", "restore_forward", "wrapping_of"]
 
 MARK = "_seqpar_wrapping"
+_PREVIOUS = "_seqpar_previous_forward"
 
 
 class Bound:
@@ -78,6 +82,35 @@ def wrapping_of(model: nn.Module) -> Wrapping:
     """What `parallelize` left on the model that it wrapped."""
     wrapping: Wrapping = model.__dict__[MARK]
     return wrapping
+
+
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Set an instance's forward; copies of the module get one bound to themselves.
+
+    Args:
+        forward: called with the module, its inputs, and its own forward as `original`.
+    """
+    previous = module.__dict__.get("forward", Bound)
+
+    @functools.wraps(module.forward)
+    def replaced(self: nn.Module, *args: Any, **inputs: Any) -> Any:
+        before = self.__dict__[_PREVIOUS]
+        own = functools.partial(type(self).forward, self)
+        original = own if before is Bound else before
+        return forward(self, *args, original=original, **inputs)
+
+    module.__dict__[_PREVIOUS] = previous
+    module.__dict__["forward"] = MethodType(replaced, module)
+
+
+def restore_forward(module: nn.Module) -> None:
+    """Undo `replace_forward`, if it was done."""
+    previous = module.__dict__.pop(_PREVIOUS, None)
+    if previous is None:
+        return
+    module.__dict__.pop("forward")
+    if previous is not Bound:
+        module.__dict__["forward"] = previous
 
 
 def _misfit(layout: SequenceLayout, sequence: SequenceContext, tokens: Tensor | None) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -12,7 +14,10 @@ import typer
 def command(
     model: Annotated[
         str,
-        typer.Argument(help="A family (llama, minimax, ...) or package.module:function."),
+        typer.Argument(
+            help="A family (llama, LlamaConfig, minimax, ...) or package.module:function; modules "
+            "are looked for in this folder too."
+        ),
     ],
     ranks: Annotated[int, typer.Option(help="Sequence-parallel ranks.", min=1)] = 4,
     lengths: Annotated[
@@ -35,6 +40,8 @@ def command(
         parts = tuple(int(part) for part in lengths.split(","))
     except ValueError:
         raise DataError(f"--lengths takes whole numbers with commas, got {lengths!r}") from None
+    if os.getcwd() not in sys.path:  # as `python -m` would have it, on every rank
+        sys.path.insert(0, os.getcwd())
     job = ParityJob(model, ranks, parts, strategy, exchange, layout, device)  # type: ignore[arg-type]
     try:
         report = check_on_ranks(job)

@@ -16,7 +16,6 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
-from types import MethodType
 from typing import Any, TypeVar, get_args
 
 from torch import Tensor, nn
@@ -25,7 +24,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from seqpar.adapters.hf_forward import hugging_face_forward
 from seqpar.adapters.hf_models import check_supported, hugging_face_model, mixers_of, whole_forward
-from seqpar.adapters.wrapping import MARK, Bound, Wrapping, wrapping_of
+from seqpar.adapters.wrapping import (
+    MARK,
+    Bound,
+    Wrapping,
+    replace_forward,
+    restore_forward,
+    wrapping_of,
+)
 from seqpar.batch import group_of
 from seqpar.errors import LayoutError, UnsupportedModelError
 from seqpar.layout import SequenceLayout
@@ -89,7 +95,7 @@ def parallelize(
         _wrap_hugging_face(hugging_face, wrapping)
     else:
         _check_own_model(model)
-        _replace_forward(model, _own_forward)
+        replace_forward(model, _own_forward)
         setattr(model, MARK, wrapping)
     return model
 
@@ -102,11 +108,7 @@ def _check_choice(what: str, value: str, known: tuple[str, ...]) -> None:
 def unparallelize(model: M) -> M:
     """Give the model back as it was, its trained weights kept. Undoes `parallelize` in place."""
     for module in model.modules():
-        previous = module.__dict__.pop("_seqpar_previous_forward", None)
-        if previous is not None:
-            module.__dict__.pop("forward")
-            if previous is not Bound:
-                module.__dict__["forward"] = previous
+        restore_forward(module)
         attention = module.__dict__.pop("_seqpar_previous_attention", None)
         if attention is not None:
             config: Any = module.config
@@ -173,9 +175,9 @@ def _wrap_hugging_face(model: nn.Module, wrapping: Wrapping) -> None:
     model.__dict__["_seqpar_previous_attention"] = config._attn_implementation
     config._attn_implementation = ATTENTION_NAME
     for module, forward in mixers_of(model):
-        _replace_forward(module, forward)
+        replace_forward(module, forward)
     whole = whole_forward(model)
-    _replace_forward(model, functools.partial(hugging_face_forward, whole=whole))
+    replace_forward(model, functools.partial(hugging_face_forward, whole=whole))
     setattr(model, MARK, wrapping)
 
 
@@ -186,18 +188,3 @@ def _own_config(model: nn.Module) -> None:
         config = module.__dict__.get("config")
         if config is not None:
             module.__dict__["config"] = copy.deepcopy(config, memo)
-
-
-def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Set an instance's forward; copies of the module get one bound to themselves."""
-    previous = module.__dict__.get("forward", Bound)
-
-    @functools.wraps(module.forward)
-    def replaced(self: nn.Module, *args: Any, **inputs: Any) -> Any:
-        before = self.__dict__["_seqpar_previous_forward"]
-        own = functools.partial(type(self).forward, self)
-        original = own if before is Bound else before
-        return forward(self, *args, original=original, **inputs)
-
-    module.__dict__["_seqpar_previous_forward"] = previous
-    module.__dict__["forward"] = MethodType(replaced, module)

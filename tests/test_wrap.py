@@ -18,8 +18,8 @@ from seqpar.batch import Batch, PackedStream, pack, shard
 from seqpar.errors import LayoutError, MeshError, UnsupportedModelError
 from seqpar.layout import SequenceLayout
 from seqpar.loss import count_targets, token_loss
-from seqpar.parallelize import is_parallelized, parallelize, unparallelize
 from seqpar.parity import check_parity
+from seqpar.wrap import is_parallelized, parallelize, unparallelize
 from tests.ranks import run_ranks
 from tests.small_hybrid import small_hybrid
 from tests.tolerances import MODEL_GRADIENT, relative_error
