@@ -114,6 +114,8 @@ def ray_connection(placement: Placement) -> Iterator[None]:
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
+    if spec.address is None:
+        settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody reclaims this machine
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment(settings))
         stack.callback(ray.shutdown)
