@@ -53,10 +53,21 @@ def send_output_to(path: str) -> None:
 
 
 def write_atomically(path: Path, content: dict[str, object]) -> None:
-    """Replace `path` by JSON in one rename, so that a reader sees the old or the new, whole."""
+    """Replace `path` by JSON in one rename, so that a reader sees the old or the new, whole.
+
+    Where there is no space for a new file the old one is overwritten, which needs none: a reader
+    may then see it half-written.
+    """
+    text = json.dumps(content)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        with path.open("r+") as file:
+            file.write(text)
+            file.truncate()
 
 
 def waiting_in(frame: FrameType | None) -> str | None:

@@ -5,7 +5,8 @@
 
 A round is one job and its faults: each kind of the engine in a seeded order, at seeded moments, to
 seeded ranks. On Ray a round ends with the loss of both hosts that are not the head, of which one
-has its raylet killed and the other its interface taken down. Every job's history is compared with
+has its raylet killed and the other its interface taken down: 4 ranks, then 2 (3 CPUs are left and
+3 ranks are not allowed), then 1. Every job's history is compared with
 an unfaulted run's, and nothing may be left behind; the first difference ends the soak.
 
 Rounds that are done are kept under benchmarks/results/<hardware>/, and the next call goes on after
@@ -72,13 +73,13 @@ def rounds_of(engine: str, count: int, seed: int) -> list[list[Blow]]:
 
 @contextmanager
 def prepared_job(folder: Path, engine: str) -> Iterator[Job]:
-    """A job with a small volume for its checkpoints; on Ray over three hosts with 2, 1, 1 CPUs."""
+    """A job with a small volume for its checkpoints; on Ray over three hosts with 1, 2, 2 CPUs."""
     settings = {"restarts": 100, "hang_timeout_s": HANG_S[engine]}
     with ExitStack() as stack:
         volume = stack.enter_context(small_volume(folder / "volume"))
         ranks, cluster = 2, None
         if engine == "ray":
-            ranks, cluster = 4, stack.enter_context(ray_hosts([2, 1, 1]))
+            ranks, cluster = 4, stack.enter_context(ray_hosts([1, 2, 2]))
             settings["degrees"] = [1, 2, 4]
         yield Job(folder, engine, ranks, STEPS, STEP_S[engine], settings, cluster, volume)
 
