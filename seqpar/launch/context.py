@@ -65,7 +65,7 @@ class RunContext:
         report and does not end the training.
         """
         folder = self.run_dir / "ranks"
-        report = {
+        report: dict[str, object] = {
             "time": time.time(),
             "attempt": self.attempt,
             "step": step,

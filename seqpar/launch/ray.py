@@ -23,7 +23,6 @@ from seqpar.errors import LaunchError, MissingExtraError
 from seqpar.launch.failure import Failure
 from seqpar.launch.placement import Placement
 from seqpar.launch.rundir import RunDir
-from seqpar.launch.spec import JobSpec
 from seqpar.launch.stopping import StoppedError, stop_error, stopped_by_signals
 from seqpar.launch.supervise import Supervisor
 
@@ -48,10 +47,13 @@ __all__ = ["run_ray"]
 class GeometryTrainer(DataParallelTrainer):  # type: ignore[misc]
     """Ray Train's trainer with our policies for scaling and failure, and fewer helpers."""
 
-    def __init__(self, *arguments: Any, spec: JobSpec, run_dir: Path, **options: Any) -> None:
+    def __init__(self, *arguments: Any, placement: Placement, **options: Any) -> None:
         super().__init__(*arguments, backend_config=RankConfig(), **options)
-        self.spec = spec
-        self.run_dir = run_dir
+        self.spec = placement.spec
+        self.run_dir = placement.run_dir
+        # Ray reserves a run's resources for 180 s, a killed driver's too: under one name the same
+        # run takes them over when it is resumed. The context is frozen and makes its own name.
+        object.__setattr__(self.train_run_context, "run_id", placement.run_id)
 
     def _create_default_callbacks(self) -> list[Any]:
         """Without Ray's actors for data sets, which a script of ours has not; and on an embedded
@@ -116,8 +118,7 @@ def trainer(placement: Placement) -> GeometryTrainer:
     shrinks = spec.address is not None and spec.can_shrink
     return GeometryTrainer(
         run_rank,
-        spec=spec,
-        run_dir=placement.run_dir,
+        placement=placement,
         train_loop_config={
             "script": shipped_script(spec),
             "environment": placement.environment(),

@@ -65,6 +65,8 @@ def write_atomically(path: Path, content: dict[str, object]) -> None:
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
+        if not path.exists():
+            raise
         with path.open("r+") as file:
             file.write(text)
             file.truncate()

@@ -63,7 +63,7 @@ FILLING = """
         assert error.errno == 28
     dist.barrier()
     for step in range(1, 5):
-        print("step", step, "of a job that" if rank == 0 else "", flush=rank == 0)
+        if rank == 0: print("step", step, "on a full disk")
         run.report(step=step)
         time.sleep(1)
         dist.barrier()
@@ -77,7 +77,7 @@ def test_a_full_run_folder_neither_ends_nor_hangs_the_job(seqpar, write_script, 
     options = ("--set", "hang_timeout_s=2", "--set", f"run_dir={volume.folder / 'run'}")
     outcome = seqpar("launch", "--nproc", 2, *options, write_script(FILLING))
     assert outcome.returncode == 0, outcome.stderr
-    assert "step 4 of a job that" in outcome.stdout
+    assert "step 4 on a full disk" in outcome.stdout
 
 
 def test_a_run_folder_that_cannot_be_written_is_refused_in_words(seqpar, write_script, volume):
