@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from seqpar.launch.emit import HEALTH_CHECKS
 from seqpar.launch.security import ensure_token
 
 DASHBOARD = 8265 + os.getpid() % 500
@@ -128,6 +129,7 @@ def ray_hosts(cpus: Sequence[int], *, started: int | None = None) -> Iterator[Ra
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_TMPDIR": str(folder),
         "RAY_enable_open_telemetry": "0",
+        **HEALTH_CHECKS,
     }
     with namespaces(len(cpus)) as hosts:
         cluster = RayHosts(hosts, cpus, environment, port=6401 + os.getpid() % 500)
