@@ -135,7 +135,7 @@ def test_the_slurm_script_starts_the_job_on_stand_ins_for_slurm(spec, tmp_path):
     tools.mkdir()
     bodies = {
         "srun": 'while [[ "$1" == -* ]]; do [[ "$1" == -w ]] && shift; shift; done; exec "$@"',
-        "scontrol": "echo head-node; echo other-node",
+        "scontrol": "echo head-node; for i in $(seq 20000); do echo node-$i; done",
         "hostname": "echo 10.0.0.7",
         "ray": f'(echo "ray $*"; stat -c %a "$RAY_AUTH_TOKEN_PATH") >> {tmp_path}/calls',
         "seqpar": f'printf "%s\\n" seqpar "$@" > {tmp_path}/launched',
