@@ -13,6 +13,7 @@ nothing is resumed unless torchrun restarts the script.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import sys
@@ -60,24 +61,24 @@ class RunContext:
         """Tell the launcher where this rank is; cheap enough for every micro-batch (one rename).
 
         `group` holds global ranks, `documents` their numbers in the data; both are quoted if the
-        rank fails. Written to ranks/rank-<r>.progress in the run's folder.
+        rank fails. Written to ranks/rank-<r>.progress in the run's folder; a full disk loses the
+        report and does not end the training.
         """
         folder = self.run_dir / "ranks"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            folder / f"rank-{self.rank}.progress",
-            {
-                "time": time.time(),
-                "attempt": self.attempt,
-                "step": step,
-                "loss": loss,
-                "tokens_per_s": tokens_per_s,
-                "micro_batch": micro_batch,
-                "group": list(group),
-                "documents": list(documents),
-                "memory_bytes": peak_memory_bytes(),
-            },
-        )
+        report: dict[str, object] = {
+            "time": time.time(),
+            "attempt": self.attempt,
+            "step": step,
+            "loss": loss,
+            "tokens_per_s": tokens_per_s,
+            "micro_batch": micro_batch,
+            "group": list(group),
+            "documents": list(documents),
+            "memory_bytes": peak_memory_bytes(),
+        }
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / f"rank-{self.rank}.progress", report)
 
 
 def current_run() -> RunContext:

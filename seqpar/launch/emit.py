@@ -23,6 +23,9 @@ __all__ = ["kuberay_manifest", "slurm_script"]
 _LAUNCH = ["seqpar", "launch", "--engine", "ray"]
 FOLDER = "/job"
 """Where the working directory is mounted in every pod."""
+HEALTH_CHECKS = {"RAY_health_check_timeout_ms": "5000", "RAY_health_check_failure_threshold": "3"}
+"""For the head: a host that is cut off is given up within 24 s (3 checks of 5 s, 3 s apart) and not
+within Ray's own 65 s."""
 
 
 def kuberay_manifest(spec: JobSpec, *, image: str, nodes: int, volume_claim: str) -> str:
@@ -105,10 +108,11 @@ def slurm_script(spec: JobSpec, *, nodes: int) -> str:
         "",
         "# Ray's token: for this job alone, readable by its owner alone, on the shared home.",
         'export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$HOME/.seqpar-token-$SLURM_JOB_ID"',
+        "export " + " ".join(f"{name}={value}" for name, value in HEALTH_CHECKS.items()),
         '(umask 077; od -An -N32 -tx1 /dev/urandom | tr -d " \\n" > "$RAY_AUTH_TOKEN_PATH")',
         "trap 'rm -f \"$RAY_AUTH_TOKEN_PATH\"' EXIT",
         "",
-        'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)  # head(1) closes the pipe',
         'address=$(srun --nodes=1 --ntasks=1 -w "$head" hostname --ip-address | cut -d " " -f 1)',
         "port=$((20000 + SLURM_JOB_ID % 10000))  # below the ephemeral ports",
         f'ray_options="--num-cpus={cpus} --disable-usage-stats --block"',
@@ -179,12 +183,14 @@ def _pod(
     if gpus:
         resources["nvidia.com/gpu"] = str(gpus)
     claim = {"claimName": volume_claim}
+    env = [{"name": name, "value": value} for name, value in HEALTH_CHECKS.items()]
     return {
         "spec": {
             "containers": [
                 {
                     "name": container,
                     "image": image,
+                    **({} if ranks else {"env": env}),
                     "resources": {"requests": resources, "limits": dict(resources)},
                     "volumeMounts": [{"name": "job", "mountPath": FOLDER}],
                 }

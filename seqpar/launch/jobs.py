@@ -27,20 +27,8 @@ def run_job(placement: Placement, *, resume: bool = False) -> dict[str, Any]:
     run_dir = RunDir(placement.run_dir)
     if resume:
         placement = replace(placement, run_id=_run_id(run_dir, placement), resume=True)
-    run_dir.prepare()
     started = time.time()
-    run_dir.write_state(
-        run_id=placement.run_id,
-        name=placement.spec.name,
-        engine=placement.spec.engine,
-        state="running",
-        launcher_pid=os.getpid(),
-        ranks=placement.num_ranks,
-        device=placement.device,
-        started=started,
-        exit_code=None,
-        error=None,
-    )
+    _begin(run_dir, placement, started)
     try:
         _engine(placement)(placement)
     except LaunchError as error:
@@ -51,6 +39,29 @@ def run_job(placement: Placement, *, resume: bool = False) -> dict[str, Any]:
         raise
     _end(run_dir, started, "succeeded", 0, None)
     return run_dir.state()
+
+
+def _begin(run_dir: RunDir, placement: Placement, started: float) -> None:
+    """Make the run's folder and say in it that the job runs."""
+    try:
+        run_dir.prepare()
+        run_dir.write_state(
+            run_id=placement.run_id,
+            name=placement.spec.name,
+            engine=placement.spec.engine,
+            state="running",
+            launcher_pid=os.getpid(),
+            ranks=placement.num_ranks,
+            device=placement.device,
+            started=started,
+            exit_code=None,
+            error=None,
+        )
+    except OSError as error:
+        raise LaunchError(
+            f"the run's folder {run_dir.path} cannot be written ({error.strerror}): "
+            "free space there, or set run_dir to another folder"
+        ) from None
 
 
 def _engine(placement: Placement) -> Any:

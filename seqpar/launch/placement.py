@@ -20,6 +20,8 @@ __all__ = ["Placement", "count_cuda_devices", "place", "rank_command"]
 
 WORKER = Path(__file__).with_name("worker.py")
 LOOPBACK = "127.0.0.1"
+DRIVER_FILES = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/kfd", "/dev/dxg")
+"""Of NVIDIA's driver (cards, and boards of the Jetson kind), AMD's, and Windows' for Linux."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,12 @@ def rank_command(script: list[str]) -> list[str]:
 
 
 def count_cuda_devices() -> int:
-    """CUDA devices that torch sees here; 0 without a CUDA build."""
+    """CUDA devices that torch sees here; 0 without a CUDA build.
+
+    On Linux without any driver's device file the answer is known without torch's import.
+    """
+    if sys.platform == "linux" and not any(Path(path).exists() for path in DRIVER_FILES):
+        return 0
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

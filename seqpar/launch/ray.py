@@ -1,9 +1,10 @@
-"""The Ray engine: Ray Train's TorchTrainer places, watches and restarts the ranks.
+"""The Ray engine: Ray Train places, watches and restarts the ranks.
 
 With no address an embedded Ray is started on this machine, without dashboard and with a token;
 with one, the job joins that cluster. What is ours: each rank is a child process of its Ray worker
-(`seqpar.launch.ray_worker`), no torch process group is made in Ray's own processes, and the first
-failure is told in the same words as by the local engine.
+(`seqpar.launch.ray_worker`), and the first failure is told in the same words as by the local
+engine. The trainer is the one that TorchTrainer derives from: what TorchTrainer adds is a torch
+process group in Ray's own processes, and with it the import of torch in each of them.
 
 `seqpar.launch.security.enable_token_auth` must have been called before this module is imported:
 Ray reads its authentication mode at import.
@@ -22,14 +23,17 @@ from seqpar.errors import LaunchError, MissingExtraError
 from seqpar.launch.failure import Failure
 from seqpar.launch.placement import Placement
 from seqpar.launch.rundir import RunDir
-from seqpar.launch.spec import JobSpec
 from seqpar.launch.stopping import StoppedError, stop_error, stopped_by_signals
 from seqpar.launch.supervise import Supervisor
 
 try:
     import ray
     import ray.train
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import (
+        PlacementGroupCleanerCallback,
+    )
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     from seqpar.launch.ray_cluster import ray_connection, shipped_script, ships
     from seqpar.launch.ray_geometry import GeometryPolicy, NodeLossPolicy, RankConfig
@@ -40,14 +44,24 @@ except ImportError as error:
 __all__ = ["run_ray"]
 
 
-class GeometryTrainer(TorchTrainer):  # type: ignore[misc]
-    """TorchTrainer with our policies for scaling and failure, and no torch in Ray's processes."""
+class GeometryTrainer(DataParallelTrainer):  # type: ignore[misc]
+    """Ray Train's trainer with our policies for scaling and failure, and fewer helpers."""
 
-    def __init__(self, *arguments: Any, spec: JobSpec, run_dir: Path, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.spec = spec
-        self.run_dir = run_dir
-        self.backend_config = RankConfig()
+    def __init__(self, *arguments: Any, placement: Placement, **options: Any) -> None:
+        super().__init__(*arguments, backend_config=RankConfig(), **options)
+        self.spec = placement.spec
+        self.run_dir = placement.run_dir
+        # Ray reserves a run's resources for 180 s, a killed driver's too: under one name the same
+        # run takes them over when it is resumed. The context is frozen and makes its own name.
+        object.__setattr__(self.train_run_context, "run_id", placement.run_id)
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Without Ray's actors for data sets, which a script of ours has not; and on an embedded
+        Ray, which ends with its launcher, without the one that cleans up after a lost driver."""
+        unused: tuple[type, ...] = (DatasetsCallback,)
+        if self.spec.address is None:
+            unused += (PlacementGroupCleanerCallback,)
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, unused)]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         if self.scaling_config.elasticity_enabled:
@@ -75,7 +89,7 @@ def run_ray(placement: Placement) -> None:
         raise stop_error(placement, error.number, out_of_time=supervisor.out_of_time) from None
 
 
-def fit(job: TorchTrainer) -> None:
+def fit(job: GeometryTrainer) -> None:
     """Run `job.fit()` in a thread: Ray would take the main thread's signals and end with code 0."""
     outcome: list[BaseException] = []
 
@@ -93,7 +107,7 @@ def fit(job: TorchTrainer) -> None:
         raise outcome[0]
 
 
-def trainer(placement: Placement) -> TorchTrainer:
+def trainer(placement: Placement) -> GeometryTrainer:
     """Ray Train's trainer for the job; on a cluster, one that shrinks to what the job allows."""
     spec = placement.spec
     resources = {"CPU": spec.resources.cpus_per_rank}
@@ -104,8 +118,7 @@ def trainer(placement: Placement) -> TorchTrainer:
     shrinks = spec.address is not None and spec.can_shrink
     return GeometryTrainer(
         run_rank,
-        spec=spec,
-        run_dir=placement.run_dir,
+        placement=placement,
         train_loop_config={
             "script": shipped_script(spec),
             "environment": placement.environment(),

@@ -111,6 +111,7 @@ def ray_connection(placement: Placement) -> Iterator[None]:
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": f"{spec.start_timeout_s:g}",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{spec.start_timeout_s:g}",
         "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a reclaimed node is treated as a lost one
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }

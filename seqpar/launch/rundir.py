@@ -98,9 +98,9 @@ class RunDir:
         return found
 
     def record(self, event: str, /, **values: Any) -> None:
-        """Append one event to events.jsonl."""
+        """Append one event to events.jsonl; a full disk loses it and does not end the job."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, **values})
-        with (self.path / "events.jsonl").open("a") as file:
+        with contextlib.suppress(OSError), (self.path / "events.jsonl").open("a") as file:
             file.write(line + "\n")
 
     def events(self) -> list[dict[str, Any]]:

@@ -86,6 +86,11 @@ def _mismatch(beats: dict[int, dict[str, Any]], waited_s: float) -> str:
     return f"waited {waited_s:.0f} s in a collective, as all ranks did: {calls}"
 
 
+def last_index(words: list[str], word: str) -> int:
+    """Where the word is last; 0 if it is not there."""
+    return max((index for index, found in enumerate(words) if found == word), default=0)
+
+
 class Ears:
     """How long each rank has not been heard, by the listener's own clock.
 
@@ -140,8 +145,9 @@ class Supervisor:
         self.ended.set()
         self.thread.join()
         self._note(self.run_dir.beats())
-        self.metrics.note(self.run_dir.progress())
-        self.metrics.close()
+        with contextlib.suppress(OSError):
+            self.metrics.note(self.run_dir.progress())
+            self.metrics.close()
 
     def explain(self, failure: Failure) -> Failure:
         """The failure, with the reason if this supervisor ended the rank in the last attempt."""
@@ -149,18 +155,27 @@ class Supervisor:
         return replace(failure, reason=reason)
 
     def _watch(self) -> None:
-        bound_s = self.placement.spec.hang_timeout_s
         while not self.ended.wait(POLL_INTERVAL_S):
             limit_s = self.placement.spec.timeout_s
             if limit_s is not None and time.monotonic() - self.started > limit_s:
                 self.out_of_time = True
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
-            self.metrics.note(self.run_dir.progress())
-            beats = self.ears.hear(self._note(self.run_dir.beats()))
-            hang = find_hang(beats, bound_s)
-            if hang is not None:
-                self._end(hang, beats)
+            with contextlib.suppress(OSError):  # a full disk must not end the watch
+                self._look()
+
+    def _look(self) -> None:
+        """Keep what the ranks report, and end what hangs."""
+        self.metrics.note(self.run_dir.progress())
+        beats = self.ears.hear(self._note(self.run_dir.beats()))
+        hang = find_hang(beats, self.placement.spec.hang_timeout_s)
+        if hang is not None and not self._attempt_failed():
+            self._end(hang, beats)
+
+    def _attempt_failed(self) -> bool:
+        """Whether the engine is already ending this attempt: its ranks fall silent one by one."""
+        ends = [event["event"] for event in self.run_dir.events()]
+        return "failed" in ends[last_index(ends, "started") :]
 
     def _note(self, beats: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
         """Keep process ids and attempts; the beats of ranks that run, in the newest attempt."""

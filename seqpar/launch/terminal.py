@@ -26,7 +26,7 @@ class Relay:
 
     def __init__(self, log: Path, out: BinaryIO | None = None) -> None:
         self.out = sys.stdout.buffer if out is None else out
-        self.log = log.open("ab")
+        self.log = log.open("ab", buffering=0)
         on_terminal = out is None and sys.stdout.isatty()
         self.read_end, self.write_end = os.openpty() if on_terminal else os.pipe()
         if on_terminal:
@@ -50,8 +50,8 @@ class Relay:
                 return
             if not data:
                 return
-            self.log.write(data)
-            self.log.flush()
+            with contextlib.suppress(OSError):  # the disk may be full
+                self.log.write(data)
             with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
                 self.out.write(data)
                 self.out.flush()

@@ -15,7 +15,9 @@ import contextlib
 import ctypes
 import faulthandler
 import json
+import linecache
 import os
+import re
 import runpy
 import signal
 import socket
@@ -23,6 +25,7 @@ import sys
 import threading
 import time
 import traceback
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 
@@ -50,15 +53,29 @@ def send_output_to(path: str) -> None:
 
 
 def write_atomically(path: Path, content: dict[str, object]) -> None:
-    """Replace `path` by JSON in one rename, so that a reader sees the old or the new, whole."""
+    """Replace `path` by JSON in one rename, so that a reader sees the old or the new, whole.
+
+    Where there is no space for a new file the old one is overwritten, which needs none: a reader
+    may then see it half-written.
+    """
+    text = json.dumps(content)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        if not path.exists():
+            raise
+        with path.open("r+") as file:
+            file.write(text)
+            file.truncate()
 
 
 def waiting_in(frame: FrameType | None) -> str | None:
-    """The collective that a thread waits in: the outermost torch.distributed call on its stack."""
-    found = None
+    """The collective that a thread waits in: the outermost torch.distributed call on its stack, or
+    the call `work.wait()` of one that was posted before, which leaves no such frame."""
+    found = posted_wait(frame)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         name = frame.f_code.co_name
@@ -66,6 +83,21 @@ def waiting_in(frame: FrameType | None) -> str | None:
             found = name
         frame = frame.f_back
     return found
+
+
+def posted_wait(frame: FrameType | None) -> str | None:
+    """`<function>: <call>` if the innermost frame is at a call `...wait(...)` outside Python code.
+
+    Waits of the standard library (threading, subprocess) have frames of their own below the call.
+    """
+    if frame is None or frame.f_lasti < 0:
+        return None
+    positions = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+    line, _, start, end = positions
+    if line is None:
+        return None
+    text = linecache.getline(frame.f_code.co_filename, line, frame.f_globals)[start:end]
+    return f"{frame.f_code.co_name}: {text}" if re.search(r"\.wait\(", text) else None
 
 
 class Pulse(threading.Thread):

@@ -1,31 +1,23 @@
-"""The fault harness: one real job, faults at given steps, and what must hold after each.
+"""The fault harness: faults done to a real job at given moments, and what must hold after each.
 
 The same for both engines. A fault is done to real processes, files and interfaces from outside;
 the job knows nothing of it. `Recovery` is what is measured: from the fault to the first step that
-rank 0 takes afterwards.
+another rank 0 takes. After it nothing of the attempt that was hit may be left: no process, no
+listening port, no file of shared memory.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import psutil
-
-from seqpar.launch.rundir import RunDir
-
-REPOSITORY = Path(__file__).parents[2]
-TRAINING = Path(__file__).with_name("training.py")
+from tests.launch.job import Job
 
 
 @dataclass
@@ -37,150 +29,111 @@ class Recovery:
     recovery_s: float
 
 
-@dataclass
-class Job:
-    """A training under the launcher, in a folder of its own."""
-
-    folder: Path
-    engine: str
-    ranks: int
-    steps: int
-    step_s: float = 0.05
-    options: tuple[str, ...] = ()
-    prefix: tuple[str, ...] = ()
-    environment: dict[str, str] = field(default_factory=dict)
-    process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def run(self) -> RunDir:
-        return RunDir(self.folder / "runs" / "training")
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.run.path / "checkpoints"
-
-    def start(self, *, resume: bool = False) -> None:
-        """Start the launcher in the background."""
-        words = [*self.prefix, sys.executable, "-m", "seqpar.cli", "launch"]
-        words += ["--engine", self.engine, "--nproc", str(self.ranks), *self.options]
-        words += ["--resume"] if resume else []
-        words += [str(TRAINING), "--", "--steps", str(self.steps)]
-        words += ["--step-s", str(self.step_s)]
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **self.environment}
-        with (self.folder / "stderr").open("wb") as stderr:
-            self.process = subprocess.Popen(
-                words, cwd=self.folder, env=environment, stdout=subprocess.DEVNULL, stderr=stderr
-            )
-
-    def steps_done(self) -> list[dict[str, Any]]:
-        """Every step that rank 0 has finished, in the order of time."""
-        try:
-            lines = (self.run.path / "steps.jsonl").read_text().splitlines(keepends=True)
-        except FileNotFoundError:
-            return []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
-    def wait_until(self, ready: Callable[[], Any], *, timeout_s: float) -> Any:
-        """Poll until `ready()` is true; fail if the job ends or the time is up before."""
-        deadline = time.monotonic() + timeout_s
-        while not (value := ready()):
-            assert self.process is not None
-            code = self.process.poll()
-            stderr = (self.folder / "stderr").read_text()
-            assert code is None, f"the job ended with {code}: {stderr[-2000:]}"
-            assert time.monotonic() < deadline, f"not within {timeout_s} s: {stderr[-2000:]}"
-            time.sleep(0.02)
-        return value
-
-    def wait_for_step(self, step: int, *, timeout_s: float = 60.0) -> None:
-        """Wait until rank 0 has finished the step."""
-        self.wait_until(
-            lambda: any(done["step"] >= step for done in self.steps_done()), timeout_s=timeout_s
-        )
-
-    def suffer(self, fault: str, step: int, *, timeout_s: float = 60.0) -> Recovery:
-        """Do the fault after the step, and wait until training goes on."""
-        self.wait_for_step(step)
-        FAULTS[fault](self)  # may take its time before the blow
-        return self.recovery(fault, step, time.time(), timeout_s=timeout_s)
-
-    def lose(
-        self, fault: Callable[[], None], name: str, step: int, *, timeout_s: float
-    ) -> Recovery:
-        """Do a fault to the job's surroundings after the step, and wait until training goes on."""
-        self.wait_for_step(step)
-        at = time.time()
-        fault()
-        return self.recovery(name, step, at, timeout_s=timeout_s)
-
-    def recovery(self, fault: str, step: int, at: float, *, timeout_s: float) -> Recovery:
-        """Wait for the first step of another attempt than the one that was hit."""
-        before = self.steps_done()
-
-        def resumed() -> list[float]:
-            later = self.steps_done()[len(before) :]
-            return [done["time"] for done in later if done["attempt"] != before[-1]["attempt"]]
-
-        return Recovery(fault, step, self.wait_until(resumed, timeout_s=timeout_s)[0] - at)
-
-    def end(self, *, timeout_s: float = 60.0) -> int:
-        """Wait for the job's end; its exit code."""
-        assert self.process is not None
-        try:
-            return self.process.wait(timeout_s)
-        finally:
-            self.process.kill()
-            self.process.wait()
-
-    def pid(self, rank: int) -> int:
-        """Process of a rank in the current attempt."""
-        return int(self.run.beats()[rank]["pid"])
-
-    def processes(self) -> list[str]:
-        """Processes that still run for this job."""
-        mine = str(self.run.path)
-        found = []
-        for process in psutil.process_iter(["cmdline", "environ", "status"]):
-            words = " ".join(process.info["cmdline"] or [])
-            home = (process.info["environ"] or {}).get("SEQPAR_RUN_DIR", "")
-            if (home == mine or mine in words) and process.info["status"] != "zombie":
-                found.append(words)
-        return found
+def kill_rank(job: Job, rank: int) -> None:
+    os.kill(job.pid(rank), signal.SIGKILL)
 
 
-def kill_rank(job: Job) -> None:
-    os.kill(job.pid(1), signal.SIGKILL)
+def stop_rank(job: Job, rank: int) -> None:
+    os.kill(job.pid(rank), signal.SIGSTOP)
 
 
-def stop_rank(job: Job) -> None:
-    os.kill(job.pid(1), signal.SIGSTOP)
+def hang_rank(job: Job, rank: int) -> None:
+    """The training computes for ever once it gets this signal."""
+    os.kill(job.pid(rank), signal.SIGUSR2)
 
 
-def tear_checkpoint(job: Job) -> None:
+def tear_checkpoint(job: Job, rank: int) -> None:
     """Cut off the newest checkpoint's largest file, then kill a rank."""
     newest = job.wait_until(lambda: sorted(job.checkpoints.glob("step-*")), timeout_s=20)[-1]
     path = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
     os.truncate(path, path.stat().st_size // 2)
-    kill_rank(job)
+    kill_rank(job, rank)
 
 
-def fill_disk(job: Job) -> None:
-    """Let the kernel refuse larger files than 100 bytes to every rank, for 0.6 s; then kill one.
+def fill_disk(job: Job, rank: int) -> None:
+    """Fill the checkpoints' volume until a save has failed, then kill a rank.
 
-    What a rank sees is a write that fails half-way, as on a full disk.
+    Where no volume can be mounted the kernel refuses files over 100 bytes to every rank instead:
+    what a rank sees is, as on a full disk, a write that fails half-way.
     """
-    for rank in range(job.ranks):
-        resource.prlimit(job.pid(rank), resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
-    time.sleep(0.6)
-    kill_rank(job)
+    failed = failed_saves(job)
+    if job.volume is not None:
+        job.volume.fill()
+    for beat in job.run.beats().values() if job.volume is None else ():
+        resource.prlimit(beat["pid"], resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    job.wait_until(lambda: failed_saves(job) > failed, timeout_s=30)
+    kill_rank(job, rank)
 
 
-FAULTS: dict[str, Callable[[Job], None]] = {
+def failed_saves(job: Job) -> int:
+    """How many checkpoints rank 0 could not write."""
+    return job.run.log(0).read_text().count("was not written")
+
+
+def kill_driver(job: Job, rank: int) -> None:
+    """Kill the launcher, and launch again with --resume."""
+    job.kill_launcher()
+    job.start(resume=True)
+
+
+def kill_raylet(job: Job, rank: int) -> None:
+    assert job.cluster is not None
+    job.cluster.kill_last()
+
+
+def cut_host_off(job: Job, rank: int) -> None:
+    """Take a host's interface down: nothing reaches it, and nobody is told."""
+    assert job.cluster is not None
+    job.cluster.cut_off_last()
+
+
+FAULTS: dict[str, Callable[[Job, int], None]] = {
     "kill a rank": kill_rank,
     "stop a rank": stop_rank,
+    "hang a rank": hang_rank,
     "tear the last checkpoint": tear_checkpoint,
     "fill the disk": fill_disk,
+    "kill the driver": kill_driver,
 }
+HOST_FAULTS: dict[str, Callable[[Job, int], None]] = {
+    "kill a raylet": kill_raylet,
+    "cut a host off": cut_host_off,
+}
+"""Each takes the last host that still runs Ray; never the head."""
+
+
+def suffer(
+    job: Job,
+    fault: str,
+    step: int,
+    *,
+    victim: float = 0.99,
+    delay_s: float = 0.0,
+    timeout_s: float = 60.0,
+) -> Recovery:
+    """Do a fault after a step, wait until training goes on, and see that nothing is left.
+
+    `victim` in [0, 1) chooses the rank, of those that there are; `delay_s` is from the step's end
+    to the fault.
+    """
+    job.wait_for_step(step, timeout_s=timeout_s)
+    job.note_ports()
+    before = job.steps_done()
+    time.sleep(delay_s)
+    started = time.time()
+    (FAULTS | HOST_FAULTS)[fault](job, int(victim * before[-1]["world"]))
+    at = time.time() if fault in ("fill the disk", "tear the last checkpoint") else started
+
+    def resumed() -> list[float]:
+        later = job.steps_done()[len(before) :]
+        return [done["time"] for done in later if done["pid"] != before[-1]["pid"]]
+
+    recovery = Recovery(fault, step, job.wait_until(resumed, timeout_s=timeout_s)[0] - at)
+    if job.volume is not None:
+        job.volume.free()
+    if fault not in HOST_FAULTS:
+        job.check_nothing_left()
+    return recovery
 
 
 def check_history(
@@ -189,12 +142,12 @@ def check_history(
     """The faulted run's last word on every step is the unfaulted run's: documents and loss.
 
     Steps that were redone after a fault must agree too, whatever attempt took them; within an
-    attempt no step is taken twice or left out.
+    attempt (a process of rank 0) no step is taken twice or left out.
     """
     assert all(math.isfinite(step["loss"]) for step in expected)
     assert [step["step"] for step in expected] == list(range(len(expected)))
-    for attempt in {step["attempt"] for step in done}:
-        steps = [step["step"] for step in done if step["attempt"] == attempt]
+    for pid in {step["pid"] for step in done}:
+        steps = [step["step"] for step in done if step["pid"] == pid]
         assert steps == list(range(steps[0], steps[-1] + 1))
     assert {step["step"] for step in done} == set(range(len(expected)))
     for step in done:

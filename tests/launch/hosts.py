@@ -12,12 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
+from seqpar.launch.emit import HEALTH_CHECKS
 from seqpar.launch.security import ensure_token
 
 DASHBOARD = 8265 + os.getpid() % 500
@@ -46,58 +47,74 @@ class Host:
 
 @dataclass
 class RayHosts:
-    """A Ray cluster over hosts; the first is its head."""
+    """A Ray cluster over hosts; the first is its head. `raylets` maps a host's index to its
+    raylet's process id, for the hosts that run Ray and can be reached."""
 
     hosts: list[Host]
+    cpus: Sequence[int]
     environment: dict[str, str]
     port: int
-    raylets: list[int] = field(default_factory=list)
+    raylets: dict[int, int] = field(default_factory=dict)
 
     @property
     def address(self) -> str:
         return f"{self.hosts[0].address}:{self.port}"
 
-    def start(self, index: int, *, cpus: int) -> None:
+    def start(self, index: int) -> None:
         """Start Ray on a host."""
         host = self.hosts[index]
-        before = _raylets()
+        before = self._raylets()
         place = ["--head", f"--port={self.port}", f"--dashboard-port={DASHBOARD}"]
         place = place if index == 0 else [f"--address={self.address}"]
-        node = [f"--node-ip-address={host.address}", f"--num-cpus={cpus}"]
+        node = [f"--node-ip-address={host.address}", f"--num-cpus={self.cpus[index]}"]
         words = [RAY, "start", *place, *node, "--disable-usage-stats"]
         host.run(*words, environment=self.environment)
-        self.raylets.append(next(iter(_raylets() - before)))
+        (self.raylets[index],) = self._raylets() - before
 
-    def kill(self, index: int) -> None:
-        """Kill a host's raylet, and Ray's processes on it with it."""
-        psutil.Process(self.raylets[index]).kill()
+    def kill_last(self) -> None:
+        """Kill the raylet of the last host that runs one, and Ray's processes there with it."""
+        psutil.Process(self.raylets.pop(max(self.raylets))).kill()
 
-    def cut_off(self, index: int) -> None:
-        """Take a host's interface down: nothing reaches it, and nothing there is told."""
-        host = self.hosts[index]
-        subprocess.run([*host.prefix, "ip", "link", "set", "eth0", "down"], check=True)
+    def cut_off_last(self) -> None:
+        """Take the last host's interface down: nothing reaches it, and nothing there is told."""
+        index = max(self.raylets)
+        del self.raylets[index]
+        words = [*self.hosts[index].prefix, "ip", "link", "set", "eth0", "down"]
+        subprocess.run(words, check=True)
+
+    @property
+    def can_cut_off(self) -> bool:
+        """Whether the hosts have interfaces of their own."""
+        return bool(self.hosts[0].prefix)
+
+    def _raylets(self) -> set[int]:
+        """The raylets of this cluster, which alone have its token."""
+        found = set()
+        for process in psutil.process_iter(["name", "environ"]):
+            token = (process.info["environ"] or {}).get("RAY_AUTH_TOKEN_PATH")
+            if process.info["name"] == "raylet" and token == self.token:
+                found.add(process.pid)
+        return found
+
+    @property
+    def token(self) -> str:
+        """Path of the cluster's token."""
+        return self.environment["RAY_AUTH_TOKEN_PATH"]
 
     def stop(self) -> None:
         """End every process that was started for this cluster."""
-        mine = self.environment["RAY_AUTH_TOKEN_PATH"]
         for process in psutil.process_iter(["cmdline", "environ"]):
             words = " ".join(process.info["cmdline"] or [])
             environment = process.info["environ"] or {}
             token = environment.get("RAY_AUTH_TOKEN_PATH")
-            if token == mine and ("ray" in words) and process.pid != os.getpid():
+            if token == self.token and ("ray" in words) and process.pid != os.getpid():
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
 
 
-def _raylets() -> set[int]:
-    return {
-        process.pid for process in psutil.process_iter(["name"]) if process.info["name"] == "raylet"
-    }
-
-
 @contextlib.contextmanager
-def ray_hosts(count: int, *, cpus: int, started: int | None = None) -> Iterator[RayHosts]:
-    """A Ray cluster over `count` hosts with `cpus` each, its own token, and its own folder.
+def ray_hosts(cpus: Sequence[int], *, started: int | None = None) -> Iterator[RayHosts]:
+    """A Ray cluster over hosts with that many CPUs each, its own token, and its own folder.
 
     Ray runs on the first `started` of them; on all by default.
     """
@@ -112,12 +129,13 @@ def ray_hosts(count: int, *, cpus: int, started: int | None = None) -> Iterator[
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_TMPDIR": str(folder),
         "RAY_enable_open_telemetry": "0",
+        **HEALTH_CHECKS,
     }
-    with namespaces(count) as hosts:
-        cluster = RayHosts(hosts, environment, port=6401 + os.getpid() % 500)
+    with namespaces(len(cpus)) as hosts:
+        cluster = RayHosts(hosts, cpus, environment, port=6401 + os.getpid() % 500)
         try:
-            for index in range(count if started is None else started):
-                cluster.start(index, cpus=cpus)
+            for index in range(len(cpus) if started is None else started):
+                cluster.start(index)
             yield cluster
         finally:
             cluster.stop()

@@ -1,10 +1,16 @@
 """The long fault harness: seeded faults on both engines, and a table of recovery times.
 
     python -m tests.launch.soak --engine local --faults 30 --seed 0
-    python -m tests.launch.soak --engine ray --faults 30 --seed 0
+    python -m tests.launch.soak --engine ray --faults 30 --seed 0 --rounds 2
 
-Every job's history is compared with an unfaulted run's; the first that differs ends the soak. The
-table goes to the terminal and, as JSON, under benchmarks/results/<hardware>/.
+A round is one job and its faults: each kind of the engine in a seeded order, at seeded moments, to
+seeded ranks. On Ray a round ends with the loss of both hosts that are not the head, of which one
+has its raylet killed and the other its interface taken down: 4 ranks, then 2 (3 CPUs are left and
+3 ranks are not allowed), then 1. Every job's history is compared with
+an unfaulted run's, and nothing may be left behind; the first difference ends the soak.
+
+Rounds that are done are kept under benchmarks/results/<hardware>/, and the next call goes on after
+them: `--rounds` says how many to do now.
 """
 
 from __future__ import annotations
@@ -13,113 +19,133 @@ import argparse
 import json
 import os
 import random
-import signal
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from tests.launch.faults import FAULTS, Job, Recovery, check_history
-from tests.launch.hosts import RayHosts, ray_hosts
+from tests.launch.faults import FAULTS, HOST_FAULTS, Recovery, check_history, suffer
+from tests.launch.hosts import ray_hosts
+from tests.launch.job import Job
+from tests.launch.volume import small_volume
 
+PER_ROUND = 6
 BETWEEN = 7
 """Steps from one fault to the next: at least one checkpoint lies between."""
+STEPS = 5 + BETWEEN * PER_ROUND + 20
+STEP_S = {"local": 0.05, "ray": 0.3}
+HANG_S = {"local": 2.0, "ray": 3.0}
+ISOLATED_S = 100.0
+"""How long processes on a host that is cut off may take to see that they are."""
 
 
-def sets(**values: object) -> tuple[str, ...]:
-    """Values as `--set` words."""
-    return tuple(word for name, value in values.items() for word in ("--set", f"{name}={value}"))
+@dataclass(frozen=True)
+class Blow:
+    """A fault to be done: to the rank at `victim` (a share of them), `delay_s` after a step."""
+
+    fault: str
+    victim: float
+    delay_s: float
 
 
-def kill_driver(job: Job, step: int) -> Recovery:
-    """Kill the launcher, and launch again with --resume."""
-    job.wait_for_step(step)
-    assert job.process is not None
-    done, at = len(job.steps_done()), time.time()
-    job.process.send_signal(signal.SIGKILL)
-    job.process.wait()
-    job.start(resume=True)
-    job.wait_until(lambda: len(job.steps_done()) > done, timeout_s=120)
-    return Recovery("kill the driver", step, job.steps_done()[done]["time"] - at)
-
-
-def round_of_faults(job: Job, faults: list[str], cluster: RayHosts | None) -> list[Recovery]:
-    """One job, these faults one after another, then its end and what it left behind."""
-    found = []
-    job.start()
-    job.wait_for_step(0, timeout_s=120)
-    for number, fault in enumerate(faults):
-        step = 5 + BETWEEN * number
-        if fault == "kill the driver":
-            found.append(kill_driver(job, step))
-        elif fault in FAULTS:
-            found.append(job.suffer(fault, step, timeout_s=120))
-        else:
-            assert cluster is not None
-            act = cluster.kill if fault == "kill a raylet" else cluster.cut_off
-            found.append(job.lose(lambda act=act: act(1), fault, step, timeout_s=120))
-        print(f"{job.engine:6} {fault:26} step {step:3}  {found[-1].recovery_s:6.1f} s", flush=True)
-    code = job.end(timeout_s=180)
-    assert code == 0, f"ended with {code}: {(job.folder / 'stderr').read_text()[-2000:]}"
-    return found
-
-
-def split_launches(job: Job) -> list[dict]:
-    """The steps done, with attempts counted on over launches, which each count from 0."""
-    steps, launch, last = job.steps_done(), 0, (-1, -1)
-    for step in steps:
-        if (step["attempt"], step["step"]) <= last:
-            launch += 1000
-        last = step["attempt"], step["step"]
-        step["attempt"] += launch
-    return steps
+def rounds_of(engine: str, count: int, seed: int) -> list[list[Blow]]:
+    """`count` seeded faults in rounds, every kind of the engine about as often."""
+    chance = random.Random(seed)
+    kinds: list[str] = []
+    planned = []
+    while count:
+        size = min(PER_ROUND, count)
+        hosts = chance.sample(list(HOST_FAULTS), min(2, size)) if engine == "ray" else []
+        while len(kinds) < size:
+            kinds += chance.sample(list(FAULTS), len(FAULTS))
+        names = kinds[: size - len(hosts)] + hosts
+        del kinds[: size - len(hosts)]
+        planned.append(
+            [Blow(name, chance.random(), STEP_S[engine] * chance.random()) for name in names]
+        )
+        count -= size
+    return planned
 
 
 @contextmanager
-def surroundings(engine: str) -> Iterator[tuple[RayHosts | None, dict]]:
-    """What a job of the engine runs on, and the job's fields for it."""
-    if engine == "local":
-        yield None, {"ranks": 2, "options": sets(restarts=100, hang_timeout_s=2)}
-        return
-    with ray_hosts(2, cpus=2) as cluster:
-        fields = {"restarts": 100, "hang_timeout_s": 3, "address": cluster.address}
-        yield (
-            cluster,
-            {
-                "ranks": 4,
-                "step_s": 0.3,
-                "options": sets(**fields, degrees="[1,2,4]"),
-                "prefix": cluster.hosts[0].prefix,
-                "environment": {"RAY_AUTH_TOKEN_PATH": cluster.environment["RAY_AUTH_TOKEN_PATH"]},
-            },
-        )
-
-
-def soak(engine: str, count: int, seed: int, per_round: int) -> list[Recovery]:
-    """`count` seeded faults in rounds of `per_round`; each round is one job."""
-    chance = random.Random(seed)
-    found: list[Recovery] = []
-    steps = 5 + BETWEEN * per_round + 40
-    with tempfile.TemporaryDirectory() as name:
-        reference = Job(Path(name), "local", ranks=2, steps=steps)
-        reference.start()
-        assert reference.end() == 0
-        expected = reference.steps_done()
-    while len(found) < count:
-        faults = chance.choices([*FAULTS, "kill the driver"], k=min(per_round, count - len(found)))
+def prepared_job(folder: Path, engine: str) -> Iterator[Job]:
+    """A job with a small volume for its checkpoints; on Ray over three hosts with 1, 2, 2 CPUs."""
+    settings = {"restarts": 100, "hang_timeout_s": HANG_S[engine]}
+    with ExitStack() as stack:
+        volume = stack.enter_context(small_volume(folder / "volume"))
+        ranks, cluster = 2, None
         if engine == "ray":
-            faults[-1] = chance.choice(["kill a raylet", "cut a host off"])
-        with tempfile.TemporaryDirectory() as name, surroundings(engine) as (cluster, fields):
-            job = Job(Path(name), engine, steps=steps, **fields)
-            found += round_of_faults(job, faults, cluster)
-            check_history(split_launches(job), expected, tolerance=1e-4 if cluster else 0.0)
-            deadline = time.monotonic() + (100 if "cut a host off" in faults else 5)
-            while left := job.processes():
-                assert time.monotonic() < deadline, left
-                time.sleep(0.2)
+            ranks, cluster = 4, stack.enter_context(ray_hosts([1, 2, 2]))
+            settings["degrees"] = [1, 2, 4]
+        yield Job(folder, engine, ranks, STEPS, STEP_S[engine], settings, cluster, volume)
+
+
+def run_round(job: Job, blows: list[Blow], expected: list[dict[str, Any]]) -> list[Recovery]:
+    """One job, these faults one after another, its end, its history, and what it left behind."""
+    found = []
+    job.start()
+    for number, blow in enumerate(blows):
+        step = 5 + BETWEEN * number
+        options = {"victim": blow.victim, "delay_s": blow.delay_s, "timeout_s": 120.0}
+        found.append(suffer(job, blow.fault, step, **options))
+        print(
+            f"{job.engine:6} {blow.fault:26} step {step:3}  {found[-1].recovery_s:6.1f} s",
+            flush=True,
+        )
+    assert job.end(timeout_s=180) == 0, job.stderr()
+    check_history(job.steps_done(), expected, tolerance=1e-4 if job.cluster else 0.0)
+    cut = any(blow.fault == "cut a host off" for blow in blows)
+    job.check_nothing_left(ended=True, within_s=ISOLATED_S if cut else 8.0)
     return found
+
+
+def unfaulted() -> list[dict[str, Any]]:
+    """The history that every job must have."""
+    with tempfile.TemporaryDirectory() as name:
+        job = Job(Path(name), "local", ranks=2, steps=STEPS, step_s=0.0)
+        job.start()
+        assert job.end() == 0
+        return job.steps_done()
+
+
+def table_of(found: list[Recovery]) -> dict[str, dict[str, float]]:
+    """Count, median and longest recovery of every kind of fault."""
+    table = {}
+    for fault in sorted({recovery.fault for recovery in found}):
+        times = [recovery.recovery_s for recovery in found if recovery.fault == fault]
+        median, longest = round(statistics.median(times), 1), round(max(times), 1)
+        table[fault] = {"count": len(times), "median_s": median, "longest_s": longest}
+    return table
+
+
+def soak(engine: str, count: int, seed: int, limit: int | None) -> dict[str, Any]:
+    """Go on with the soak whose rounds are kept, for up to `limit` rounds."""
+    path = Path("benchmarks/results") / f"cpu-{os.cpu_count()}-cores" / f"faults-{engine}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    same = (kept.get("seed"), kept.get("faults")) == (seed, count)
+    rounds: list[list[dict[str, Any]]] = kept["rounds"] if same else []
+    planned = rounds_of(engine, count, seed)
+    expected = unfaulted()
+    for blows in planned[len(rounds) :][:limit]:
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory() as name, prepared_job(Path(name), engine) as job:
+            rounds.append([asdict(recovery) for recovery in run_round(job, blows, expected)])
+        print(f"round {len(rounds)} of {len(planned)}: {time.monotonic() - started:.0f} s")
+        done = [Recovery(**recovery) for each in rounds for recovery in each]
+        settings = {
+            "engine": engine,
+            "seed": seed,
+            "faults": count,
+            "hang_timeout_s": HANG_S[engine],
+        }
+        kept = {**settings, "done": len(done), "recovery": table_of(done), "rounds": rounds}
+        path.write_text(json.dumps(kept, indent=2) + "\n")
+    return kept
 
 
 def main() -> None:
@@ -127,22 +153,10 @@ def main() -> None:
     parser.add_argument("--engine", choices=["local", "ray"], required=True)
     parser.add_argument("--faults", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--per-round", type=int, default=8)
+    parser.add_argument("--rounds", type=int, help="how many to do now; all by default")
     settings = parser.parse_args()
-    found = soak(settings.engine, settings.faults, settings.seed, settings.per_round)
-    table = {}
-    for fault in sorted({recovery.fault for recovery in found}):
-        times = [recovery.recovery_s for recovery in found if recovery.fault == fault]
-        table[fault] = {
-            "count": len(times),
-            "median_s": round(statistics.median(times), 1),
-            "longest_s": round(max(times), 1),
-        }
-    print(json.dumps(table, indent=2))
-    folder = Path("benchmarks/results") / f"cpu-{os.cpu_count()}-cores"
-    folder.mkdir(parents=True, exist_ok=True)
-    result = {"engine": settings.engine, "seed": settings.seed, "recovery": table}
-    (folder / f"faults-{settings.engine}.json").write_text(json.dumps(result, indent=2) + "\n")
+    kept = soak(settings.engine, settings.faults, settings.seed, settings.rounds)
+    print(json.dumps(kept["recovery"], indent=2))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ STRINGS = {"type": "object", "additionalProperties": TEXT}
 CONTAINER = exactly(
     name=NAME,
     image=TEXT,
+    env={"type": "array", "items": exactly(name=TEXT, value=TEXT)},
     resources=exactly(requests=STRINGS, limits=STRINGS),
     volumeMounts={"type": "array", "items": exactly(name=TEXT, mountPath=TEXT)},
 )
@@ -87,6 +88,8 @@ def test_the_manifest_is_a_ray_job_that_launches_the_job(spec):
     manifest = yaml.safe_load(kuberay_manifest(spec, image="im:1", nodes=2, volume_claim="claim"))
     jsonschema.validate(manifest, RAY_JOB)
     assert manifest["metadata"]["name"] == "big-job"
+    head = manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert {"name": "RAY_health_check_failure_threshold", "value": "3"} in head["env"]
     assert manifest["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
     assert manifest["spec"]["activeDeadlineSeconds"] == 5400
     folder, _, command = manifest["spec"]["entrypoint"].partition(" && ")
@@ -120,6 +123,7 @@ def test_the_slurm_script_is_one_that_bash_reads_with_known_directives(spec, tmp
     }
     assert text.splitlines()[0] == "#!/bin/bash"
     assert "umask 077" in text
+    assert "export RAY_health_check_timeout_ms=5000" in text
     words = shlex.split(text.strip().splitlines()[-1])
     assert options(words)["address"] == "$address:$port"
     assert words[-5:] == [str(tmp_path / "train.py"), "--", "a b", "--x", "1"]
@@ -131,7 +135,7 @@ def test_the_slurm_script_starts_the_job_on_stand_ins_for_slurm(spec, tmp_path):
     tools.mkdir()
     bodies = {
         "srun": 'while [[ "$1" == -* ]]; do [[ "$1" == -w ]] && shift; shift; done; exec "$@"',
-        "scontrol": "echo head-node; echo other-node",
+        "scontrol": "echo head-node; for i in $(seq 20000); do echo node-$i; done",
         "hostname": "echo 10.0.0.7",
         "ray": f'(echo "ray $*"; stat -c %a "$RAY_AUTH_TOKEN_PATH") >> {tmp_path}/calls',
         "seqpar": f'printf "%s\\n" seqpar "$@" > {tmp_path}/launched',

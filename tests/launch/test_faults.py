@@ -2,61 +2,90 @@
 
 from __future__ import annotations
 
-import signal
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.launch.faults import Job, check_history
+from tests.launch.faults import FAULTS, check_history, suffer
+from tests.launch.job import Job
+from tests.launch.volume import Volume, small_volume
 
-RECOVERY_S = {
-    "kill a rank": 6.0,
-    "tear the last checkpoint": 6.0,
-    "fill the disk": 6.0,
-    "stop a rank": 2.0 + 5.0 + 6.0,
-}
-"""Promised: found within the hang bound (2 s here) and 5 s, training again within 6 s."""
+HANG_S = 2.0
+RECOVERY_S = dict.fromkeys(FAULTS, 6.0) | dict.fromkeys(
+    ("stop a rank", "hang a rank"), HANG_S + 5.0 + 6.0
+)
+"""Promised: training again within 6 s, and a hang found within its bound and 5 s before that."""
 
 SLACK = 2.0
 """Other work on the machine may take half of it."""
 
+STEPS = 5 + 8 * len(FAULTS)
+
 
 @pytest.fixture(scope="module")
 def unfaulted(tmp_path_factory):
-    job = Job(tmp_path_factory.mktemp("unfaulted"), "local", ranks=2, steps=44)
+    job = Job(tmp_path_factory.mktemp("unfaulted"), "local", ranks=2, steps=STEPS)
     job.start()
     assert job.end() == 0
     return job.steps_done()
 
 
-def test_faults_one_after_another_change_nothing(tmp_path: Path, unfaulted):
-    options = ("--set", "restarts=4", "--set", "hang_timeout_s=2")
-    job = Job(tmp_path, "local", ranks=2, steps=44, options=options)
+@pytest.fixture
+def volume(tmp_path: Path) -> Iterator[Volume | None]:
+    with small_volume(tmp_path / "volume") as mounted:
+        yield mounted
+
+
+def test_faults_one_after_another_change_nothing(tmp_path: Path, unfaulted, volume):
+    settings = {"restarts": len(FAULTS), "hang_timeout_s": HANG_S}
+    job = Job(tmp_path, "local", 2, STEPS, settings=settings, volume=volume)
     job.start()
-    for fault, step in zip(RECOVERY_S, (6, 13, 22, 31), strict=True):
-        recovery = job.suffer(fault, step)
+    for number, fault in enumerate(FAULTS):
+        victim = 0.99 if number % 2 else 0.0
+        recovery = suffer(job, fault, 6 + 7 * number, victim=victim)
         assert recovery.recovery_s < RECOVERY_S[fault] * SLACK, recovery
     assert job.end() == 0
-    assert {step["attempt"] for step in job.steps_done()} == {0, 1, 2, 3, 4}
+    assert len({step["pid"] for step in job.steps_done()}) == 1 + len(FAULTS)
     check_history(job.steps_done(), unfaulted)
-    assert job.processes() == []
+    job.check_nothing_left(ended=True)
 
 
-def test_a_killed_launcher_is_resumed_where_it_was(tmp_path: Path, unfaulted):
-    job = Job(tmp_path, "local", ranks=2, steps=44)
-    job.start()
-    job.wait_for_step(10)
-    assert job.process is not None
-    job.process.send_signal(signal.SIGKILL)
-    job.process.wait()
-    job.start(resume=True)
-    assert job.end() == 0
-    done = job.steps_done()
-    first_again = [b["step"] for a, b in pairwise(done) if b["step"] <= a["step"]]
-    assert len(first_again) == 1, "the second launch goes on from a checkpoint"
-    assert first_again[0] >= 4
-    for attempt, step in enumerate(done):
-        step["attempt"] = attempt  # each launch counts from 0
-    check_history(done, unfaulted)
-    assert job.processes() == []
+FILLING = """
+    from pathlib import Path
+    from seqpar.launch.context import current_run
+    run = current_run()
+    run.report(step=0)
+    time.sleep(1.5)
+    try:
+        if rank == 0: (run.run_dir / "ballast").write_bytes(bytes(1 << 24))
+    except OSError as error:
+        assert error.errno == 28
+    dist.barrier()
+    for step in range(1, 5):
+        if rank == 0: print("step", step, "on a full disk")
+        run.report(step=step)
+        time.sleep(1)
+        dist.barrier()
+    if rank == 0: (run.run_dir / "ballast").unlink()
+"""
+
+
+def test_a_full_run_folder_neither_ends_nor_hangs_the_job(seqpar, write_script, tmp_path, volume):
+    if volume is None:
+        pytest.skip("mounting a volume is not permitted here")
+    options = ("--set", "hang_timeout_s=2", "--set", f"run_dir={volume.folder / 'run'}")
+    outcome = seqpar("launch", "--nproc", 2, *options, write_script(FILLING))
+    assert outcome.returncode == 0, outcome.stderr
+    assert "step 4 on a full disk" in outcome.stdout
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused_in_words(seqpar, write_script, volume):
+    if volume is None:
+        pytest.skip("mounting a volume is not permitted here")
+    volume.fill()
+    options = ("--set", f"run_dir={volume.folder / 'run'}")
+    outcome = seqpar("launch", "--nproc", 1, *options, write_script(""))
+    assert outcome.returncode == 1
+    assert "cannot be written (No space left on device): free space" in outcome.stderr
+    assert len(outcome.stderr.strip().splitlines()) == 1

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.faults import REPOSITORY, Job, check_history
+from tests.launch.faults import check_history, suffer
 from tests.launch.hosts import DASHBOARD, RayHosts, ray_hosts
+from tests.launch.job import REPOSITORY, Job
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -45,13 +46,13 @@ def test_an_embedded_ray_runs_the_script_and_keeps_its_exit_code_and_logs(
 @pytest.fixture(scope="module")
 def head() -> Iterator[RayHosts]:
     """Two hosts, of which only the first runs Ray yet."""
-    with ray_hosts(2, cpus=2, started=1) as hosts:
+    with ray_hosts([2, 2], started=1) as hosts:
         yield hosts
 
 
 @pytest.fixture(scope="module")
 def cluster(head: RayHosts) -> RayHosts:
-    head.start(1, cpus=2)
+    head.start(1)
     return head
 
 
@@ -110,29 +111,20 @@ def test_a_cluster_that_loses_a_rank_and_then_a_host_trains_the_same(cluster, tm
     reference = Job(tmp_path / "reference", "local", ranks=2, steps=40)
     reference.folder.mkdir()
     reference.start()
-    options = ["restarts=1", "degrees=[1,2,4]", f"address={cluster.address}"]
-    job = Job(
-        tmp_path,
-        "ray",
-        ranks=4,
-        steps=40,
-        step_s=0.3,  # the job is to outlast the cluster's notice of a lost host
-        options=tuple(word for option in options for word in ("--set", option)),
-        prefix=cluster.hosts[0].prefix,
-        environment={"RAY_AUTH_TOKEN_PATH": cluster.environment["RAY_AUTH_TOKEN_PATH"]},
-    )
+    settings = {"restarts": 1, "degrees": [1, 2, 4]}
+    step_s = 0.3  # the job is to outlast the cluster's notice of a lost host
+    job = Job(tmp_path, "ray", 4, 40, step_s, settings, cluster)
     job.start()
     job.wait_for_step(0, timeout_s=100)
-    killed = job.suffer("kill a rank", 8, timeout_s=90)
+    killed = suffer(job, "kill a rank", 8, timeout_s=90)
     assert killed.recovery_s < 15 * 4  # 15 s promised; other work may take most of the machine
-    job.wait_for_step(18)
-    lost = job.lose(lambda: cluster.kill(1), "kill a raylet", 18, timeout_s=90)
+    lost = suffer(job, "kill a raylet", 18, timeout_s=90)
     assert lost.recovery_s < 30 * 2
     assert job.end() == 0
     assert reference.end() == 0
     worlds = {step["attempt"]: step["world"] for step in job.steps_done()}
     assert worlds == {0: 4, 1: 4, 2: 2}
     check_history(job.steps_done(), reference.steps_done(), tolerance=1e-4)
-    assert job.processes() == []
+    job.check_nothing_left(ended=True, within_s=20)
     failed = [event for event in job.run.events() if event["event"] == "failed"]
     assert [bool(event["lost_nodes_of_ranks"]) for event in failed] == [False, True]

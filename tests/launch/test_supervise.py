@@ -217,3 +217,20 @@ def _runs(pid: int) -> bool:
             return file.read().split()[2] != "Z"
     except FileNotFoundError:
         return False
+
+
+POSTED = """
+    from seqpar.launch.context import current_run
+    if rank == 1: time.sleep(600)
+    work = dist.all_reduce(total, async_op=True)
+    work.wait()
+"""
+
+
+def test_a_rank_that_waits_for_a_collective_posted_before_is_seen_to_wait(seqpar, write_script):
+    started = time.monotonic()
+    outcome = seqpar("launch", "--nproc", 2, "--set", "hang_timeout_s=2", write_script(POSTED))
+    assert outcome.returncode == 137
+    assert "rank 1 hung at" in outcome.stderr
+    assert "in <module>: work.wait()" in outcome.stderr
+    assert time.monotonic() - started < 2 + 5 + 6

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,12 +86,19 @@ def train_step(model: Model, optimizer: torch.optim.Optimizer, documents: list[T
     return mean.item()
 
 
+def compute_for_ever(*_: object) -> None:
+    """What the fault harness asks for: a rank that never comes to its next collective."""
+    while True:
+        time.sleep(0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--step-s", type=float, default=0.05, help="least time of a step")
     settings = parser.parse_args()
     run = current_run()
+    signal.signal(signal.SIGUSR2, compute_for_ever)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=run.collective_timeout)
     torch.manual_seed(0)
@@ -106,8 +115,8 @@ def main() -> None:
         time.sleep(max(0.0, ends - time.monotonic()))
         numbers = [number for number, _ in drawn]
         run.report(step=step, loss=loss, group=range(dist.get_world_size()), documents=numbers)
-        line = {"attempt": run.attempt, "world": dist.get_world_size(), "step": step}
-        line |= {"documents": numbers, "loss": loss, "time": time.time()}
+        line = {"attempt": run.attempt, "pid": os.getpid(), "world": dist.get_world_size()}
+        line |= {"step": step, "documents": numbers, "loss": loss, "time": time.time()}
         if run.rank == 0:
             with Path(run.run_dir / "steps.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")
