@@ -92,7 +92,14 @@ class CpuFlash:
 
 
 class Cudnn:
-    """cuDNN's fused attention: on Hopper nearly twice as fast as FlashAttention-2."""
+    """cuDNN's fused attention: on Hopper nearly twice as fast as FlashAttention-2.
+
+    torch keeps cuDNN's plans, each made in about 80 ms, by the shapes and strides of q, k and v.
+    Two consequences. The stride of a batch of one, which follows from how many tokens the rank
+    holds, is replaced by that of a tensor standing alone, or each new length would be planned anew.
+    And out and its gradient are made contiguous: their strides are no part of the key, and a plan
+    reused for others would give wrong gradients.
+    """
 
     name = "cudnn"
     head_dim_multiple = 8
@@ -102,7 +109,7 @@ class Cudnn:
     ) -> tuple[Tensor, Tensor]:
         assert bias is None
         out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
-            *_by_head(q, k, v), None, True, 0.0, causal, False, scale=scale
+            *_by_head(*_alone(q, k, v)), None, True, 0.0, causal, False, scale=scale
         )
         return out.transpose(1, 2), lse.view(lse.shape[:3]).transpose(1, 2)
 
@@ -123,8 +130,9 @@ class Cudnn:
         stats = lse.transpose(1, 2).contiguous()
         stats = stats[..., None] if _cudnn_lse_ndim(q.device) == 4 else stats
         unused = torch.empty(1, dtype=torch.int64, device=q.device)  # the state of a dropout
+        operands = _by_head(*_alone(dout.contiguous(), q, k, v, out.contiguous()))
         dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
-            *_by_head(dout, q, k, v, out), stats, unused, unused, None, None, None,
+            *operands, stats, unused, unused, None, None, None,
             q.shape[1], k.shape[1], 0.0, causal, scale=scale,
         )  # fmt: skip
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
@@ -191,6 +199,11 @@ def _cudnn_lse_ndim(device: torch.device) -> int:
     x = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
     lse: Tensor = _aten._scaled_dot_product_cudnn_attention(x, x, x, None, True)[1]
     return lse.ndim
+
+
+def _alone(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Views in which the stride of a batch of one is what it is in a tensor of this size."""
+    return tuple(x[0].unsqueeze(0) if x.shape[0] == 1 else x for x in tensors)
 
 
 def _by_head(*tensors: Tensor) -> tuple[Tensor, ...]:

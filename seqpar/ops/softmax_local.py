@@ -179,9 +179,8 @@ def _is_deterministic() -> bool:
 
 
 def _padded(multiple: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors with zeros after their last dim, up to one common multiple."""
+    """The tensors with zeros after their last dim, up to one common multiple; that dim dense."""
     widest = max(x.shape[-1] for x in tensors)
     target = -(-widest // multiple) * multiple
-    return tuple(
-        x if x.shape[-1] == target else F.pad(x, (0, target - x.shape[-1])) for x in tensors
-    )
+    padded = (x if x.shape[-1] == target else F.pad(x, (0, target - x.shape[-1])) for x in tensors)
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in padded)
