@@ -32,6 +32,7 @@ from torch.distributed import ProcessGroup
 from seqpar import comm
 from seqpar.ops.ring_schedule import RingSchedule, Step
 from seqpar.ops.softmax_local import Gradients, attend, attend_backward
+from seqpar.ops.softmax_operands import Operands
 from seqpar.ops.softmax_partial import PartialOutput
 from seqpar.ops.token_ranges import add_ranges, num_tokens, room_for, take_ranges
 
@@ -54,39 +55,29 @@ def ring_forward(
     Also the last block, with which `ring_backward` begins.
     """
     merged = PartialOutput(q, v.shape[-1])
-    k_block, v_block = k, v
+    block = k, v
     for step, following in schedule.with_following(schedule.forward):
         arriving = _post_block(k, v, following, group)  # post
-        attend(merged, q, k_block, v_block, step.tiles, scale=scale)  # compute
+        attend(merged, q, *block, step.tiles, scale=scale)  # compute
         if following is not None:
-            k_block, v_block = arriving.wait()  # wait, rotate
-    return (*merged.result(), (k_block, v_block))
+            block = _block(arriving)  # wait, rotate
+    return (*merged.result(), block)
 
 
 def ring_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    kept: Block,
-    schedule: RingSchedule,
-    group: ProcessGroup | None,
-    scale: float,
+    x: Operands, kept: Block, schedule: RingSchedule, group: ProcessGroup | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of this rank's tokens, from the out and lse merged over all keys."""
-    grads = Gradients.of(q, k, v)
-    k_block, v_block = kept
+    grads = Gradients.of(x.q, x.k, x.v)
+    block = kept
     returning = _Returning.nothing()
     for step, following in schedule.with_following(schedule.backward):
-        arriving = _post_block(k, v, following, group)  # post
-        sums = grads if step.is_own else grads.for_keys(k_block, v_block)
-        blocks = (dout, q, k_block, v_block, out, lse)
-        attend_backward(sums, *blocks, step.tiles, scale=scale)  # compute
+        arriving = _post_block(x.k, x.v, following, group)  # post
+        sums = grads if step.is_own else grads.for_keys(*block)
+        attend_backward(sums, x.with_keys(*block), step.tiles, scale=scale)  # compute
         returning.add_to(grads)  # wait: what others computed for this rank's keys
-        returning = _Returning.post(sums, k, v, step, group)
-        k_block, v_block = arriving.wait()  # wait, rotate
+        returning = _Returning.post(sums, x.k, x.v, step, group)
+        block = _block(arriving)  # wait, rotate
     returning.add_to(grads)
     return grads.dq.result(), grads.dk.result(), grads.dv.result()
 
@@ -127,8 +118,9 @@ class RingAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         with comm.count_into(ctx.traffic):
-            q, k, v, out, lse, *kept = ctx.saved_tensors
-            grads = ring_backward(dout, q, k, v, out, lse, kept, ctx.schedule, ctx.group, ctx.scale)
+            q, k, v, out, lse, k_kept, v_kept = ctx.saved_tensors
+            operands = Operands(dout, q, k, v, out, lse)
+            grads = ring_backward(operands, (k_kept, v_kept), ctx.schedule, ctx.group, ctx.scale)
         return (*grads, None, None, None)
 
 
@@ -141,6 +133,11 @@ def _post_block(
     sends = [(step.send_to, take_ranges(x, step.send_keys)) for x in (k, v)]
     recvs = [(step.recv_from, room_for(step.num_recv, x)) for x in (k, v)]
     return comm.exchange(sends, recvs, group)
+
+
+def _block(arriving: comm.Pending[list[Tensor]]) -> Block:
+    k, v = arriving.wait()
+    return k, v
 
 
 class _Returning:

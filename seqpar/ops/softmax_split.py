@@ -19,6 +19,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from seqpar.ops.softmax_dense import DenseBackend, cut
+from seqpar.ops.softmax_operands import Operands, TileGradients, TileOutputs
 from seqpar.ops.softmax_packed import FlashPacked
 from seqpar.ops.softmax_tiles import Tile
 
@@ -51,28 +52,17 @@ class SplitBackend:
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], *, scale: float
-    ) -> list[tuple[int, Tensor, Tensor]]:
+    ) -> TileOutputs:
         large, small = share_out(tuple(tiles), self._least_pairs(q))
         return [
             *self.dense.forward(q, k, v, large, scale=scale),
             *self.packed.forward(q, k, v, small, scale=scale),
         ]
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        tiles: Sequence[Tile],
-        *,
-        scale: float,
-    ) -> tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor, Tensor]]]:
-        large, small = share_out(tuple(tiles), self._least_pairs(q))
-        by_row, by_key = self.dense.backward(dout, q, k, v, out, lse, large, scale=scale)
-        rows, keys = self.packed.backward(dout, q, k, v, out, lse, small, scale=scale)
+    def backward(self, x: Operands, tiles: Sequence[Tile], *, scale: float) -> TileGradients:
+        large, small = share_out(tuple(tiles), self._least_pairs(x.q))
+        by_row, by_key = self.dense.backward(x, large, scale=scale)
+        rows, keys = self.packed.backward(x, small, scale=scale)
         return by_row + rows, by_key + keys
 
     def _least_pairs(self, q: Tensor) -> int:

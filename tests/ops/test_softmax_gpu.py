@@ -14,6 +14,7 @@ from seqpar.ops.softmax_dense import DenseBackend, cut
 from seqpar.ops.softmax_kernels import Cudnn, Efficient
 from seqpar.ops.softmax_local import Backend, Gradients, attend, attend_backward, choose_backend
 from seqpar.ops.softmax_merge import merge_lse_, merge_lse_torch_
+from seqpar.ops.softmax_operands import Operands
 from seqpar.ops.softmax_packed import FlashPacked
 from seqpar.ops.softmax_partial import PartialOutput
 from seqpar.ops.softmax_split import SplitBackend
@@ -119,7 +120,8 @@ def _results(
     attend(merged, q, k, v, tiles, scale=scale, backend=backend)
     out, lse = merged.result()
     grads = Gradients.of(q, k, v)
-    attend_backward(grads, dout, q, k, v, out, lse, tiles, scale=scale, backend=backend)
+    operands = Operands(dout, q, k, v, out, lse)
+    attend_backward(grads, operands, tiles, scale=scale, backend=backend)
     return [out, grads.dq.result(), grads.dk.result(), grads.dv.result()]
 
 
@@ -216,8 +218,7 @@ def _over_blocks(layout: SequenceLayout, streams: list[torch.Tensor]) -> list[to
         for other in steps:
             tiles = block_tiles(layout, layout, rank, other, Mask())
             sums = Gradients(grads[rank].dq, grads[other].dk, grads[other].dv)
-            attend_backward(
-                sums, dout[rank], q[rank], k[other], v[other], out, lse, tiles, scale=128**-0.5
-            )
+            operands = Operands(dout[rank], q[rank], k[other], v[other], out, lse)
+            attend_backward(sums, operands, tiles, scale=128**-0.5)
     by_rank = (outs, *([getattr(g, x).result() for g in grads] for x in ("dq", "dk", "dv")))
     return [layout.unshard(shards) for shards in by_rank]

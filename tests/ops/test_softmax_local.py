@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from seqpar.ops.softmax_local import Gradients, attend, attend_backward
+from seqpar.ops.softmax_operands import Operands
 from seqpar.ops.softmax_partial import PartialOutput
 from seqpar.ops.softmax_tiles import Tile
 from tests.ops.softmax_reference import reference
@@ -63,7 +64,7 @@ def test_any_strides() -> None:
     attend(merged, q, k, v, tiles, scale=0.3)
     out, lse = merged.result()
     grads = Gradients.of(q, k, v)
-    attend_backward(grads, dout, q, k, v, out, lse, tiles, scale=0.3)
+    attend_backward(grads, Operands(dout, q, k, v, out, lse), tiles, scale=0.3)
     got = (out, grads.dq.result(), grads.dk.result(), grads.dv.result())
     for what, x, ref in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
         assert_close(x, ref, what=what)
@@ -101,7 +102,7 @@ def conforms(
     assert torch.equal(torch.isneginf(lse).cpu().any(-1).any(0), ~mask.any(-1))
 
     grads = Gradients.of(q, k, v)
-    attend_backward(grads, dout, q, k, v, out, lse, tiles, scale=scale, **options)
+    attend_backward(grads, Operands(dout, q, k, v, out, lse), tiles, scale=scale, **options)
     got = (out, grads.dq.result(), grads.dk.result(), grads.dv.result())
     for what, x, ref in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
         assert x.dtype == dtype

@@ -13,6 +13,7 @@ from seqpar import comm
 from seqpar.layout import SequenceLayout
 from seqpar.ops.ring import ring_backward, ring_forward
 from seqpar.ops.ring_schedule import ring_schedule
+from seqpar.ops.softmax_operands import Operands
 from seqpar.ops.softmax_tiles import Mask
 from tests.ops.softmax_cases import Case, assert_exact, layouts, run_case, run_cases
 from tests.ranks import run_ranks
@@ -98,7 +99,8 @@ def _peak_bytes(rank: int, case: Case) -> tuple[int, int]:
     with _PeakBytes() as forward:
         out, lse, kept = ring_forward(q, k, v, schedule, dist.group.WORLD, 0.3)
     with _PeakBytes() as backward:
-        ring_backward(dout, q, k, v, out, lse, kept, schedule, dist.group.WORLD, 0.3)
+        operands = Operands(dout, q, k, v, out, lse)
+        ring_backward(operands, kept, schedule, dist.group.WORLD, 0.3)
     return forward.peak, backward.peak
 
 
