@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from seqpar.balance import balanced_layout
     from seqpar.batch import Batch, PackedStream, pack, shard
     from seqpar.errors import SeqparError
     from seqpar.layout import SequenceLayout
@@ -35,6 +36,7 @@ __all__ = [
     "SeqparError",
     "SequenceLayout",
     "__version__",
+    "balanced_layout",
     "check_parity",
     "init_mesh",
     "lm_head_loss_sum",
@@ -58,6 +60,7 @@ _HOMES = {
     "ScatterProblem": "planners",
     "SeqparError": "errors",
     "SequenceLayout": "layout",
+    "balanced_layout": "balance",
     "check_parity": "parity",
     "init_mesh": "mesh",
     "lm_head_loss_sum": "loss",

@@ -19,6 +19,7 @@ PUBLIC = {
     "SeqparError",
     "SequenceLayout",
     "__version__",
+    "balanced_layout",
     "check_parity",
     "init_mesh",
     "lm_head_loss_sum",
