@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from seqpar.balance import balanced_layout
     from seqpar.batch import (
         Batch,
         PackedStream,
@@ -48,6 +49,7 @@ __all__ = [
     "SequenceLayout",
     "SequenceParallelLoader",
     "__version__",
+    "balanced_layout",
     "check_parity",
     "chunked_token_loss",
     "count_targets",
@@ -81,6 +83,7 @@ _HOMES = {
     "SeqparError": "errors",
     "SequenceLayout": "layout",
     "SequenceParallelLoader": "loaders",
+    "balanced_layout": "balance",
     "check_parity": "parity",
     "chunked_token_loss": "loss",
     "count_targets": "loss",

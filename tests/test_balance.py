@@ -49,19 +49,44 @@ def test_documents_are_cut_only_where_balance_asks_for_it() -> None:
     assert all(run.num_tokens == 100 for rank in range(4) for run in even.runs(rank))
 
 
-def test_work_is_the_number_of_visible_pairs() -> None:
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_under_a_window_each_rank_has_one_span(world_size: int) -> None:
+    layout = balanced_layout((0, 65536), world_size, window=4096)
+    assert [len(spans) for spans in layout.spans] == [1] * world_size
+    # The first 4096 queries see fewer keys. Ranks of equal tokens are 3.2% apart for that.
+    assert imbalance(layout, window=4096) <= (0.033 if world_size == 8 else 0.03)
+
+
+def test_a_window_shifts_tokens_to_where_less_is_seen() -> None:
+    layout = balanced_layout((0, 65536), 2, window=4096)
+    assert layout.tokens_on(0) > layout.tokens_on(1)
+    even = SequenceLayout.contiguous((0, 65536), 2)
+    assert imbalance(layout, window=4096) < 0.6 * imbalance(even, window=4096)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_packed_documents_balance_under_a_window(seed: int) -> None:
+    bounds = _lognormal(seed)
+    assert imbalance(balanced_layout(bounds, 4, window=1024), window=1024) <= 0.04
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+def test_work_is_the_number_of_visible_pairs(window: int | None) -> None:
     bounds = (0, 7, 30, 31)
-    sees = visible(bounds, causal=True, window=None)
-    for layout in (SequenceLayout.zigzag(bounds, 3), balanced_layout(bounds, 3)):
+    sees = visible(bounds, causal=True, window=window)
+    for layout in (SequenceLayout.zigzag(bounds, 3), balanced_layout(bounds, 3, window=window)):
         expected = [
             int(sees[layout.stream_positions(rank)].sum()) for rank in range(layout.world_size)
         ]
-        assert list(causal_work(layout)) == expected
+        assert list(causal_work(layout, window=window)) == expected
 
 
 @pytest.mark.parametrize("bounds", [(0,), (0, 1), (0, 1, 2, 3), (0, 3, 20, 21, 48)])
 @pytest.mark.parametrize("world_size", [1, 2, 5])
-def test_small_streams_have_every_token_once(bounds: tuple[int, ...], world_size: int) -> None:
-    layout = balanced_layout(bounds, world_size)
+@pytest.mark.parametrize("window", [None, 3])
+def test_small_streams_have_every_token_once(
+    bounds: tuple[int, ...], world_size: int, window: int | None
+) -> None:
+    layout = balanced_layout(bounds, world_size, window=window)
     held = [layout.stream_positions(rank).tolist() for rank in range(world_size)]
     assert sorted(itertools.chain(*held)) == list(range(bounds[-1]))

@@ -20,6 +20,7 @@ PUBLIC = {
     "SequenceLayout",
     "SequenceParallelLoader",
     "__version__",
+    "balanced_layout",
     "check_parity",
     "chunked_token_loss",
     "count_targets",

@@ -28,6 +28,7 @@ from seqpar import comm
 from seqpar.layout import Run, SequenceLayout, Span
 from seqpar.ops.softmax_partial import RowSum
 from seqpar.ops.softmax_tiles import Mask, Tile, block_tiles, compact_keys, tiles_between
+from seqpar.ops.token_ranges import add_ranges, num_tokens, room_for, take_ranges
 
 __all__ = ["GatherPlan", "KeyGather", "gather_plan"]
 
@@ -72,7 +73,7 @@ def gather_plan(
         offset += run.num_tokens
     return GatherPlan(
         sends=tuple(sends),
-        counts=tuple(sum(span.num_tokens for span in ranges) for ranges in wanted),
+        counts=tuple(map(num_tokens, wanted)),
         pieces=tuple((owner, run.local_start, run.local_stop) for _, owner, run in found),
         tiles=tiles_between(layout.runs(rank), runs, mask),
     )
@@ -91,7 +92,7 @@ class KeyGather(torch.autograd.Function):
     def forward(
         ctx: Any, k: Tensor, v: Tensor, plan: GatherPlan, group: ProcessGroup | None
     ) -> tuple[Tensor, ...]:
-        ctx.num_tokens, ctx.plan, ctx.group = k.shape[1], plan, group
+        ctx.held, ctx.plan, ctx.group = k.shape[1], plan, group
         ctx.traffic = comm.current_traffic()
         return tuple(_gather_keys((k, v), plan, group))
 
@@ -99,7 +100,7 @@ class KeyGather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         with comm.count_into(ctx.traffic):
-            back = _scatter_sums(grads, ctx.num_tokens, ctx.plan, ctx.group)
+            back = _scatter_sums(grads, ctx.held, ctx.plan, ctx.group)
         return (*back, None, None)
 
 
@@ -109,8 +110,8 @@ def _gather_keys(
     sends, recvs = [], []
     for x in tensors:
         for rank, (spans, count) in enumerate(zip(plan.sends, plan.counts, strict=True)):
-            sends.append((rank, _ranges(x, spans)))
-            recvs.append((rank, x.new_empty(x.shape[0], count, *x.shape[2:])))
+            sends.append((rank, take_ranges(x, spans)))
+            recvs.append((rank, room_for(count, x)))
     arrived = comm.exchange(sends, recvs, group).wait()
     gathered = []
     for i, x in enumerate(tensors):
@@ -121,32 +122,27 @@ def _gather_keys(
 
 
 def _scatter_sums(
-    grads: Sequence[Tensor], num_tokens: int, plan: GatherPlan, group: ProcessGroup | None
+    grads: Sequence[Tensor], held: int, plan: GatherPlan, group: ProcessGroup | None
 ) -> list[Tensor]:
     """The transpose of `_gather_keys`: each gradient back to its key's owner, and summed there."""
     sends, recvs = [], []
     for x in grads:
         for rank, block in enumerate(_by_owner(x, plan)):
-            num_sent = sum(span.num_tokens for span in plan.sends[rank])
             sends.append((rank, block))
-            recvs.append((rank, x.new_empty(x.shape[0], num_sent, *x.shape[2:])))
+            recvs.append((rank, room_for(num_tokens(plan.sends[rank]), x)))
     arrived = comm.exchange(sends, recvs, group).wait()
     totals = []
     for i, x in enumerate(grads):
-        total = RowSum(x.new_empty(x.shape[0], num_tokens, *x.shape[2:]))
+        total = RowSum(room_for(held, x))
         for rank, spans in enumerate(plan.sends):
-            block, offset = arrived[i * len(plan.sends) + rank], 0
-            for span in spans:
-                part = block[:, offset : offset + span.num_tokens]
-                total.add(part, start=span.start)
-                offset += span.num_tokens
+            add_ranges(total, arrived[i * len(plan.sends) + rank], spans)
         totals.append(total.result())
     return totals
 
 
 def _by_owner(x: Tensor, plan: GatherPlan) -> list[Tensor]:
     """[B, M, G, D] as laid out -> by rank, what came from it in the order in which it came."""
-    blocks = [x.new_empty(x.shape[0], count, *x.shape[2:]) for count in plan.counts]
+    blocks = [room_for(count, x) for count in plan.counts]
     offset = 0
     for rank, start, stop in plan.pieces:
         blocks[rank][:, start:stop] = x[:, offset : offset + stop - start]
@@ -167,9 +163,3 @@ def _runs_within(runs: Sequence[Run], ranges: Sequence[Span]) -> list[Run]:
                 found.append(Run(run.document, start, start + common.num_tokens, local))
         offset += span.num_tokens
     return found
-
-
-def _ranges(x: Tensor, spans: Sequence[Span]) -> Tensor:
-    """The given ranges of x's tokens, end to end; a view if there is only one."""
-    parts = [x[:, span.start : span.stop] for span in spans]
-    return parts[0] if len(parts) == 1 else torch.cat([x[:, :0], *parts], 1)

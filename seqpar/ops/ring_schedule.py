@@ -1,12 +1,11 @@
 """What a rank does at each step of a ring: geometry, no tensors.
 
-forward    own block | remote blocks, nearest first
-backward   first half of the own heads | remote blocks | second half of the own heads
+forward    own block | remote blocks, that of the left neighbour last
+backward   the left neighbour's block | the other remote blocks | own block
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,7 +27,6 @@ class Step:
         recv_from: whose block it is. num_recv: how many keys of it this rank sees.
         send_to: who works on this rank's block at this step.
         send_keys: the local ranges of this rank's keys that `send_to` sees.
-        share: of the key/value heads, numerator and denominator (0, 1): all.
     """
 
     tiles: tuple[Tile, ...]
@@ -37,12 +35,6 @@ class Step:
     send_to: int
     send_keys: tuple[Span, ...]
     is_own: bool = False
-    share: tuple[int, int] = (0, 1)
-
-    def heads(self, num_heads: int) -> slice:
-        """The share of `num_heads` key/value heads that this step works on."""
-        part, parts = self.share
-        return slice(-(-num_heads * part // parts), -(-num_heads * (part + 1) // parts))
 
 
 @dataclass(frozen=True)
@@ -78,15 +70,14 @@ def ring_schedule(
     size = layout.world_size
     remote = []
     for distance in range(1, size):
-        owner, reader = (rank - distance) % size, (rank + distance) % size
+        owner, reader = (rank + distance) % size, (rank - distance) % size
         needed, tiles = compact_keys(block_tiles(layout, key_layout, rank, owner, mask))
         sent, _ = compact_keys(block_tiles(layout, key_layout, reader, rank, mask))
         num_recv = sum(span.num_tokens for span in needed)
         remote.append(Step(tiles, members[owner], num_recv, members[reader], sent))
     if not any(step.num_recv or step.send_keys for step in remote):
         return RingSchedule((own,), (own,))
-    halves = [dataclasses.replace(own, share=(part, 2)) for part in (0, 1)]
-    return RingSchedule((own, *remote), (halves[0], *remote, halves[1]))
+    return RingSchedule((own, *remote), (remote[-1], *remote[:-1], own))
 
 
 def own_schedule(tiles: tuple[Tile, ...], num_keys: int) -> RingSchedule:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from seqpar.ops.softmax_kernels import DenseKernel
+from seqpar.ops.softmax_operands import Operands, TileGradients, TileOutputs
 from seqpar.ops.softmax_tiles import Tile
 
 __all__ = ["DenseBackend", "cut"]
@@ -38,7 +39,7 @@ class DenseBackend:
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], *, scale: float
-    ) -> list[tuple[int, Tensor, Tensor]]:
+    ) -> TileOutputs:
         results = []
         for tile in _pieces(tiles):
             keys, bias = slice(tile.k_start, tile.k_stop), _bias(tile, q)
@@ -53,33 +54,13 @@ class DenseBackend:
             results.append((tile.q_start, out, lse))
         return results
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        tiles: Sequence[Tile],
-        *,
-        scale: float,
-    ) -> tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor, Tensor]]]:
+    def backward(self, x: Operands, tiles: Sequence[Tile], *, scale: float) -> TileGradients:
         by_row, by_key = [], []
         for tile in _pieces(tiles):
-            rows, keys = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
-            bias = _bias(tile, q)
-            dq, dk, dv = self.kernel.backward(
-                dout[:, rows],
-                q[:, rows],
-                k[:, keys],
-                v[:, keys],
-                out[:, rows],
-                lse[:, rows],
-                causal=bias is None and tile.is_causal,
-                bias=bias,
-                scale=scale,
-            )
+            bias = _bias(tile, x.q)
+            part = x.part(slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop))
+            causal = bias is None and tile.is_causal
+            dq, dk, dv = self.kernel.backward(part, causal=causal, bias=bias, scale=scale)
             by_row.append((tile.q_start, dq))
             by_key.append((tile.k_start, dk, dv))
         return by_row, by_key

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from seqpar.ops.softmax_operands import Operands
+
 __all__ = ["CpuFlash", "Cudnn", "DenseKernel", "Efficient"]
 
 _aten = torch.ops.aten
@@ -42,17 +44,7 @@ class DenseKernel(Protocol):
         """out [B, n, H, D] in q's dtype, lse [B, n, H] in float32 (float64 for float64)."""
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        causal: bool,
-        bias: Tensor | None,
-        scale: float,
+        self, x: Operands, *, causal: bool, bias: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv with the shapes and dtypes of q, k, v."""
 
@@ -72,27 +64,24 @@ class CpuFlash:
         return out.transpose(1, 2), lse.transpose(1, 2)
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        causal: bool,
-        bias: Tensor | None,
-        scale: float,
+        self, x: Operands, *, causal: bool, bias: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *_by_head(dout, q, k, v, out), lse.transpose(1, 2), 0.0, causal,
+            *_by_head(x.dout, x.q, x.k, x.v, x.out), x.lse.transpose(1, 2), 0.0, causal,
             attn_mask=bias, scale=scale,
         )  # fmt: skip
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 class Cudnn:
-    """cuDNN's fused attention: on Hopper nearly twice as fast as FlashAttention-2."""
+    """cuDNN's fused attention: on Hopper nearly twice as fast as FlashAttention-2.
+
+    torch keeps cuDNN's plans, each made in about 80 ms, by the shapes and strides of q, k and v.
+    Two consequences. The stride of a batch of one, which follows from how many tokens the rank
+    holds, is replaced by that of a tensor standing alone, or each new length would be planned anew.
+    And out and its gradient are made contiguous: their strides are no part of the key, and a plan
+    reused for others would give wrong gradients.
+    """
 
     name = "cudnn"
     head_dim_multiple = 8
@@ -102,30 +91,21 @@ class Cudnn:
     ) -> tuple[Tensor, Tensor]:
         assert bias is None
         out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
-            *_by_head(q, k, v), None, True, 0.0, causal, False, scale=scale
+            *_by_head(*_alone(q, k, v)), None, True, 0.0, causal, False, scale=scale
         )
         return out.transpose(1, 2), lse.view(lse.shape[:3]).transpose(1, 2)
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        causal: bool,
-        bias: Tensor | None,
-        scale: float,
+        self, x: Operands, *, causal: bool, bias: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert bias is None
-        stats = lse.transpose(1, 2).contiguous()
-        stats = stats[..., None] if _cudnn_lse_ndim(q.device) == 4 else stats
-        unused = torch.empty(1, dtype=torch.int64, device=q.device)  # the state of a dropout
+        stats = x.lse.transpose(1, 2).contiguous()
+        stats = stats[..., None] if _cudnn_lse_ndim(x.q.device) == 4 else stats
+        unused = torch.empty(1, dtype=torch.int64, device=x.q.device)  # the state of a dropout
+        operands = _by_head(*_alone(x.dout.contiguous(), x.q, x.k, x.v, x.out.contiguous()))
         dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
-            *_by_head(dout, q, k, v, out), stats, unused, unused, None, None, None,
-            q.shape[1], k.shape[1], 0.0, causal, scale=scale,
+            *operands, stats, unused, unused, None, None, None,
+            x.q.shape[1], x.k.shape[1], 0.0, causal, scale=scale,
         )  # fmt: skip
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
@@ -148,30 +128,20 @@ class Efficient:
         return out, lse[:, :, : q.shape[1]].transpose(1, 2)
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        causal: bool,
-        bias: Tensor | None,
-        scale: float,
+        self, x: Operands, *, causal: bool, bias: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        kv_heads, per_group = k.shape[2], q.shape[2] // k.shape[2]
-        k, v = (x.repeat_interleave(per_group, 2) for x in (k, v))
-        padding = -q.shape[1] % 32
-        stats = F.pad(lse.transpose(1, 2), (0, padding), value=torch.inf).contiguous()
-        unused = torch.zeros((), dtype=torch.int64, device=q.device)
+        kv_heads, per_group = x.k.shape[2], x.q.shape[2] // x.k.shape[2]
+        k, v = (y.repeat_interleave(per_group, 2) for y in (x.k, x.v))
+        padding = -x.q.shape[1] % 32
+        stats = F.pad(x.lse.transpose(1, 2), (0, padding), value=torch.inf).contiguous()
+        unused = torch.zeros((), dtype=torch.int64, device=k.device)
         dq, dk, dv, _ = _aten._efficient_attention_backward(
-            dout, q, k, v, _aligned(bias, q), out.contiguous(), None, None,
-            q.shape[1], k.shape[1], stats, 0.0, unused, unused, int(causal), False, scale=scale,
+            x.dout, x.q, k, v, _aligned(bias, x.q), x.out.contiguous(), None, None,
+            x.q.shape[1], k.shape[1], stats, 0.0, unused, unused, int(causal), False, scale=scale,
         )  # fmt: skip
         dk, dv = (
-            x.unflatten(2, (kv_heads, per_group)).sum(3, dtype=torch.float32).to(x.dtype)
-            for x in (dk, dv)
+            y.unflatten(2, (kv_heads, per_group)).sum(3, dtype=torch.float32).to(y.dtype)
+            for y in (dk, dv)
         )
         return dq, dk, dv
 
@@ -191,6 +161,11 @@ def _cudnn_lse_ndim(device: torch.device) -> int:
     x = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
     lse: Tensor = _aten._scaled_dot_product_cudnn_attention(x, x, x, None, True)[1]
     return lse.ndim
+
+
+def _alone(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Views in which the stride of a batch of one is what it is in a tensor of this size."""
+    return tuple(x[0].unsqueeze(0) if x.shape[0] == 1 else x for x in tensors)
 
 
 def _by_head(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from seqpar.errors import KernelInputError
 from seqpar.ops.softmax_dense import DenseBackend
 from seqpar.ops.softmax_kernels import CpuFlash, Cudnn, Efficient
+from seqpar.ops.softmax_operands import Operands, TileGradients, TileOutputs
 from seqpar.ops.softmax_packed import FlashPacked
 from seqpar.ops.softmax_partial import PartialOutput, RowSum
 from seqpar.ops.softmax_split import SplitBackend
@@ -46,22 +47,9 @@ class Backend(Protocol):
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], *, scale: float
-    ) -> list[tuple[int, Tensor, Tensor]]:
-        """(first row, out [B, n, H, V], lse [B, n, H])."""
+    ) -> TileOutputs: ...
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        tiles: Sequence[Tile],
-        *,
-        scale: float,
-    ) -> tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor, Tensor]]]:
-        """(first row, dq [B, n, H, K]) and (first key, dk [B, m, G, K], dv [B, m, G, V])."""
+    def backward(self, x: Operands, tiles: Sequence[Tile], *, scale: float) -> TileGradients: ...
 
 
 @dataclass(frozen=True)
@@ -108,37 +96,24 @@ def attend(
 
 def attend_backward(
     grads: Gradients,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    x: Operands,
     tiles: Sequence[Tile],
     *,
     scale: float,
-    head_start: int = 0,
     backend: Backend | None = None,
 ) -> None:
-    """Add the tiles' part of the gradients to `grads`.
-
-    Args:
-        dout: [B, T, H, V], the gradient of the whole output.
-        out: [B, T, H, V] and lse: [B, T, H], merged over *all* keys.
-        head_start: the first key/value head that k and v hold of what `grads` sums; q, dout, out
-            and lse hold the query heads that belong to them.
-    """
-    if not tiles or not q.numel():
+    """Add the tiles' part of the gradients to `grads`."""
+    if not tiles or not x.q.numel():
         return
-    backend = backend or choose_backend(q, v)
-    key_dim, value_dim, per_group = q.shape[-1], v.shape[-1], q.shape[2] // k.shape[2]
-    q, k, v, dout, out = _padded(backend.head_dim_multiple, q, k, v, dout, out)
-    by_row, by_key = backend.backward(dout, q, k, v, out, lse, tiles, scale=scale)
+    backend = backend or choose_backend(x.q, x.v)
+    key_dim, value_dim = x.q.shape[-1], x.v.shape[-1]
+    dout, q, k, v, out = _padded(backend.head_dim_multiple, *x[:-1])
+    by_row, by_key = backend.backward(Operands(dout, q, k, v, out, x.lse), tiles, scale=scale)
     for row, dq in by_row:
-        grads.dq.add(dq[..., :key_dim], start=row, head_start=head_start * per_group)
+        grads.dq.add(dq[..., :key_dim], start=row)
     for key, dk, dv in by_key:
-        grads.dk.add(dk[..., :key_dim], start=key, head_start=head_start)
-        grads.dv.add(dv[..., :value_dim], start=key, head_start=head_start)
+        grads.dk.add(dk[..., :key_dim], start=key)
+        grads.dv.add(dv[..., :value_dim], start=key)
 
 
 def choose_backend(q: Tensor, v: Tensor) -> Backend:
@@ -179,9 +154,8 @@ def _is_deterministic() -> bool:
 
 
 def _padded(multiple: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors with zeros after their last dim, up to one common multiple."""
+    """The tensors with zeros after their last dim, up to one common multiple; that dim dense."""
     widest = max(x.shape[-1] for x in tensors)
     target = -(-widest // multiple) * multiple
-    return tuple(
-        x if x.shape[-1] == target else F.pad(x, (0, target - x.shape[-1])) for x in tensors
-    )
+    padded = (x if x.shape[-1] == target else F.pad(x, (0, target - x.shape[-1])) for x in tensors)
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in padded)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from seqpar.ops.softmax_operands import Operands, TileGradients, TileOutputs
 from seqpar.ops.softmax_tiles import Tile
 
 __all__ = ["FlashPacked", "Wave", "waves"]
@@ -60,11 +61,11 @@ class FlashPacked:
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], *, scale: float
-    ) -> list[tuple[int, Tensor, Tensor]]:
+    ) -> TileOutputs:
         results = []
         for wave in waves(tuple(tiles), q.shape[0], q.shape[1], k.shape[1]):
             out, lse, *_ = _aten._flash_attention_forward(
-                _flat(q, wave.rows), _flat(k, wave.keys), _flat(v, wave.keys),
+                _flat(q[:, slice(*wave.rows)]), *(_flat(x[:, slice(*wave.keys)]) for x in (k, v)),
                 *_segments(wave, q.device), wave.max_q, wave.max_k, 0.0,
                 wave.bounds == (None, 0), False, scale=scale, **_window(wave),
             )  # fmt: skip
@@ -78,29 +79,17 @@ class FlashPacked:
             ]
         return results
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        tiles: Sequence[Tile],
-        *,
-        scale: float,
-    ) -> tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor, Tensor]]]:
+    def backward(self, x: Operands, tiles: Sequence[Tile], *, scale: float) -> TileGradients:
         by_row, by_key = [], []
-        unused = torch.zeros(2, dtype=torch.int64, device=q.device)  # the state of a dropout
-        for wave in waves(tuple(tiles), q.shape[0], q.shape[1], k.shape[1]):
+        unused = torch.zeros(2, dtype=torch.int64, device=x.q.device)  # the state of a dropout
+        for wave in waves(tuple(tiles), x.q.shape[0], x.q.shape[1], x.k.shape[1]):
+            dout, q, k, v, out, lse = x.part(slice(*wave.rows), slice(*wave.keys))
             dq, dk, dv = _aten._flash_attention_backward(
-                _flat(dout, wave.rows), _flat(q, wave.rows), _flat(k, wave.keys),
-                _flat(v, wave.keys), _flat(out, wave.rows),
-                _flat(lse, wave.rows).T.contiguous(), *_segments(wave, q.device),
-                wave.max_q, wave.max_k, 0.0, wave.bounds == (None, 0), unused, unused,
-                scale=scale, **_window(wave),
+                *(_flat(y) for y in (dout, q, k, v, out)), _flat(lse).T.contiguous(),
+                *_segments(wave, q.device), wave.max_q, wave.max_k, 0.0, wave.bounds == (None, 0),
+                unused, unused, scale=scale, **_window(wave),
             )  # fmt: skip
-            dq, dk, dv = (x.unflatten(0, (q.shape[0], -1)) for x in (dq, dk, dv))
+            dq, dk, dv = (y.unflatten(0, (q.shape[0], -1)) for y in (dq, dk, dv))
             by_row += [(wave.rows[0] + a, dq[:, a:b]) for a, b in wave.row_parts]
             by_key += [(wave.keys[0] + a, dk[:, a:b], dv[:, a:b]) for a, b in wave.key_parts]
         return by_row, by_key
@@ -210,6 +199,6 @@ def _window(wave: Wave) -> dict[str, int | None]:
     return {"window_size_left": wave.bounds[0], "window_size_right": wave.bounds[1]}
 
 
-def _flat(x: Tensor, tokens: tuple[int, int]) -> Tensor:
-    """[B, T, ...] -> [B * tokens, ...]."""
-    return x[:, tokens[0] : tokens[1]].flatten(0, 1)
+def _flat(x: Tensor) -> Tensor:
+    """[B, T, ...] -> [B * T, ...]."""
+    return x.flatten(0, 1)

@@ -87,8 +87,8 @@ def test_bytes_of_each_strategy() -> None:
     token = 2 * (8 + 8) * 4  # bytes of one token's keys and values
     # Rank r's 16 tokens go to the ranks after it; the gradients of what it fetched go back.
     assert list(gather) == [16 * token * ((3 - rank) + rank) for rank in range(4)]
-    # Four tokens to the right neighbour, twice; four gradients to the left one.
-    assert list(halo) == [8 * token, 12 * token, 12 * token, 4 * token]
+    # Four tokens to the right neighbour, which keeps them; four gradients to the left one.
+    assert list(halo) == [4 * token, 8 * token, 8 * token, 4 * token]
     # One query head and the key/value head that it reads to each other rank; out back; twice.
     assert list(ulysses) == [2 * 3 * 16 * (8 + 8 + 8 + 8) * 4] * 4
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -11,11 +14,13 @@ from seqpar.ops.softmax_dense import DenseBackend, cut
 from seqpar.ops.softmax_kernels import Cudnn, Efficient
 from seqpar.ops.softmax_local import Backend, Gradients, attend, attend_backward, choose_backend
 from seqpar.ops.softmax_merge import merge_lse_, merge_lse_torch_
+from seqpar.ops.softmax_operands import Operands
 from seqpar.ops.softmax_packed import FlashPacked
 from seqpar.ops.softmax_partial import PartialOutput
 from seqpar.ops.softmax_split import SplitBackend
 from seqpar.ops.softmax_tiles import Mask, Tile, block_tiles
-from tests.ops.test_softmax_local import TILES, conforms
+from tests.ops.softmax_reference import reference
+from tests.ops.test_softmax_local import TILES, conforms, sees
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.gpu
@@ -83,7 +88,7 @@ def test_choice() -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 def test_large_and_small_tiles_together(batch: int) -> None:
     """Documents on both kernels, one of them cut; a rectangle whose rest meets the same rows."""
-    split = SplitBackend(DenseBackend(Cudnn()), FlashPacked())
+    split = SplitBackend(DenseBackend(Cudnn()), FlashPacked(), least_work=0)
     documents = [(0, 100), (100, 2300), (2300, 2500)]
     causal = [Tile(a, b, a, b, None, 0) for a, b in documents]
     for tiles in (causal, [Tile(0, 2400, 0, 2100), Tile(2400, 2500, 2100, 2500)]):
@@ -98,13 +103,63 @@ def _gradients(backend: Backend | None) -> list[torch.Tensor]:
     q, k, v, dout = (
         torch.randn(1, 2048, 4, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4)
     )
-    tiles = [Tile(0, 2048, 0, 2048, None, 0)]
-    merged = PartialOutput(q, 128)
-    attend(merged, q, k, v, tiles, scale=0.1, backend=backend)
+    return _results(backend, q, k, v, dout, [Tile(0, 2048, 0, 2048, None, 0)], 0.1)
+
+
+def _results(
+    backend: Backend | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    tiles: list[Tile],
+    scale: float,
+) -> list[torch.Tensor]:
+    """out, dq, dk, dv."""
+    merged = PartialOutput(q, v.shape[-1])
+    attend(merged, q, k, v, tiles, scale=scale, backend=backend)
     out, lse = merged.result()
     grads = Gradients.of(q, k, v)
-    attend_backward(grads, dout, q, k, v, out, lse, tiles, scale=0.1, backend=backend)
+    operands = Operands(dout, q, k, v, out, lse)
+    attend_backward(grads, operands, tiles, scale=scale, backend=backend)
     return [out, grads.dq.result(), grads.dk.result(), grads.dv.result()]
+
+
+def _timed_ms(call: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    started = time.monotonic()
+    call()
+    torch.cuda.synchronize()
+    return 1e3 * (time.monotonic() - started)
+
+
+def test_cudnn_plans_a_tile_once_for_streams_of_any_length() -> None:
+    """A plan takes 80 ms; the same tile cut out of longer and longer tensors needs no new one."""
+
+    def attend_first_rows(num_tokens: int) -> float:
+        q, k, v = (
+            torch.randn(1, num_tokens, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)
+        )
+        rows = [x[:, :1536] for x in (q, k, v)]
+        return _timed_ms(lambda: Cudnn().forward(*rows, causal=True, bias=None, scale=0.1))
+
+    first = attend_first_rows(2048)
+    again = [attend_first_rows(2048 + 64 * i) for i in range(1, 4)]
+    assert max(again) < first / 3, (first, again)
+
+
+def test_cudnn_takes_gradients_of_any_strides() -> None:
+    """One plan, then an out gradient that lies in memory head by head."""
+    q, k, v, dout = (
+        torch.randn(2, 512, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4)
+    )
+    tiles = [Tile(0, 512, 0, 512, None, 0)]
+    expected = reference(*(x.cpu() for x in (q, k, v, dout)), sees(tiles, 512, 512), 0.125)
+    by_head = dout.transpose(1, 2).contiguous().transpose(1, 2)
+    for gradient in (dout, by_head):
+        got = _results(DenseBackend(Cudnn()), q, k, v, gradient, tiles, 0.125)
+        for what, x, ref in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
+            assert_close(x, ref, what=what)
 
 
 def test_deterministic_mode_repeats_every_bit() -> None:
@@ -132,12 +187,15 @@ def test_merge_kernel_equals_torch(dtype: torch.dtype) -> None:
 
 def test_ring_of_eight_errs_no_more_than_twice_one_device() -> None:
     """Eight ranks' blocks on one device, bfloat16: forward and dq, dk, dv of the cuDNN path."""
-    layout = SequenceLayout.zigzag((0, 16384), 8)
+    num_tokens = 32768
     torch.manual_seed(0)
-    streams = [torch.randn(1, 16384, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
-    one = _over_blocks(SequenceLayout.zigzag((0, 16384), 1), streams)
-    ring = _over_blocks(layout, streams)
-    exact = _over_blocks(SequenceLayout.zigzag((0, 16384), 1), [x.float() for x in streams])
+    streams = [
+        torch.randn(1, num_tokens, 8, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4)
+    ]
+    alone = SequenceLayout.zigzag((0, num_tokens), 1)
+    one = _over_blocks(alone, streams)
+    ring = _over_blocks(SequenceLayout.zigzag((0, num_tokens), 8), streams)
+    exact = _over_blocks(alone, [x.float() for x in streams])
     for what, x, y, ref in zip(("out", "dq", "dk", "dv"), ring, one, exact, strict=True):
         ring_error = ((x.double() - ref).norm() / ref.norm()).item()
         one_error = ((y.double() - ref).norm() / ref.norm()).item()
@@ -160,8 +218,7 @@ def _over_blocks(layout: SequenceLayout, streams: list[torch.Tensor]) -> list[to
         for other in steps:
             tiles = block_tiles(layout, layout, rank, other, Mask())
             sums = Gradients(grads[rank].dq, grads[other].dk, grads[other].dv)
-            attend_backward(
-                sums, dout[rank], q[rank], k[other], v[other], out, lse, tiles, scale=128**-0.5
-            )
+            operands = Operands(dout[rank], q[rank], k[other], v[other], out, lse)
+            attend_backward(sums, operands, tiles, scale=128**-0.5)
     by_rank = (outs, *([getattr(g, x).result() for g in grads] for x in ("dq", "dk", "dv")))
     return [layout.unshard(shards) for shards in by_rank]

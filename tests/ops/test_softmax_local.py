@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from seqpar.ops.softmax_local import Gradients, attend, attend_backward
+from seqpar.ops.softmax_operands import Operands
 from seqpar.ops.softmax_partial import PartialOutput
 from seqpar.ops.softmax_tiles import Tile
 from tests.ops.softmax_reference import reference
@@ -54,6 +55,21 @@ def test_cpu_conforms(name: str, heads: tuple[int, int, int, int], dtype: torch.
     conforms(TILES[name], heads, dtype, "cpu")
 
 
+def test_any_strides() -> None:
+    """q, k, v and the gradient as views whose last dim is not the innermost in memory."""
+    tiles = [Tile(0, 40, 0, 40, None, 0)]
+    q, k, v, dout = (torch.randn(2, 8, 3, 40).transpose(1, 3) for _ in range(4))
+    expected = reference(q, k, v, dout, sees(tiles, 40, 40), 0.3)
+    merged = PartialOutput(q, 8)
+    attend(merged, q, k, v, tiles, scale=0.3)
+    out, lse = merged.result()
+    grads = Gradients.of(q, k, v)
+    attend_backward(grads, Operands(dout, q, k, v, out, lse), tiles, scale=0.3)
+    got = (out, grads.dq.result(), grads.dk.result(), grads.dv.result())
+    for what, x, ref in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
+        assert_close(x, ref, what=what)
+
+
 def conforms(
     tiles: list[Tile],
     heads: tuple[int, int, int, int],
@@ -86,7 +102,7 @@ def conforms(
     assert torch.equal(torch.isneginf(lse).cpu().any(-1).any(0), ~mask.any(-1))
 
     grads = Gradients.of(q, k, v)
-    attend_backward(grads, dout, q, k, v, out, lse, tiles, scale=scale, **options)
+    attend_backward(grads, Operands(dout, q, k, v, out, lse), tiles, scale=scale, **options)
     got = (out, grads.dq.result(), grads.dk.result(), grads.dv.result())
     for what, x, ref in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
         assert x.dtype == dtype

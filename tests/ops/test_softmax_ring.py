@@ -13,6 +13,7 @@ from seqpar import comm
 from seqpar.layout import SequenceLayout
 from seqpar.ops.ring import ring_backward, ring_forward
 from seqpar.ops.ring_schedule import ring_schedule
+from seqpar.ops.softmax_operands import Operands
 from seqpar.ops.softmax_tiles import Mask
 from tests.ops.softmax_cases import Case, assert_exact, layouts, run_case, run_cases
 from tests.ranks import run_ranks
@@ -56,11 +57,15 @@ def _traffic(rank: int, case: Case) -> tuple[int, int]:
 
 
 def test_only_what_the_mask_lets_through_is_sent() -> None:
-    """Causal and contiguous: rank r sends its block to the ranks after it alone, dk and dv back."""
+    """Causal and contiguous: rank r sends its block to the ranks after it alone, dk and dv back.
+
+    Forward and backward; but a right neighbour has kept the block for backward.
+    """
     case = Case(SequenceLayout.contiguous((0, 64), 4), options={"check": False})
     block = 16 * 2 * (8 + 8) * 4  # tokens, kv heads, K + V, bytes
     sent = [bytes_sent for bytes_sent, _ in run_ranks(4, _traffic, case)]
-    assert sent == [block * (2 * (3 - rank) + rank) for rank in range(4)]
+    kept = [1, 1, 1, 0]
+    assert sent == [block * (2 * (3 - rank) - kept[rank] + rank) for rank in range(4)]
 
 
 def test_documents_on_one_rank_send_nothing() -> None:
@@ -92,9 +97,10 @@ def _peak_bytes(rank: int, case: Case) -> tuple[int, int]:
     q, k, v, dout = (case.layout.shard(x, rank) for x in case.streams())
     schedule = ring_schedule(case.layout, case.layout, rank, Mask(), tuple(range(8)))
     with _PeakBytes() as forward:
-        out, lse = ring_forward(q, k, v, schedule, dist.group.WORLD, 0.3)
+        out, lse, kept = ring_forward(q, k, v, schedule, dist.group.WORLD, 0.3)
     with _PeakBytes() as backward:
-        ring_backward(dout, q, k, v, out, lse, schedule, dist.group.WORLD, 0.3)
+        operands = Operands(dout, q, k, v, out, lse)
+        ring_backward(operands, kept, schedule, dist.group.WORLD, 0.3)
     return forward.peak, backward.peak
 
 

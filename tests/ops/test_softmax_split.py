@@ -33,3 +33,9 @@ def test_each_pair_once_and_large_ones_on_the_grain(tile: Tile) -> None:
 def test_what_is_not_shared_stays_whole() -> None:
     narrow = Tile(0, 500, 0, 900, None, 0)
     assert share_out((narrow,)) == ((), (narrow,))
+
+
+def test_what_does_not_repay_a_plan_is_not_shared() -> None:
+    tile = Tile(0, 4096, 0, 4096, None, 0)
+    assert share_out((tile,), 4096 * 4096) == ((tile,), ())
+    assert share_out((tile,), 4096 * 4096 + 1) == ((), (tile,))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from seqpar.layout import SequenceLayout
-from tests.ops.softmax_cases import Case, assert_exact, layouts, run_cases
+from tests.ops.softmax_cases import Case, assert_exact, layouts, run_case, run_cases
 from tests.ranks import run_ranks
 
 DOCUMENTS = (0, 3, 40, 41, 77)
@@ -55,6 +55,29 @@ def test_strategies_equal_one_device(world_size: int) -> None:
     results = run_ranks(world_size, run_cases, cases)
     for i, case in enumerate(cases):
         assert_exact(case, [result[i] for result in results])
+
+
+def _few_cases(world_size: int) -> list[Case]:
+    """Every strategy and mask once, on a layout that balances nothing, heads that do not divide."""
+    uneven = layouts(DOCUMENTS, world_size)[-1]
+    return [
+        Case(uneven, strategy, heads=9, kv_heads=3, causal=causal, window=window)
+        for causal, window in MASKS
+        for strategy in ("ring", "ulysses", "usp", "gather", "auto", *(["halo"] if window else []))
+    ]
+
+
+@pytest.mark.parametrize("world_size", [5, 6, 7])
+def test_strategies_on_odd_numbers_of_ranks(world_size: int) -> None:
+    cases = _few_cases(world_size)
+    results = run_ranks(world_size, run_cases, cases)
+    for i, case in enumerate(cases):
+        assert_exact(case, [result[i] for result in results])
+
+
+@pytest.mark.parametrize("case", _few_cases(1), ids=str)
+def test_strategies_need_no_group_on_one_rank(case: Case) -> None:
+    assert_exact(case, [run_case(0, case)])
 
 
 @pytest.mark.parametrize("world_size", [1, 4])
