@@ -11,47 +11,37 @@ Decays per token are read once, [B, T, H], and written as running sums within th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from seqpar.kernels.lightning.segments import Segments
+from seqpar.kernels.launch import Launch
+from seqpar.kernels.lightning.plan import Cut
 
-__all__ = ["Decays", "head_decay", "load_reach", "prepare_decays"]
+__all__ = ["Decays", "head_decay", "load_last", "load_reach", "prepare_decays"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST_LOG_DECAY = tl.constexpr(-100.0)
 REACH_BITS = tl.constexpr(32.0)
 
 
-@dataclass(frozen=True)
-class Decays:
-    """The decays of one call and one cut."""
+class Decays(NamedTuple):
+    """The decays of one call and one cut: fixed per head, or per token."""
 
-    kind: int
-    """1: fixed per head, 2: per token."""
-    per_head: Tensor | None = None
-    """[H] natural log decays (kind 1)."""
+    per_head: Tensor | None
+    """[H] natural log decays, fixed."""
     reach: Tensor | None = None
-    """[H, L * C] log2 decay from the beginning of a token's chunk through the token (kind 2)."""
-    totals: Tensor | None = None
-    """[M, H] log2 decay of each segment (kind 2)."""
-    windows_ahead: Tensor | None = None
-    """[M, H] int32: full chunks before the segment's end that are not decayed below 2^-32."""
-    windows_back: Tensor | None = None
-    """[M, H] int32: the same from the segment's beginning."""
+    """[H, L * C] log2 decay from the beginning of a token's chunk through the token."""
+    by_segment: Tensor | None = None
+    """[3, M, H]: log2 decay of each segment; then how many full chunks before its end, and how many
+    from its beginning, are not decayed below 2^-32."""
 
-    def descriptor(self, chunk: int) -> Any:
-        """A [1, chunk] window on `reach`, or None."""
-        if self.reach is None:
-            return None
-        shape, stride = list(self.reach.shape), [self.reach.stride(0), 1]
-        return TensorDescriptor(self.reach, shape, stride, [1, chunk])
+    @property
+    def kind(self) -> int:
+        """1: fixed per head, 2: per token."""
+        return 1 if self.reach is None else 2
 
 
 @triton.jit
@@ -110,17 +100,9 @@ def chunk_decays_kernel(
 
 @triton.jit
 def segment_decays_kernel(
-    p_reach,
-    p_totals,
-    p_ahead,
-    p_back,
-    p_bounds,
-    H,
-    stride_reach,
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
+    p_reach, p_table, p_bounds, M, H, stride_reach, C: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """totals, windows_ahead and windows_back of one segment and head. Grid: (M, H)."""
+    """`by_segment` of one segment and head. Grid: (M, H)."""
     i_m, i_h = tl.program_id(0), tl.program_id(1)
     start, stop = tl.load(p_bounds + i_m), tl.load(p_bounds + i_m + 1)
     num_chunks = tl.cdiv(stop - start, C)
@@ -140,25 +122,42 @@ def segment_decays_kernel(
         b_after = total - behind - tl.cumsum(b_sum, 0)
         ahead += tl.sum(((b_after >= -REACH_BITS) & (o_c < num_full)).to(tl.int32), 0)
         behind += tl.sum(b_sum, 0)
-    tl.store(p_totals + i_m * H + i_h, total)
-    tl.store(p_ahead + i_m * H + i_h, ahead)
-    tl.store(p_back + i_m * H + i_h, back)
+    p_entry = p_table + i_m * H + i_h
+    tl.store(p_entry, total)
+    tl.store(p_entry + M * H, 1.0 * ahead)
+    tl.store(p_entry + 2 * M * H, 1.0 * back)
 
 
-def prepare_decays(log_decay: Tensor, segments: Segments, chunk: int) -> Decays:
+def prepare_decays(log_decay: Tensor, cut: Cut, chunk: int) -> Decays:
     """The decays of a call: float32, contiguous, [H] or [B, T, H]."""
     if log_decay.ndim == 1:
-        return Decays(1, per_head=log_decay)
-    heads = log_decay.shape[2]
-    num_slots = log_decay.shape[0] * log_decay.shape[1] // chunk + segments.count + 1
+        return Decays(log_decay)
+    batch, tokens, heads = log_decay.shape
+    count = cut.segments.count
+    num_slots = batch * tokens // chunk + count + 1
     reach = log_decay.new_empty(heads, num_slots * chunk)
-    grid = (triton.cdiv(segments.longest, chunk), segments.count, triton.cdiv(heads, 16))
-    chunk_decays_kernel[grid](
-        log_decay, reach, segments.bounds, heads, reach.stride(0), C=chunk, BH=16
+    by_segment = log_decay.new_empty(3, count, heads)
+    launches = cut.launches.get("decays")
+    if launches is None:
+        launches = cut.launches["decays"] = _launches(cut, heads, num_slots * chunk, chunk)
+    launches[0](log_decay, reach)
+    launches[1](reach, by_segment)
+    return Decays(None, reach, by_segment)
+
+
+def _launches(cut: Cut, heads: int, stride_reach: int, chunk: int) -> tuple[Launch, Launch]:
+    segments = cut.segments
+    shared = {"p_bounds": segments.bounds, "H": heads, "stride_reach": stride_reach, "C": chunk}
+    chunks = triton.cdiv(segments.longest, chunk)
+    return (
+        Launch(
+            chunk_decays_kernel,
+            (chunks, segments.count, triton.cdiv(heads, 16)),
+            fixed={**shared, "BH": 16},
+        ),
+        Launch(
+            segment_decays_kernel,
+            (segments.count, heads),
+            fixed={**shared, "M": segments.count, "BLOCK": 256},
+        ),
     )
-    totals = log_decay.new_empty(segments.count, heads)
-    ahead, back = (torch.empty_like(totals, dtype=torch.int32) for _ in range(2))
-    segment_decays_kernel[(segments.count, heads)](
-        reach, totals, ahead, back, segments.bounds, heads, reach.stride(0), C=chunk, BLOCK=256
-    )
-    return Decays(2, reach=reach, totals=totals, windows_ahead=ahead, windows_back=back)

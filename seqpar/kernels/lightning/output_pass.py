@@ -189,7 +189,7 @@ def _run_segment(
 @triton.jit
 def output_pass_kernel(
     d_x, d_y, d_z, d_u, d_w, p_w, p_decay, d_reach, p_reach, stride_reach,
-    p_totals, p_dreach, p_states, p_initial,
+    p_by_segment, p_dreach, p_states, p_initial,
     p_final, p_bounds, p_sequence, p_first, p_order, H, N, DX, DZ, stride_x, stride_z,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, GRAD: tl.constexpr, FLAT: tl.constexpr,
     SCAN: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
@@ -223,7 +223,7 @@ def output_pass_kernel(
                 tokens = tl.load(p_bounds + i_p + 1) - tl.load(p_bounds + i_p)
                 b_S = b_S * tl.exp2(tokens.to(tl.float32) * head_decay(p_decay, i_h, DECAY))
             elif DECAY == 2:
-                b_S = b_S * tl.exp2(tl.load(p_totals + i_p * H + i_h))
+                b_S = b_S * tl.exp2(tl.load(p_by_segment + i_p * H + i_h))
             o_state = (i_p * H + i_h).to(tl.int64) * DX * DZ
             b_S += tl.load(p_states + o_state + o_S, mask=m_S, other=0.0)
     elif p_states is not None:

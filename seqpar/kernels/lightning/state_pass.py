@@ -21,16 +21,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from seqpar.kernels.launch import Launch, Window
 from seqpar.kernels.lightning.decays import Decays, head_decay, load_reach
-from seqpar.kernels.lightning.segments import Segments
+from seqpar.kernels.lightning.plan import Cut
 from seqpar.kernels.lightning.tuning import Config, padded
 
 __all__ = [
     "can_be_flat",
     "decayed",
-    "descriptor",
     "enter_segments",
     "load_tile",
     "precision",
@@ -107,7 +106,7 @@ def _add_tail(
 
 @triton.jit
 def segment_states_kernel(
-    d_y, d_z, p_decay, d_reach, p_windows, p_states, p_list, p_bounds, H, K, V,
+    d_y, d_z, p_decay, d_reach, p_by_segment, p_states, p_list, p_bounds, M, H, K, V,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, FLAT: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +127,8 @@ def segment_states_kernel(
         span = REACH_BITS / tl.maximum(-log2_decay, 1e-6)
         num_chunks = tl.minimum(num_full, (span / C).to(tl.int32) + 1)
     elif DECAY == 2:
-        num_chunks = tl.minimum(num_full, tl.load(p_windows + i_m * H + i_h))
+        p_window = p_by_segment + ((2 if REVERSE else 1) * M + i_m) * H + i_h
+        num_chunks = tl.minimum(num_full, tl.load(p_window).to(tl.int32))
     b_U = tl.zeros([BK, BV], tl.float32)
     distance = 0.0
     if not REVERSE:
@@ -164,13 +164,13 @@ def segment_states_kernel(
 
 @triton.jit
 def enter_segments_kernel(
-    p_states, p_entries, p_initial, p_final, p_decay, p_totals, p_bounds, p_first, H, KV,
+    p_states, p_entries, p_initial, p_final, p_decay, p_by_segment, p_bounds, p_first, H, KV,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """entries[m] = the state that enters segment m when `initial`, or zero, enters its sequence.
 
-    final[s], if asked for, is what leaves the last segment (backward in time: the first).
-    `entries` may be `states` itself. Grid: (tiles of K * V, H, S).
+    final[s] is what leaves the last segment (backward in time: the first). Either may be left out,
+    and `entries` may be `states` itself. Grid: (tiles of K * V, H, S).
     """
     i_h, i_s = tl.program_id(1), tl.program_id(2)
     o_kv = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -188,12 +188,13 @@ def enter_segments_kernel(
         if p_final is None:
             need = m_kv & (o_kv * 0 + i < end - first - 1)
         b_U = tl.load(p_states + o_m + o_kv, mask=need, other=0.0)
-        tl.store(p_entries + o_m + o_kv, b_state, mask=m_kv)
+        if p_entries is not None:
+            tl.store(p_entries + o_m + o_kv, b_state, mask=m_kv)
         if DECAY == 1:
             tokens = tl.load(p_bounds + i_m + 1) - tl.load(p_bounds + i_m)
             b_state = b_state * tl.exp2(tokens.to(tl.float32) * log2_decay)
         elif DECAY == 2:
-            b_state = b_state * tl.exp2(tl.load(p_totals + i_m * H + i_h))
+            b_state = b_state * tl.exp2(tl.load(p_by_segment + i_m * H + i_h))
         b_state += b_U
     if p_final is not None:
         tl.store(p_final + o_sequence, b_state, mask=m_kv)
@@ -209,93 +210,92 @@ def can_be_flat(*tensors: Tensor) -> bool:
     return all(x.stride(2) == x.shape[3] == padded(x.shape[3]) for x in tensors)
 
 
-def descriptor(x: Tensor, chunk: int, columns: int, *, flat: bool) -> Any:
-    """A window of `chunk` rows and `columns` of one head on x [B, T, H, D]; zero outside."""
-    batch, tokens, heads, dim = x.shape
-    rows = batch * tokens
-    if flat:
-        return TensorDescriptor(x, [rows, heads * dim], [x.stride(1), 1], [chunk, columns])
-    strides = [x.stride(1), x.stride(2), 1]
-    return TensorDescriptor(x, [rows, heads, dim], strides, [chunk, 1, columns])
-
-
 def segment_states(
     y: Tensor,
     z: Tensor,
     decays: Decays,
-    segments: Segments,
+    cut: Cut,
     config: Config,
     *,
     reverse: bool,
     every: bool,
 ) -> Tensor:
     """[M, H, K, V] float32: what each segment adds. Unless `every`, only where another needs it."""
-    heads, key_dim, value_dim = y.shape[2], y.shape[3], z.shape[3]
-    states = y.new_empty(segments.count, heads, key_dim, value_dim, dtype=torch.float32)
-    needed = segments.with_predecessor if reverse else segments.with_successor
-    if every:
-        needed = segments.by_length
-    if len(needed) == 0:
+    shape = (cut.segments.count, y.shape[2], y.shape[3], z.shape[3])
+    states = torch.empty(shape, dtype=torch.float32, device=y.device)
+    if not every and cut.segments.num_cut == 0:
         return states
+    key = ("states", reverse, every, y.stride(), z.stride())
+    launch = cut.launches.get(key)
+    if launch is None:
+        launch = _states_launch(y, z, decays.kind, cut, config, reverse, every)
+        cut.launches[key] = launch
+    given = (y, z, decays.per_head, decays.reach, decays.by_segment, states)
+    launch(*[x for x in given if x is not None])
+    return states
+
+
+def _states_launch(
+    y: Tensor, z: Tensor, kind: int, cut: Cut, config: Config, reverse: bool, every: bool
+) -> Launch:
+    segments, flat = cut.segments, can_be_flat(y, z)
+    heads, key_dim, value_dim = y.shape[2], y.shape[3], z.shape[3]
     tile_k, tile_v = padded(key_dim), config.value_tile
-    flat = can_be_flat(y, z)
-    segment_states_kernel[(len(needed) * heads, triton.cdiv(value_dim, tile_v))](
-        descriptor(y, config.chunk, tile_k, flat=flat),
-        descriptor(z, config.chunk, tile_v, flat=flat),
-        decays.per_head,
-        decays.descriptor(config.chunk),
-        decays.windows_back if reverse else decays.windows_ahead,
-        states,
-        needed,
-        segments.bounds,
-        heads,
-        key_dim,
-        value_dim,
-        DECAY=decays.kind,
-        REVERSE=reverse,
-        FLAT=flat,
-        C=config.chunk,
-        BK=tile_k,
-        BV=tile_v,
-        STAGES=min(config.num_stages, 3),
-        PRECISION=precision(y.dtype),
+    listed = segments.with_predecessor if reverse else segments.with_successor
+    if every:
+        listed = segments.by_length
+    fixed: dict[str, Any] = {
+        "p_list": listed, "p_bounds": segments.bounds, "M": segments.count, "H": heads,
+        "K": key_dim, "V": value_dim, "DECAY": kind, "REVERSE": reverse, "FLAT": flat,
+        "C": config.chunk, "BK": tile_k, "BV": tile_v, "STAGES": min(config.num_stages, 3),
+        "PRECISION": precision(y.dtype),
+    }  # fmt: skip
+    fixed |= {"d_reach": None, "p_by_segment": None} if kind == 1 else {"p_decay": None}
+    return Launch(
+        segment_states_kernel,
+        (len(listed) * heads, triton.cdiv(value_dim, tile_v)),
+        fixed=fixed,
+        windows={
+            "d_y": Window(config.chunk, tile_k, flat=flat),
+            "d_z": Window(config.chunk, tile_v, flat=flat),
+        }
+        | ({} if kind == 1 else {"d_reach": Window(1, config.chunk, flat=True)}),
         num_warps=config.num_warps,
     )
-    return states
 
 
 def enter_segments(
     states: Tensor,
     decays: Decays,
-    segments: Segments,
+    cut: Cut,
     *,
     initial: Tensor | None = None,
+    entries: Tensor | None = None,
+    final: Tensor | None = None,
     reverse: bool,
-    return_final: bool,
-    in_place: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Entry states [M, H, K, V] for `initial` or zero in; the exit states [S, H, K, V] if asked."""
+) -> None:
+    """Write what enters each segment into `entries` [M, H, K, V], which may be `states`, and what
+    leaves each sequence into `final` [S, H, K, V], for `initial` or zero in.
+    """
+    key = ("enter", reverse, initial is None, entries is None, final is None)
+    launch = cut.launches.get(key)
+    optional = {"p_entries": entries, "p_initial": initial, "p_final": final}
+    if launch is None:
+        launch = cut.launches[key] = _enter_launch(states, decays.kind, cut, optional, reverse)
+    given = (entries, initial, final, decays.per_head, decays.by_segment)
+    launch(states, *[x for x in given if x is not None])
+
+
+def _enter_launch(
+    states: Tensor, kind: int, cut: Cut, optional: dict[str, Tensor | None], reverse: bool
+) -> Launch:
     _, heads, key_dim, value_dim = states.shape
-    entries = states if in_place else torch.empty_like(states)
-    final = None
-    if return_final:
-        final = states.new_empty(segments.num_sequences, heads, key_dim, value_dim)
-    block = 1024
-    grid = (triton.cdiv(key_dim * value_dim, block), heads, segments.num_sequences)
-    enter_segments_kernel[grid](
-        states,
-        entries,
-        initial,
-        final,
-        decays.per_head,
-        decays.totals,
-        segments.bounds,
-        segments.first,
-        heads,
-        key_dim * value_dim,
-        DECAY=decays.kind,
-        REVERSE=reverse,
-        BLOCK=block,
-        num_warps=4,
-    )
-    return entries, final
+    size, block = key_dim * value_dim, 1024
+    fixed: dict[str, Any] = {
+        "p_bounds": cut.segments.bounds, "p_first": cut.segments.first, "H": heads, "KV": size,
+        "DECAY": kind, "REVERSE": reverse, "BLOCK": block,
+    }  # fmt: skip
+    fixed |= {name: None for name, x in optional.items() if x is None}
+    fixed["p_by_segment" if kind == 1 else "p_decay"] = None
+    grid = (triton.cdiv(size, block), heads, cut.segments.num_sequences)
+    return Launch(enter_segments_kernel, grid, fixed=fixed)
