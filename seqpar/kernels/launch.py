@@ -71,22 +71,31 @@ class Launch:
         parameters = inspect.signature(kernel.fn).parameters
         self._names = [name for name in parameters if name not in fixed]
         self._direct: DirectLaunch | None = None
-        self._compiles = True
+        self._can_bind = True
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether calls go past Triton: from the second on, on a GPU."""
+        return self._direct is not None
 
     def __call__(self, *tensors: Tensor) -> None:
         if self._direct is not None:
             self._direct(*tensors)
-            return
+        else:
+            self.through_triton(*tensors)
+
+    def through_triton(self, *tensors: Tensor) -> None:
+        """The launch as Triton does it, which compiles the kernel if need be."""
         given = dict(zip(self._names, tensors, strict=True))
         for name, window in self._windows.items():
             given[name] = window.of(given[name])
         compiled = self._kernel[self._grid](**given, **self._fixed, num_warps=self._num_warps)
-        if compiled is not None and self._compiles:
+        if compiled is not None and self._can_bind:
             self._bind(compiled, given)
 
     def _bind(self, compiled: Any, given: dict[str, Any]) -> None:
         try:
             self._direct = DirectLaunch(compiled, self._grid, given=given, fixed=self._fixed)
         except UnknownLayoutError as reason:
-            self._compiles = False
+            self._can_bind = False
             _log.warning("kernels are launched through Triton, which is slower: %s", reason)

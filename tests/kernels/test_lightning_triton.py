@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from seqpar.kernels.lightning import lightning_attention
-from seqpar.kernels.lightning.plan import plan_of
+from seqpar.kernels.lightning.plan import Plan, plan_of
 from seqpar.kernels.lightning.reference import recurrent_attention
 from tests.kernels.test_lightning import DECAYS, leaves, make_inputs, packed
 from tests.tolerances import assert_close, relative_error
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
+from seqpar.kernels.launch import Launch  # noqa: E402
 from seqpar.kernels.lightning.backward import backward_triton  # noqa: E402
 from seqpar.kernels.lightning.forward import (  # noqa: E402
     attend_triton,
@@ -191,3 +192,65 @@ def test_the_public_function_on_a_gpu_without_an_initial_state(decay: str) -> No
     for name, leaf in ours.items():
         if leaf is not None and leaf.requires_grad:
             assert_close(leaf.grad, theirs[name].grad, what=name)
+
+
+def outputs_and_gradients(ours: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
+    """o, the final state and every gradient, through the public function."""
+    o, final = lightning_attention(**ours, return_final_state=True)
+    wanted = [x for x in ours.values() if x is not None and x.requires_grad]
+    grads = torch.autograd.grad([o, final], wanted, [o.detach(), final.detach()])
+    return (o.detach(), final.detach(), *grads)
+
+
+def public_case(decay: str) -> dict[str, Tensor | None]:
+    inputs = make_inputs(decay=decay, tokens=3000, key_dim=128, value_dim=64, dtype=torch.bfloat16)
+    return leaves({name: x if x is None else x.cuda() for name, x in inputs.items()})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", DECAYS)
+def test_a_call_can_be_captured_in_a_cuda_graph(decay: str) -> None:
+    ours = public_case(decay)
+    expected = outputs_and_gradients(ours)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        outputs_and_gradients(ours)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = outputs_and_gradients(ours)
+    for x in captured:
+        x.fill_(torch.nan)
+    graph.replay()
+    for now, before in zip(captured, expected, strict=True):
+        assert torch.equal(now, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", DECAYS)
+def test_launches_past_triton_give_what_its_own_give(
+    decay: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = public_case(decay)
+    outputs_and_gradients(ours)
+    direct = outputs_and_gradients(ours)
+    monkeypatch.setattr(Launch, "_bind", lambda *_: None)
+    monkeypatch.setattr(Launch, "__call__", Launch.through_triton)
+    for one, other in zip(direct, outputs_and_gradients(ours), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+def test_launches_bind_to_the_compiled_kernels() -> None:
+    plan = plan_for(public_case("fixed"))
+    outputs_and_gradients(public_case("fixed"))
+    assert plan.cut.launches
+    assert all(launch.is_direct for launch in plan.cut.launches.values())
+
+
+def plan_for(inputs: dict[str, Tensor | None]) -> Plan:
+    return plan_of(
+        inputs["k"], inputs["v"], queries=inputs["q"], log_decay=inputs["log_decay"],
+        cu_seqlens=None,
+    )  # fmt: skip

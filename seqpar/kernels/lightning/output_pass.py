@@ -25,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from seqpar.kernels.lightning.decays import head_decay, load_last, load_reach
+from seqpar.kernels.lightning.decays import head_decay, load_decays, load_last
 from seqpar.kernels.lightning.state_pass import decayed, load_tile
 
 __all__ = ["output_pass_kernel"]
@@ -43,8 +43,8 @@ def _entry_product(b_S, b_x, PRECISION: tl.constexpr):
 
 @triton.jit
 def _chunk(
-    b_S, b_x, b_y, b_z, b_u, num_tokens, log2_decay, b_reach, last,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, TAIL: tl.constexpr, GRAD: tl.constexpr,
+    b_S, b_x, b_y, b_z, b_u, num_tokens, b_reach, b_back, b_ahead, last,
+    REVERSE: tl.constexpr, TAIL: tl.constexpr, GRAD: tl.constexpr,
     C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk: wᵀ [DZ, C], the state behind it, and the gradient of G if GRAD; all float32.
@@ -65,10 +65,6 @@ def _chunk(
         m_pair = o_c[:, None] >= o_c[None, :]
     else:
         m_pair = o_c[:, None] <= o_c[None, :]
-    if DECAY == 1:
-        b_reach = (o_c + 1).to(tl.float32) * log2_decay
-    b_back = tl.exp2(b_reach)
-    b_ahead = tl.exp2(tl.minimum(last - b_reach, 0.0) if TAIL else last - b_reach)
     b_gap = b_reach[:, None] - b_reach[None, :]
     if not REVERSE:
         b_gap = -b_gap
@@ -106,13 +102,13 @@ def _run_tail(
     b_u = b_z
     if GRAD:
         b_u = load_tile(d_u, row, i_h, i_z * BZ, DZ, C, BZ, FLAT)
-    b_reach = load_reach(d_reach, slot, i_h, C, DECAY)
+    b_reach, b_back, b_ahead = load_decays(d_reach, slot, i_h, log2_decay, stop - row, C, DECAY)
     last = (stop - row) * log2_decay
     if DECAY == 2:
         last = load_last(p_reach, slot, i_h, stride_reach, C, DECAY)
     b_w, b_S, b_dreach = _chunk(
-        b_S, b_x, b_y, b_z, b_u, stop - row, log2_decay, b_reach, last,
-        DECAY, REVERSE, True, GRAD, C, PRECISION,
+        b_S, b_x, b_y, b_z, b_u, stop - row, b_reach, b_back, b_ahead, last,
+        REVERSE, True, GRAD, C, PRECISION,
     )  # fmt: skip
     o_row = row + tl.arange(0, C)
     o_z = i_z * BZ + tl.arange(0, BZ)[None, :]
@@ -157,15 +153,17 @@ def _run_segment(
         b_u = b_z
         if GRAD:
             b_u = load_tile(d_u, row, i_h, i_z * BZ, DZ, C, BZ, FLAT)
-        b_reach = load_reach(d_reach, first_slot + i_c, i_h, C, DECAY)
+        b_reach, b_back, b_ahead = load_decays(
+            d_reach, first_slot + i_c, i_h, log2_decay, C, C, DECAY
+        )
         last = C * log2_decay
         if DECAY == 2:
             last = next_last
             next_chunk = tl.maximum(i_c - 1, 0) if REVERSE else i_c + 1
             next_last = load_last(p_reach, first_slot + next_chunk, i_h, stride_reach, C, DECAY)
         b_w, b_S, b_dreach = _chunk(
-            b_S, b_x, b_y, b_z, b_u, C, log2_decay, b_reach, last,
-            DECAY, REVERSE, False, GRAD, C, PRECISION,
+            b_S, b_x, b_y, b_z, b_u, C, b_reach, b_back, b_ahead, last,
+            REVERSE, False, GRAD, C, PRECISION,
         )  # fmt: skip
         b_out = tl.trans(b_w.to(b_x.dtype))
         if FLAT:

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from seqpar.kernels.launch import Launch, Window
-from seqpar.kernels.lightning.decays import Decays, head_decay, load_reach
+from seqpar.kernels.lightning.decays import Decays, head_decay, load_last, load_row
 from seqpar.kernels.lightning.plan import Cut
 from seqpar.kernels.lightning.tuning import Config, padded
 
@@ -64,26 +64,22 @@ def load_tile(d_x, row, i_h, column, D, C: tl.constexpr, B: tl.constexpr, FLAT: 
 
 
 @triton.jit
-def _add_chunk(
-    b_U, b_y, b_z, distance, num_tokens, log2_decay, b_reach, last,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, TAIL: tl.constexpr,
-    C: tl.constexpr, PRECISION: tl.constexpr,
+def _factors(d_reach, slot, num_tokens, distance, log2_decay, i_h,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, TAIL: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """U plus the chunk's yᵀ z, decayed to the segment's near end.
+    """[C]: how much of each token of a chunk is left at the segment's near end.
 
     `distance` is how much log2 decay lies between the chunk and that end.
     """
     o_c = tl.arange(0, C)
-    if TAIL:
-        b_z = tl.where((o_c < num_tokens)[:, None], b_z, 0.0).to(b_z.dtype)
-        b_y = tl.where((o_c < num_tokens)[:, None], b_y, 0.0).to(b_y.dtype)
-    if DECAY == 1:
-        b_reach = tl.minimum(o_c + 1, num_tokens).to(tl.float32) * log2_decay
-    b_factor = tl.exp2(distance + (b_reach if REVERSE else last - b_reach))
+    if DECAY == 2:
+        b_factor = load_row(d_reach, slot, 1 if REVERSE else 2, i_h, C) * tl.exp2(distance)
+    else:
+        b_steps = o_c + 1 if REVERSE else num_tokens - 1 - o_c
+        b_factor = tl.exp2(distance + tl.maximum(b_steps, 0).to(tl.float32) * log2_decay)
     if TAIL:
         b_factor = tl.where(o_c < num_tokens, b_factor, 0.0)
-    b_y = decayed(b_y, b_factor)
-    return tl.dot(tl.trans(b_y), b_z, b_U, input_precision=PRECISION)
+    return b_factor
 
 
 @triton.jit
@@ -92,21 +88,22 @@ def _add_tail(
     DECAY: tl.constexpr, REVERSE: tl.constexpr, FLAT: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """U plus the last chunk of a segment, which has fewer than C tokens, and its log2 decay."""
+    """U plus the last chunk of a segment, which has fewer than C tokens."""
+    m_row = (tl.arange(0, C) < num_tokens)[:, None]
     b_y = load_tile(d_y, row, i_h, 0, K, C, BK, FLAT)
     b_z = load_tile(d_z, row, i_h, i_v * BV, V, C, BV, FLAT)
-    b_reach = load_reach(d_reach, slot, i_h, C, DECAY)
-    last = tl.min(b_reach, 0) if DECAY == 2 else num_tokens * log2_decay
-    b_U = _add_chunk(
-        b_U, b_y, b_z, distance, num_tokens, log2_decay, b_reach, last,
-        DECAY, REVERSE, True, C, PRECISION,
-    )  # fmt: skip
-    return b_U, last
+    b_factor = _factors(
+        d_reach, slot, num_tokens, distance, log2_decay, i_h, DECAY, REVERSE, True, C
+    )
+    b_y = decayed(tl.where(m_row, b_y, 0.0).to(b_y.dtype), b_factor)
+    b_z = tl.where(m_row, b_z, 0.0).to(b_z.dtype)
+    return tl.dot(tl.trans(b_y), b_z, b_U, input_precision=PRECISION)
 
 
 @triton.jit
 def segment_states_kernel(
-    d_y, d_z, p_decay, d_reach, p_by_segment, p_states, p_list, p_bounds, M, H, K, V,
+    d_y, d_z, p_decay, d_reach, p_reach, p_by_segment, p_states, p_list, p_bounds, M, H, K, V,
+    stride_reach,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, FLAT: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -133,26 +130,29 @@ def segment_states_kernel(
     distance = 0.0
     if not REVERSE:
         if row_tail < stop:
-            b_U, last = _add_tail(
+            b_U = _add_tail(
                 b_U, d_y, d_z, d_reach, row_tail, first_slot + num_full, stop - row_tail, distance,
                 log2_decay, i_h, i_v, K, V, DECAY, REVERSE, FLAT, C, BK, BV, PRECISION,
             )  # fmt: skip
-            distance += last
+            distance = (stop - row_tail) * log2_decay
+            if DECAY == 2:
+                distance = load_last(p_reach, first_slot + num_full, i_h, stride_reach, C, DECAY)
     for i in tl.range(0, num_chunks, num_stages=STAGES):
         i_c = i if REVERSE else num_full - 1 - i
         row = start + i_c * C
+        last = C * log2_decay
+        if DECAY == 2:
+            last = load_last(p_reach, first_slot + i_c, i_h, stride_reach, C, DECAY)
         b_y = load_tile(d_y, row, i_h, 0, K, C, BK, FLAT)
         b_z = load_tile(d_z, row, i_h, i_v * BV, V, C, BV, FLAT)
-        b_reach = load_reach(d_reach, first_slot + i_c, i_h, C, DECAY)
-        last = tl.min(b_reach, 0) if DECAY == 2 else C * log2_decay
-        b_U = _add_chunk(
-            b_U, b_y, b_z, distance, C, log2_decay, b_reach, last,
-            DECAY, REVERSE, False, C, PRECISION,
-        )  # fmt: skip
+        b_factor = _factors(
+            d_reach, first_slot + i_c, C, distance, log2_decay, i_h, DECAY, REVERSE, False, C
+        )
+        b_U = tl.dot(tl.trans(decayed(b_y, b_factor)), b_z, b_U, input_precision=PRECISION)
         distance += last
     if REVERSE:
         if (row_tail < stop) & (num_chunks == num_full):
-            b_U, last = _add_tail(
+            b_U = _add_tail(
                 b_U, d_y, d_z, d_reach, row_tail, first_slot + num_full, stop - row_tail, distance,
                 log2_decay, i_h, i_v, K, V, DECAY, REVERSE, FLAT, C, BK, BV, PRECISION,
             )  # fmt: skip
@@ -228,15 +228,15 @@ def segment_states(
     key = ("states", reverse, every, y.stride(), z.stride())
     launch = cut.launches.get(key)
     if launch is None:
-        launch = _states_launch(y, z, decays.kind, cut, config, reverse, every)
+        launch = _states_launch(y, z, decays, cut, config, reverse, every)
         cut.launches[key] = launch
-    given = (y, z, decays.per_head, decays.reach, decays.by_segment, states)
+    given = (y, z, decays.per_head, decays.reach, decays.reach, decays.by_segment, states)
     launch(*[x for x in given if x is not None])
     return states
 
 
 def _states_launch(
-    y: Tensor, z: Tensor, kind: int, cut: Cut, config: Config, reverse: bool, every: bool
+    y: Tensor, z: Tensor, decays: Decays, cut: Cut, config: Config, reverse: bool, every: bool
 ) -> Launch:
     segments, flat = cut.segments, can_be_flat(y, z)
     heads, key_dim, value_dim = y.shape[2], y.shape[3], z.shape[3]
@@ -246,20 +246,24 @@ def _states_launch(
         listed = segments.by_length
     fixed: dict[str, Any] = {
         "p_list": listed, "p_bounds": segments.bounds, "M": segments.count, "H": heads,
-        "K": key_dim, "V": value_dim, "DECAY": kind, "REVERSE": reverse, "FLAT": flat,
+        "K": key_dim, "V": value_dim, "DECAY": decays.kind, "REVERSE": reverse, "FLAT": flat,
         "C": config.chunk, "BK": tile_k, "BV": tile_v, "STAGES": min(config.num_stages, 3),
         "PRECISION": precision(y.dtype),
     }  # fmt: skip
-    fixed |= {"d_reach": None, "p_by_segment": None} if kind == 1 else {"p_decay": None}
+    windows = {
+        "d_y": Window(config.chunk, tile_k, flat=flat),
+        "d_z": Window(config.chunk, tile_v, flat=flat),
+    }
+    if decays.reach is None:
+        fixed |= dict.fromkeys(("d_reach", "p_reach", "p_by_segment")) | {"stride_reach": 0}
+    else:
+        fixed |= {"p_decay": None, "stride_reach": decays.reach.stride(0)}
+        windows["d_reach"] = Window(1, config.chunk, flat=True)
     return Launch(
         segment_states_kernel,
         (len(listed) * heads, triton.cdiv(value_dim, tile_v)),
         fixed=fixed,
-        windows={
-            "d_y": Window(config.chunk, tile_k, flat=flat),
-            "d_z": Window(config.chunk, tile_v, flat=flat),
-        }
-        | ({} if kind == 1 else {"d_reach": Window(1, config.chunk, flat=True)}),
+        windows=windows,
         num_warps=config.num_warps,
     )
 
