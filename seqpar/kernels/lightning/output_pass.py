@@ -1,4 +1,4 @@
-# ruff: noqa: SIM102, SIM108
+# ruff: noqa: SIM102
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
 """The one pass that makes outputs, and with its roles exchanged every gradient.
@@ -42,8 +42,40 @@ def _entry_product(b_S, b_x, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _pairs(
+    b_x, b_y, b_z, b_u, b_reach, H,
+    REVERSE: tl.constexpr, GRAD: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P [j, i] = (y_j . x_i) times the decay between j and i, 0 where j is not before i; and what
+    pairs add to the gradient of G.
+
+    The branch is always taken. Triton gives a product that another product uses all warps along
+    its rows: of 64 rows each half of 8 warps would compute everything. It does not follow P out
+    of the branch, and divides the product among the warps.
+    """
+    b_P = tl.zeros([C, C], b_z.dtype)
+    b_dreach = tl.zeros([C], tl.float32)
+    if H > 0:
+        o_c = tl.arange(0, C)
+        if REVERSE:
+            m_pair = o_c[:, None] >= o_c[None, :]
+            b_gap = b_reach[:, None] - b_reach[None, :]
+        else:
+            m_pair = o_c[:, None] <= o_c[None, :]
+            b_gap = b_reach[None, :] - b_reach[:, None]
+        b_pairs = tl.dot(b_y, tl.trans(b_x), input_precision=PRECISION)
+        b_pairs *= tl.exp2(tl.where(m_pair, b_gap, -float("inf")))
+        b_P = b_pairs.to(b_z.dtype)
+        if GRAD:
+            if not REVERSE:
+                b_pairs *= tl.dot(b_z, tl.trans(b_u), input_precision=PRECISION)
+                b_dreach = tl.sum(b_pairs, 0) - tl.sum(b_pairs, 1)
+    return b_P, b_dreach
+
+
+@triton.jit
 def _chunk(
-    b_S, b_x, b_y, b_z, b_u, num_tokens, b_reach, b_back, b_ahead, last,
+    b_S, b_x, b_y, b_z, b_u, num_tokens, b_reach, b_back, b_ahead, last, H,
     REVERSE: tl.constexpr, TAIL: tl.constexpr, GRAD: tl.constexpr,
     C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -59,25 +91,12 @@ def _chunk(
         b_z = tl.where(m_row, b_z, 0.0).to(b_z.dtype)
         if GRAD:
             b_u = tl.where(m_row, b_u, 0.0).to(b_u.dtype)
-    b_P = tl.dot(b_y, tl.trans(b_x), input_precision=PRECISION)  # [j, i]
+    b_P, b_dreach = _pairs(b_x, b_y, b_z, b_u, b_reach, H, REVERSE, GRAD, C, PRECISION)
     b_w = _entry_product(b_S, b_x, PRECISION)
-    if REVERSE:
-        m_pair = o_c[:, None] >= o_c[None, :]
-    else:
-        m_pair = o_c[:, None] <= o_c[None, :]
-    b_gap = b_reach[:, None] - b_reach[None, :]
-    if not REVERSE:
-        b_gap = -b_gap
-    b_P = b_P * tl.exp2(tl.where(m_pair, b_gap, -float("inf")))
     b_w = b_w * (b_ahead if REVERSE else b_back)[None, :]
-    b_dreach = 0.0
     if GRAD:
-        b_uT = tl.trans(b_u)
-        b_dreach = tl.sum(b_w * b_uT.to(tl.float32), 0)
-        if not REVERSE:
-            b_pairs = b_P * tl.dot(b_z, b_uT, input_precision=PRECISION)
-            b_dreach += tl.sum(b_pairs, 0) - tl.sum(b_pairs, 1)
-    b_w = tl.dot(tl.trans(b_z), b_P.to(b_z.dtype), b_w, input_precision=PRECISION)
+        b_dreach += tl.sum(b_w * tl.trans(b_u).to(tl.float32), 0)
+    b_w = tl.dot(tl.trans(b_z), b_P, b_w, input_precision=PRECISION)
     b_S = b_S * tl.exp2(last)
     b_factor = b_back if REVERSE else b_ahead
     if TAIL:
@@ -107,7 +126,7 @@ def _run_tail(
     if DECAY == 2:
         last = load_last(p_reach, slot, i_h, stride_reach, C, DECAY)
     b_w, b_S, b_dreach = _chunk(
-        b_S, b_x, b_y, b_z, b_u, stop - row, b_reach, b_back, b_ahead, last,
+        b_S, b_x, b_y, b_z, b_u, stop - row, b_reach, b_back, b_ahead, last, H,
         REVERSE, True, GRAD, C, PRECISION,
     )  # fmt: skip
     o_row = row + tl.arange(0, C)
@@ -162,7 +181,7 @@ def _run_segment(
             next_chunk = tl.maximum(i_c - 1, 0) if REVERSE else i_c + 1
             next_last = load_last(p_reach, first_slot + next_chunk, i_h, stride_reach, C, DECAY)
         b_w, b_S, b_dreach = _chunk(
-            b_S, b_x, b_y, b_z, b_u, C, b_reach, b_back, b_ahead, last,
+            b_S, b_x, b_y, b_z, b_u, C, b_reach, b_back, b_ahead, last, H,
             REVERSE, False, GRAD, C, PRECISION,
         )  # fmt: skip
         b_out = tl.trans(b_w.to(b_x.dtype))
