@@ -10,14 +10,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from seqpar.kernels.lightning import dispatch, lightning_attention
+from seqpar.kernels.lightning import lightning_attention
+from seqpar.kernels.lightning.plan import Plan, plan_of
 from seqpar.kernels.lightning.reference import recurrent_attention
 from tests.kernels.test_lightning import DECAYS, leaves, make_inputs, packed
 from tests.tolerances import assert_close, relative_error
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
+from seqpar.kernels.launch import Launch  # noqa: E402
+from seqpar.kernels.lightning.backward import backward_triton  # noqa: E402
+from seqpar.kernels.lightning.forward import (  # noqa: E402
+    attend_triton,
+    forward_triton,
+    summary_triton,
+)
+from seqpar.kernels.lightning.step import step_triton  # noqa: E402
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NEEDS = dispatch.Needs(decay_grad=True, entry_grad=True)
 
 
 def on_device(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
@@ -40,20 +49,14 @@ def check(
     torch.autograd.backward([ref_o, ref_final], [do.double(), dfinal.double()])
     here = on_device(inputs)
     q, k, v, log_decay, initial = here.values()
-    o, final, states = dispatch.triton_forward(q, k, v, log_decay, cu_seqlens, initial, True)
-    assert states is not None
+    plan = plan_of(k, v, queries=q, log_decay=log_decay, cu_seqlens=cu_seqlens)
+    o, final, states = forward_triton(plan, q, k, v, log_decay, initial, return_final=True)
     assert_close(o, ref_o, what="o", dtype=dtype)
     assert_close(final, ref_final, what="final_state", dtype=dtype, dim=0)
-    grads = dispatch.triton_backward(
-        (q, k, v, do.to(DEVICE)),
-        log_decay,
-        cu_seqlens,
-        initial,
-        dfinal.to(DEVICE),
-        states=states,
-        grad_states=None,
-        needs=NEEDS,
-    )
+    grads = backward_triton(
+        plan, (q, k, v, do.to(DEVICE)), log_decay, initial, dfinal.to(DEVICE),
+        states=states, grad_states=None, decay_grad=True, entry_grad=True,
+    )  # fmt: skip
     for name, grad in zip(theirs, grads, strict=True):
         reference = theirs[name].grad if theirs[name] is not None else None
         if reference is not None:
@@ -102,7 +105,8 @@ def test_a_float16_state_may_exceed_the_range_of_float16() -> None:
     inputs["initial_state"] *= 3e5
     inputs["q"] *= 1e-3
     q, k, v, log_decay, initial = on_device(inputs).values()
-    o, _, _ = dispatch.triton_forward(q, k, v, log_decay, None, initial, False)
+    plan = plan_of(k, v, queries=q, log_decay=log_decay, cu_seqlens=None)
+    o, _, _ = forward_triton(plan, q, k, v, log_decay, initial, return_final=False)
     assert_close(o, recurrent_attention(**inputs)[0], what="o")
 
 
@@ -112,7 +116,8 @@ def test_the_pieces_make_the_whole(decay: str) -> None:
     theirs = leaves(inputs)
     ref_o, ref_final = recurrent_attention(**theirs)
     q, k, v, log_decay, entry = on_device(inputs).values()
-    final, states = dispatch.triton_summary(k, v, log_decay, None, reverse=False)
+    plan = plan_of(k, v, queries=q, log_decay=log_decay, cu_seqlens=None)
+    final, states = summary_triton(plan, k, v, log_decay, reverse=False)
     total = {"none": 0.0, "fixed": None, "token": None}[decay]
     if total is None:
         total = (log_decay * 280 if log_decay.ndim == 1 else log_decay.sum((0, 1))).double()
@@ -120,14 +125,14 @@ def test_the_pieces_make_the_whole(decay: str) -> None:
     else:
         total = 1.0
     assert_close(final.double() + total * entry, ref_final, what="exit", dim=0, dtype=q.dtype)
-    o = dispatch.attend(q, k, v, log_decay, None, entry, states)
+    o, _ = attend_triton(plan, q, k, v, states, entry)
     assert_close(o, ref_o, what="o", dtype=q.dtype)
     do, dexit = torch.randn_like(o), torch.randn_like(entry)
     torch.autograd.backward([ref_o, ref_final], [do.double().cpu(), dexit.double().cpu()])
-    _, grad_states = dispatch.triton_summary(q, do, log_decay, None, reverse=True)
-    grads = dispatch.backward(
-        (q, k, v, do), log_decay, None, entry, dexit,
-        states=states, grad_states=grad_states, needs=NEEDS,
+    _, grad_states = summary_triton(plan, q, do, log_decay, reverse=True)
+    grads = backward_triton(
+        plan, (q, k, v, do), log_decay, entry, dexit,
+        states=states, grad_states=grad_states, decay_grad=True, entry_grad=True,
     )  # fmt: skip
     for name, grad in zip(theirs, grads, strict=True):
         if theirs[name] is not None and theirs[name].grad is not None:
@@ -137,12 +142,11 @@ def test_the_pieces_make_the_whole(decay: str) -> None:
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_decoding_steps(decay: str) -> None:
-    from seqpar.kernels.lightning.step import step_triton
-
     inputs = make_inputs(decay=decay, tokens=3, dtype=torch.float32)
     q, k, v, log_decay, state = on_device(inputs).values()
     kept = state.clone()
-    o, new_state = step_triton(q, k, v, state, log_decay)
+    plan = plan_of(k, v, queries=q, log_decay=log_decay, cu_seqlens=None)
+    o, new_state = step_triton(plan, q, k, v, state, log_decay)
     ref_o, ref_state = recurrent_attention(**inputs)
     assert_close(o, ref_o, what="o")
     assert_close(new_state, ref_state, what="state", dim=0)
@@ -188,3 +192,65 @@ def test_the_public_function_on_a_gpu_without_an_initial_state(decay: str) -> No
     for name, leaf in ours.items():
         if leaf is not None and leaf.requires_grad:
             assert_close(leaf.grad, theirs[name].grad, what=name)
+
+
+def outputs_and_gradients(ours: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
+    """o, the final state and every gradient, through the public function."""
+    o, final = lightning_attention(**ours, return_final_state=True)
+    wanted = [x for x in ours.values() if x is not None and x.requires_grad]
+    grads = torch.autograd.grad([o, final], wanted, [o.detach(), final.detach()])
+    return (o.detach(), final.detach(), *grads)
+
+
+def public_case(decay: str) -> dict[str, Tensor | None]:
+    inputs = make_inputs(decay=decay, tokens=3000, key_dim=128, value_dim=64, dtype=torch.bfloat16)
+    return leaves({name: x if x is None else x.cuda() for name, x in inputs.items()})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", DECAYS)
+def test_a_call_can_be_captured_in_a_cuda_graph(decay: str) -> None:
+    ours = public_case(decay)
+    expected = outputs_and_gradients(ours)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        outputs_and_gradients(ours)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = outputs_and_gradients(ours)
+    for x in captured:
+        x.fill_(torch.nan)
+    graph.replay()
+    for now, before in zip(captured, expected, strict=True):
+        assert torch.equal(now, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", DECAYS)
+def test_launches_past_triton_give_what_its_own_give(
+    decay: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = public_case(decay)
+    outputs_and_gradients(ours)
+    direct = outputs_and_gradients(ours)
+    monkeypatch.setattr(Launch, "_bind", lambda *_: None)
+    monkeypatch.setattr(Launch, "__call__", Launch.through_triton)
+    for one, other in zip(direct, outputs_and_gradients(ours), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+def test_launches_bind_to_the_compiled_kernels() -> None:
+    plan = plan_for(public_case("fixed"))
+    outputs_and_gradients(public_case("fixed"))
+    assert plan.cut.launches
+    assert all(launch.is_direct for launch in plan.cut.launches.values())
+
+
+def plan_for(inputs: dict[str, Tensor | None]) -> Plan:
+    return plan_of(
+        inputs["k"], inputs["v"], queries=inputs["q"], log_decay=inputs["log_decay"],
+        cu_seqlens=None,
+    )  # fmt: skip

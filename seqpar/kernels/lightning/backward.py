@@ -8,82 +8,108 @@ Legend: B batch, T tokens, H heads, K key dim, V value dim, S sequences, M segme
     dv = output_pass(k, q, do; E) backward,  dk = output_pass(v, do, q; E) backward
 
 No state of a chunk is ever written to memory: each pass carries its own.
+
+Floor: q, k, v and do read once, dq, dk and dv written once, 7 tensors. The three passes move 12,
+so the share of the floor can not exceed 0.58; docs/lightning.md has what was measured.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from seqpar.kernels.lightning.forward import Prepared, SegmentStates
+from seqpar.kernels.lightning.decay_gradient import backward_with_decay
+from seqpar.kernels.lightning.forward import SegmentStates, summarize
 from seqpar.kernels.lightning.launch_output import output_pass
-from seqpar.kernels.lightning.tuning import configuration
+from seqpar.kernels.lightning.plan import Plan
 
-__all__ = ["backward_triton", "empty_entry_grad"]
+__all__ = ["Gradients", "backward_triton"]
+
+
+class Gradients(NamedTuple):
+    """What backward gives; `log_decay` [B, T, H] and `entry` [S, H, K, V] if asked for."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    entry: Tensor | None
 
 
 def backward_triton(
-    prepared: Prepared,
-    states: SegmentStates,
-    grad_states: SegmentStates,
-    *,
+    plan: Plan,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    log_decay: Tensor | None,
     entry_state: Tensor | None,
     exit_state_grad: Tensor | None,
-    return_entry_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv, and the gradient of the entry states [S, H, K, V] if asked for.
+    *,
+    states: SegmentStates,
+    grad_states: SegmentStates | None,
+    decay_grad: bool,
+    entry_grad: bool,
+) -> Gradients:
+    """Gradients of q, k, v and what else is asked for.
 
-    `prepared` holds q, k, v, do; `states` are those of (k, v), `grad_states` those of (q, do).
+    `inputs` are q, k, v, do; `states` are those of (k, v), `grad_states` those of (q, do), if the
+    caller has them.
     """
-    q, k, v, do = prepared.tensors
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    local_states, scanned = states.into(entry_state, reverse=False)
+    q, k, v, do = (plan.aligned(x) for x in inputs)
+    entry_state, exit_state_grad = plan.state(entry_state), plan.state(exit_state_grad)
+    if decay_grad and plan.problem.decay_dims == 3:
+        found = backward_with_decay(
+            plan, (q, k, v, do), plan.decay(log_decay), entry_state, exit_state_grad
+        )
+        return _trimmed(plan, *found)
+    if grad_states is None:
+        grad_states, _ = summarize(plan, q, do, log_decay, reverse=True, final=False)
+    dentry = plan.new_state() if entry_grad else None
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    _pass(plan, (do, v, k), dq, states, entry_state, reverse=False, transposed=True)
+    _pass(
+        plan, (k, q, do), dv, grad_states, exit_state_grad,
+        final=dentry, reverse=True, transposed=False,
+    )  # fmt: skip
+    _pass(plan, (v, do, q), dk, grad_states, exit_state_grad, reverse=True, transposed=True)
+    return _trimmed(plan, dq, dk, dv, None, dentry)
+
+
+def _pass(
+    plan: Plan,
+    roles: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    states: SegmentStates,
+    initial: Tensor | None,
+    *,
+    final: Tensor | None = None,
+    reverse: bool,
+    transposed: bool,
+) -> None:
+    """One output pass, from what each segment adds and what enters the sequences."""
+    local_states, scanned = states.into(initial, reverse=reverse)
     output_pass(
-        (do, v, k),
-        dq,
+        roles,
+        out,
         states.decays,
-        states.segments,
-        configuration(v.shape[3], q.shape[3], q.dtype),
+        states.cut,
+        plan.transposed_config if transposed else plan.config,
         states=local_states,
         scanned=scanned,
-        initial=None if scanned else entry_state,
-        reverse=False,
-        transposed=True,
+        initial=None if scanned else initial,
+        final=final,
+        reverse=reverse,
+        transposed=transposed,
     )
-    entry_grad = empty_entry_grad(prepared) if return_entry_grad else None
-    dk, dv = key_value_gradients(prepared, grad_states, exit_state_grad, entry_grad)
-    return dq, dk, dv, entry_grad
 
 
-def key_value_gradients(
-    prepared: Prepared,
-    grad_states: SegmentStates,
-    exit_state_grad: Tensor | None,
-    entry_grad: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """dk and dv."""
-    q, k, v, do = prepared.tensors
-    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    local_states, scanned = grad_states.into(exit_state_grad, reverse=True)
-    for roles, out, final in (((k, q, do), dv, entry_grad), ((v, do, q), dk, None)):
-        output_pass(
-            roles,
-            out,
-            grad_states.decays,
-            grad_states.segments,
-            configuration(roles[0].shape[3], roles[2].shape[3], q.dtype),
-            states=local_states,
-            scanned=scanned,
-            initial=None if scanned else exit_state_grad,
-            final=final,
-            reverse=True,
-            transposed=out is dk,
-        )
-    return dk, dv
-
-
-def empty_entry_grad(prepared: Prepared) -> Tensor:
-    """[S, H, K, V] float32, to be written."""
-    q, _, v, _ = prepared.tensors
-    shape = (len(prepared.bounds) - 1, q.shape[2], q.shape[3], v.shape[3])
-    return torch.empty(shape, dtype=torch.float32, device=q.device)
+def _trimmed(
+    plan: Plan, dq: Tensor, dk: Tensor, dv: Tensor, decay: Tensor | None, entry: Tensor | None
+) -> Gradients:
+    if not plan.is_padded:
+        return Gradients(dq, dk, dv, decay, entry)
+    key_dim, value_dim = plan.problem.key_dim, plan.problem.value_dim
+    if entry is not None:
+        entry = plan.trimmed(entry, key_dim, value_dim)
+    parts = (plan.trimmed(dq, key_dim), plan.trimmed(dk, key_dim), plan.trimmed(dv, value_dim))
+    return Gradients(*parts, decay, entry)

@@ -16,124 +16,148 @@ themselves; and within a chunk the passes take row sums minus column sums of the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from seqpar.kernels.lightning.backward import empty_entry_grad
-from seqpar.kernels.lightning.decays import prepare_decays
-from seqpar.kernels.lightning.forward import Prepared, SegmentStates, segments_of
+from seqpar.kernels.launch import Launch
+from seqpar.kernels.lightning.decays import Decays, prepare_decays
 from seqpar.kernels.lightning.launch_output import output_pass
+from seqpar.kernels.lightning.plan import Cut, Plan
 from seqpar.kernels.lightning.state_pass import enter_segments, segment_states
-from seqpar.kernels.lightning.tuning import configuration, with_gradient
+from seqpar.kernels.lightning.tuning import with_gradient
 
 __all__ = ["backward_with_decay"]
 
 
 @triton.jit
-def decay_gradient_kernel(
-    p_from_q, p_from_v, p_crossing, p_out, p_bounds, H, N, tiles_q, tiles_v, BLOCK: tl.constexpr
-):
-    """out[t, h] = crossing[m, h] + the sum, from t to its segment's end, of from_q - from_v.
+def _inner_product(p_a, p_b, KV, BLOCK: tl.constexpr):
+    """<a, b> of two states."""
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, KV, BLOCK):
+        o_kv = i + tl.arange(0, BLOCK)
+        b_a = tl.load(p_a + o_kv, mask=o_kv < KV, other=0.0)
+        b_sum += b_a * tl.load(p_b + o_kv, mask=o_kv < KV, other=0.0)
+    return tl.sum(b_sum, 0)
 
-    Grid: (M, H). BLOCK holds a segment.
+
+@triton.jit
+def decay_gradient_kernel(
+    p_from_q, p_from_v, p_entries, p_grads, p_final, p_exit_grad, p_out, p_bounds, p_sequence,
+    p_first, H, N, KV, TILES_Q: tl.constexpr, TILES_V: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[t, h] = <S, E> at the segment's end + the sum, from t to there, of from_q - from_v.
+
+    E is the gradient of the state S that leaves the segment: what enters the next one, or the
+    sequence's exit state. Grid: (M, H). BLOCK holds a segment.
     """
     i_m, i_h = tl.program_id(0), tl.program_id(1)
     start, stop = tl.load(p_bounds + i_m), tl.load(p_bounds + i_m + 1)
+    i_s = tl.load(p_sequence + i_m)
+    o_state = (i_m * H + i_h).to(tl.int64) * KV
+    crossing = 0.0
+    if i_m + 1 < tl.load(p_first + i_s + 1):
+        o_next = ((i_m + 1) * H + i_h).to(tl.int64) * KV
+        crossing = _inner_product(p_entries + o_next, p_grads + o_state, KV, BLOCK)
+    elif p_final is not None:
+        o_sequence = (i_s * H + i_h).to(tl.int64) * KV
+        crossing = _inner_product(p_final + o_sequence, p_exit_grad + o_sequence, KV, BLOCK)
     o_row = start + tl.arange(0, BLOCK)
     m_row = o_row < stop
     b_dreach = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, tiles_q):
-        b_dreach += tl.load(
-            p_from_q + (i * H + i_h).to(tl.int64) * N + o_row, mask=m_row, other=0.0
-        )
-    for i in range(0, tiles_v):
-        b_dreach -= tl.load(
-            p_from_v + (i * H + i_h).to(tl.int64) * N + o_row, mask=m_row, other=0.0
-        )
-    b_out = tl.load(p_crossing + i_m * H + i_h) + tl.cumsum(b_dreach, 0, reverse=True)
+    for i in tl.static_range(TILES_Q):
+        p_part = p_from_q + (i * H + i_h).to(tl.int64) * N
+        b_dreach += tl.load(p_part + o_row, mask=m_row, other=0.0)
+    for i in tl.static_range(TILES_V):
+        p_part = p_from_v + (i * H + i_h).to(tl.int64) * N
+        b_dreach -= tl.load(p_part + o_row, mask=m_row, other=0.0)
+    b_out = crossing + tl.cumsum(b_dreach, 0, reverse=True)
     tl.store(p_out + o_row.to(tl.int64) * H + i_h, b_out, mask=m_row)
 
 
 def backward_with_decay(
-    prepared: Prepared, entry_state: Tensor | None, exit_state_grad: Tensor | None
+    plan: Plan,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    log_decay: Tensor,
+    entry_state: Tensor | None,
+    exit_state_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dlog_decay [B, T, H] float32 and the gradient of the entry states."""
-    q, k, v, do = prepared.tensors
-    config = configuration(k.shape[3], v.shape[3], k.dtype)
-    segments = segments_of(prepared, config, v.shape[3], fine=True)
-    decays = prepare_decays(prepared.log_decay, segments, config.chunk)
-
-    def entered(
-        y: Tensor, z: Tensor, initial: Tensor | None, *, reverse: bool, return_final: bool
-    ) -> tuple[SegmentStates, Tensor | None]:
-        """What enters the segments, from outside the sequences included."""
-        states = segment_states(y, z, decays, segments, config, reverse=reverse, every=return_final)
-        entries, final = enter_segments(
-            states, decays, segments, initial=initial,
-            reverse=reverse, return_final=return_final, in_place=True,
-        )  # fmt: skip
-        return SegmentStates(segments, decays, entries), final
-
-    with_final = exit_state_grad is not None
-    states, final = entered(k, v, entry_state, reverse=False, return_final=with_final)
-    grad_states, _ = entered(q, do, exit_state_grad, reverse=True, return_final=False)
+    q, k, v, do = inputs
+    cut, config = plan.fine_cut, plan.config
+    decays = prepare_decays(log_decay, cut, config.chunk)
+    final = None if exit_state_grad is None else plan.new_state()
+    states = segment_states(k, v, decays, cut, config, reverse=False, every=final is not None)
+    enter_segments(
+        states, decays, cut, initial=entry_state, entries=states, final=final, reverse=False
+    )
+    grads = segment_states(q, do, decays, cut, config, reverse=True, every=False)
+    enter_segments(grads, decays, cut, initial=exit_state_grad, entries=grads, reverse=True)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    entry_grad = empty_entry_grad(prepared)
-    from_q = _role((do, v, k), dq, q, states, None, reverse=False, transposed=True)
-    from_v = _role((k, q, do), dv, v, grad_states, entry_grad, reverse=True, transposed=False)
+    entry_grad = plan.new_state()
+    from_q = _pass_with_gradient(
+        plan, decays, (do, v, k), dq, q, states, reverse=False, transposed=True
+    )
+    from_v = _pass_with_gradient(
+        plan, decays, (k, q, do), dv, v, grads, reverse=True, transposed=False, final=entry_grad
+    )
     output_pass(
-        (v, do, q),
-        dk,
-        grad_states.decays,
-        segments,
-        configuration(v.shape[3], q.shape[3], q.dtype),
-        states=grad_states.states,
-        scanned=True,
-        reverse=True,
-        transposed=True,
-    )
-    crossing = _crossing(states, grad_states, final, exit_state_grad)
-    out = q.new_empty(q.shape[:3], dtype=torch.float32)
-    heads, rows = q.shape[2], q.shape[0] * q.shape[1]
-    decay_gradient_kernel[(segments.count, heads)](
-        from_q,
-        from_v,
-        crossing,
-        out,
-        segments.bounds,
-        heads,
-        rows,
-        from_q.shape[0],
-        from_v.shape[0],
-        BLOCK=max(16, triton.next_power_of_2(segments.longest)),
-    )
+        (v, do, q), dk, decays, cut, plan.transposed_config,
+        states=grads, scanned=True, reverse=True, transposed=True,
+    )  # fmt: skip
+    out = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    ends = () if final is None or exit_state_grad is None else (final, exit_state_grad)
+    key = ("decay gradient", len(ends))
+    launch = cut.launches.get(key)
+    if launch is None:
+        launch = cut.launches[key] = _gradient_launch(cut, from_q, from_v, states, bool(ends))
+    launch(from_q, from_v, states, grads, *ends, out)
     return dq, dk, dv, out, entry_grad
 
 
-def _role(
+def _gradient_launch(
+    cut: Cut, from_q: Tensor, from_v: Tensor, states: Tensor, has_ends: bool
+) -> Launch:
+    segments = cut.segments
+    _, heads, key_dim, value_dim = states.shape
+    fixed: dict[str, Any] = {
+        "p_bounds": segments.bounds, "p_sequence": segments.sequence, "p_first": segments.first,
+        "H": heads, "N": from_q.shape[2], "KV": key_dim * value_dim, "TILES_Q": from_q.shape[0],
+        "TILES_V": from_v.shape[0], "BLOCK": max(16, triton.next_power_of_2(segments.longest)),
+    }  # fmt: skip
+    if not has_ends:
+        fixed |= {"p_final": None, "p_exit_grad": None}
+    return Launch(decay_gradient_kernel, (segments.count, heads), fixed=fixed)
+
+
+def _pass_with_gradient(
+    plan: Plan,
+    decays: Decays,
     roles: tuple[Tensor, Tensor, Tensor],
     out: Tensor,
     of: Tensor,
-    states: SegmentStates,
-    final: Tensor | None,
+    states: Tensor,
     *,
+    final: Tensor | None = None,
     reverse: bool,
     transposed: bool,
 ) -> Tensor:
     """Run one output pass that also gives the gradient of G: [tiles, H, N] float32."""
     x, _, z = roles
-    config = with_gradient(configuration(x.shape[3], z.shape[3], x.dtype))
+    config = with_gradient(plan.transposed_config if transposed else plan.config)
     tiles = triton.cdiv(z.shape[3], config.value_tile)
-    dreach = x.new_empty(tiles, x.shape[2], x.shape[0] * x.shape[1], dtype=torch.float32)
+    shape = (tiles, x.shape[2], x.shape[0] * x.shape[1])
+    dreach = torch.empty(shape, dtype=torch.float32, device=x.device)
     output_pass(
         roles,
         out,
-        states.decays,
-        states.segments,
+        decays,
+        plan.fine_cut,
         config,
-        states=states.states,
+        states=states,
         scanned=True,
         final=final,
         reverse=reverse,
@@ -142,25 +166,3 @@ def _role(
         dreach=dreach,
     )
     return dreach
-
-
-def _crossing(
-    states: SegmentStates,
-    grad_states: SegmentStates,
-    final: Tensor | None,
-    exit_state_grad: Tensor | None,
-) -> Tensor:
-    """[M, H]: <state that leaves segment m, its gradient>; 0 where no gradient comes back."""
-    segments = states.segments
-    entries, grads = states.states, grad_states.states
-    assert entries is not None
-    assert grads is not None
-    crossing = entries.new_zeros(entries.shape[:2])
-    if len(crossing) > 1:
-        inner = torch.linalg.vecdot(entries[1:].flatten(2), grads[:-1].flatten(2))
-        same = segments.sequence[1:] == segments.sequence[:-1]
-        crossing[:-1] = torch.where(same[:, None], inner, 0.0)
-    if final is not None and exit_state_grad is not None:
-        last = segments.first[1:].long() - 1
-        crossing[last] = torch.linalg.vecdot(final.flatten(2), exit_state_grad.flatten(2))
-    return crossing

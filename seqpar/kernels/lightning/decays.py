@@ -5,53 +5,45 @@
 Legend: M segments, H heads, C tokens of a chunk, L chunk slots: chunk c of segment m has slot
 bounds[m] // C + m + c, so that every chunk of every cut has its own.
 
-Decays per token are read once, [B, T, H], and written as running sums within their chunk,
-[H, L * C]: a chunk of one head is then one aligned load, and the passes need no scan of their own.
+Decays per token are read once, [B, T, H], and written as running sums within their chunk and two
+powers of them, [H, L * 3 * C]: a chunk of one head is then three aligned loads, and the passes need
+no scan and few exponentials of their own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from seqpar.kernels.lightning.segments import Segments
+from seqpar.kernels.launch import Launch
+from seqpar.kernels.lightning.plan import Cut
 
-__all__ = ["Decays", "head_decay", "load_reach", "prepare_decays"]
+__all__ = ["Decays", "head_decay", "load_decays", "load_last", "load_row", "prepare_decays"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST_LOG_DECAY = tl.constexpr(-100.0)
 REACH_BITS = tl.constexpr(32.0)
 
 
-@dataclass(frozen=True)
-class Decays:
-    """The decays of one call and one cut."""
+class Decays(NamedTuple):
+    """The decays of one call and one cut: fixed per head, or per token."""
 
-    kind: int
-    """1: fixed per head, 2: per token."""
-    per_head: Tensor | None = None
-    """[H] natural log decays (kind 1)."""
+    per_head: Tensor | None
+    """[H] natural log decays, fixed."""
     reach: Tensor | None = None
-    """[H, L * C] log2 decay from the beginning of a token's chunk through the token (kind 2)."""
-    totals: Tensor | None = None
-    """[M, H] log2 decay of each segment (kind 2)."""
-    windows_ahead: Tensor | None = None
-    """[M, H] int32: full chunks before the segment's end that are not decayed below 2^-32."""
-    windows_back: Tensor | None = None
-    """[M, H] int32: the same from the segment's beginning."""
+    """[H, L * 3 * C]: of each chunk the log2 decay from its beginning through a token, the decay
+    itself, and the decay from there to the chunk's end."""
+    by_segment: Tensor | None = None
+    """[3, M, H]: log2 decay of each segment; then how many full chunks before its end, and how many
+    from its beginning, are not decayed below 2^-32."""
 
-    def descriptor(self, chunk: int) -> Any:
-        """A [1, chunk] window on `reach`, or None."""
-        if self.reach is None:
-            return None
-        shape, stride = list(self.reach.shape), [self.reach.stride(0), 1]
-        return TensorDescriptor(self.reach, shape, stride, [1, chunk])
+    @property
+    def kind(self) -> int:
+        """1: fixed per head, 2: per token."""
+        return 1 if self.reach is None else 2
 
 
 @triton.jit
@@ -64,16 +56,28 @@ def head_decay(p_decay, i_h, DECAY: tl.constexpr):
 
 
 @triton.jit
-def load_reach(d_reach, slot, i_h, C: tl.constexpr, DECAY: tl.constexpr):
-    """[C] running log2 decays of the chunk at `slot`; 0 unless per token.
+def load_row(d_reach, slot, row, i_h, C: tl.constexpr):
+    """[C] of a chunk's row: 0 log2 decay through a token, 1 the decay itself, 2 from it to the end.
 
     A bulk copy: every layout of use then reads shared memory, where a plain load of so few
     numbers would be repeated for each layout.
     """
-    b_reach = 0.0
+    return d_reach.load([i_h, (slot * 3 + row) * C]).reshape(C)
+
+
+@triton.jit
+def load_decays(d_reach, slot, i_h, log2_decay, num_tokens, C: tl.constexpr, DECAY: tl.constexpr):
+    """Of a chunk, [C] each: log2 decay through a token, that decay, and the decay behind it."""
     if DECAY == 2:
-        b_reach = d_reach.load([i_h, slot * C]).reshape(C)
-    return b_reach
+        b_reach = load_row(d_reach, slot, 0, i_h, C)
+        b_back = load_row(d_reach, slot, 1, i_h, C)
+        b_ahead = load_row(d_reach, slot, 2, i_h, C)
+    else:
+        o_c = tl.arange(0, C)
+        b_reach = (o_c + 1).to(tl.float32) * log2_decay
+        b_back = tl.exp2(b_reach)
+        b_ahead = tl.exp2(tl.maximum(num_tokens - 1 - o_c, 0).to(tl.float32) * log2_decay)
+    return b_reach, b_back, b_ahead
 
 
 @triton.jit
@@ -81,7 +85,7 @@ def load_last(p_reach, slot, i_h, stride_reach, C: tl.constexpr, DECAY: tl.const
     """The log2 decay of the whole chunk at `slot`; 0 unless per token."""
     last = 0.0
     if DECAY == 2:
-        last = tl.load(p_reach + i_h.to(tl.int64) * stride_reach + slot * C + C - 1)
+        last = tl.load(p_reach + i_h.to(tl.int64) * stride_reach + slot * 3 * C + C - 1)
     return last
 
 
@@ -89,7 +93,7 @@ def load_last(p_reach, slot, i_h, stride_reach, C: tl.constexpr, DECAY: tl.const
 def chunk_decays_kernel(
     p_decay, p_reach, p_bounds, H, stride_reach, C: tl.constexpr, BH: tl.constexpr
 ):
-    """Running sums of one chunk; they stay level behind the end of a segment.
+    """The three rows of one chunk (`load_row`); sums stay level behind the end of a segment.
 
     Grid: (chunks of the longest segment, M, head tiles).
     """
@@ -103,62 +107,75 @@ def chunk_decays_kernel(
         p_block = p_decay + (row + o_c).to(tl.int64)[:, None] * H + o_h[None, :]
         b_decay = tl.load(p_block, mask=m_block, other=0.0).to(tl.float32)
         b_reach = tl.cumsum(tl.maximum(b_decay, LOWEST_LOG_DECAY) * LOG2E, 0)
-        o_slot = (start // C + i_m + i_c) * C + o_c
+        b_last = tl.min(b_reach, 0)
+        o_slot = (start // C + i_m + i_c) * 3 * C + o_c
         p_out = p_reach + o_h.to(tl.int64)[None, :] * stride_reach + o_slot[:, None]
-        tl.store(p_out, b_reach, mask=(o_h < H)[None, :])
+        m_head = (o_h < H)[None, :]
+        tl.store(p_out, b_reach, mask=m_head)
+        tl.store(p_out + C, tl.exp2(b_reach), mask=m_head)
+        tl.store(p_out + 2 * C, tl.exp2(b_last[None, :] - b_reach), mask=m_head)
 
 
 @triton.jit
 def segment_decays_kernel(
-    p_reach,
-    p_totals,
-    p_ahead,
-    p_back,
-    p_bounds,
-    H,
-    stride_reach,
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
+    p_reach, p_table, p_bounds, M, H, stride_reach, C: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """totals, windows_ahead and windows_back of one segment and head. Grid: (M, H)."""
+    """`by_segment` of one segment and head. Grid: (M, H)."""
     i_m, i_h = tl.program_id(0), tl.program_id(1)
     start, stop = tl.load(p_bounds + i_m), tl.load(p_bounds + i_m + 1)
     num_chunks = tl.cdiv(stop - start, C)
     num_full = (stop - start) // C
-    p_segment = p_reach + i_h.to(tl.int64) * stride_reach + (start // C + i_m) * C + C - 1
+    p_segment = p_reach + i_h.to(tl.int64) * stride_reach + (start // C + i_m) * 3 * C + C - 1
     total, back = 0.0, 0
     for i in range(0, num_chunks, BLOCK):
         o_c = i + tl.arange(0, BLOCK)
-        b_sum = tl.load(p_segment + o_c * C, mask=o_c < num_chunks, other=0.0)
+        b_sum = tl.load(p_segment + o_c * 3 * C, mask=o_c < num_chunks, other=0.0)
         b_before = total + tl.cumsum(b_sum, 0) - b_sum
         back += tl.sum(((b_before >= -REACH_BITS) & (o_c < num_full)).to(tl.int32), 0)
         total += tl.sum(b_sum, 0)
     behind, ahead = 0.0, 0
     for i in range(0, num_chunks, BLOCK):
         o_c = i + tl.arange(0, BLOCK)
-        b_sum = tl.load(p_segment + o_c * C, mask=o_c < num_chunks, other=0.0)
+        b_sum = tl.load(p_segment + o_c * 3 * C, mask=o_c < num_chunks, other=0.0)
         b_after = total - behind - tl.cumsum(b_sum, 0)
         ahead += tl.sum(((b_after >= -REACH_BITS) & (o_c < num_full)).to(tl.int32), 0)
         behind += tl.sum(b_sum, 0)
-    tl.store(p_totals + i_m * H + i_h, total)
-    tl.store(p_ahead + i_m * H + i_h, ahead)
-    tl.store(p_back + i_m * H + i_h, back)
+    p_entry = p_table + i_m * H + i_h
+    tl.store(p_entry, total)
+    tl.store(p_entry + M * H, 1.0 * ahead)
+    tl.store(p_entry + 2 * M * H, 1.0 * back)
 
 
-def prepare_decays(log_decay: Tensor, segments: Segments, chunk: int) -> Decays:
+def prepare_decays(log_decay: Tensor, cut: Cut, chunk: int) -> Decays:
     """The decays of a call: float32, contiguous, [H] or [B, T, H]."""
     if log_decay.ndim == 1:
-        return Decays(1, per_head=log_decay)
-    heads = log_decay.shape[2]
-    num_slots = log_decay.shape[0] * log_decay.shape[1] // chunk + segments.count + 1
-    reach = log_decay.new_empty(heads, num_slots * chunk)
-    grid = (triton.cdiv(segments.longest, chunk), segments.count, triton.cdiv(heads, 16))
-    chunk_decays_kernel[grid](
-        log_decay, reach, segments.bounds, heads, reach.stride(0), C=chunk, BH=16
+        return Decays(log_decay)
+    batch, tokens, heads = log_decay.shape
+    count = cut.segments.count
+    num_slots = batch * tokens // chunk + count + 1
+    reach = log_decay.new_empty(heads, num_slots * 3 * chunk)
+    by_segment = log_decay.new_empty(3, count, heads)
+    launches = cut.launches.get("decays")
+    if launches is None:
+        launches = cut.launches["decays"] = _launches(cut, heads, num_slots * 3 * chunk, chunk)
+    launches[0](log_decay, reach)
+    launches[1](reach, by_segment)
+    return Decays(None, reach, by_segment)
+
+
+def _launches(cut: Cut, heads: int, stride_reach: int, chunk: int) -> tuple[Launch, Launch]:
+    segments = cut.segments
+    shared = {"p_bounds": segments.bounds, "H": heads, "stride_reach": stride_reach, "C": chunk}
+    chunks = triton.cdiv(segments.longest, chunk)
+    return (
+        Launch(
+            chunk_decays_kernel,
+            (chunks, segments.count, triton.cdiv(heads, 16)),
+            fixed={**shared, "BH": 16},
+        ),
+        Launch(
+            segment_decays_kernel,
+            (segments.count, heads),
+            fixed={**shared, "M": segments.count, "BLOCK": 256},
+        ),
     )
-    totals = log_decay.new_empty(segments.count, heads)
-    ahead, back = (torch.empty_like(totals, dtype=torch.int32) for _ in range(2))
-    segment_decays_kernel[(segments.count, heads)](
-        reach, totals, ahead, back, segments.bounds, heads, reach.stride(0), C=chunk, BLOCK=256
-    )
-    return Decays(2, reach=reach, totals=totals, windows_ahead=ahead, windows_back=back)

@@ -9,7 +9,8 @@ known. `lightning_attention` is the pieces put together for one device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch.autograd.function import once_differentiable
 from seqpar.errors import KernelInputError
 from seqpar.kernels.lightning import dispatch
 from seqpar.kernels.lightning.dispatch import LocalStates
-from seqpar.kernels.lightning.inputs import check_inputs, check_state, state_dtype
+from seqpar.kernels.lightning.inputs import state_dtype
+from seqpar.kernels.lightning.plan import Plan, plan_of
 
 __all__ = [
     "Summary",
@@ -32,7 +34,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Summary:
     """What local tokens do to a state that passes through them: it is decayed and added to.
 
@@ -43,10 +45,17 @@ class Summary:
 
     final_state: Tensor
     """[S, H, K, V] float32: the result for zero in."""
-    log_transition: Tensor
-    """[S, H] float32: the total log decay, <= 0."""
-    local_states: LocalStates | None = None
+    plan: Plan = field(repr=False)
+    """What calls of these shapes share; private to the kernels."""
+    log_decay: Tensor | None = field(default=None, repr=False)
+    local_states: LocalStates | None = field(default=None, repr=False)
     """What `attend` and `attend_backward` can use again; private to the kernels."""
+
+    @cached_property
+    def log_transition(self) -> Tensor:
+        """[S, H] float32: the total log decay, <= 0; made when it is first asked for."""
+        with torch.no_grad():
+            return _log_transition(self.plan, self.log_decay)
 
 
 def lightning_attention(
@@ -83,10 +92,15 @@ def lightning_attention(
     Source: Qin et al., arXiv 2405.17381 (eq. 8 to 13); Dao and Gu, arXiv 2405.21060, for decay
     per token.
     """
-    check_inputs(k, v, queries=q, log_decay=log_decay, cu_seqlens=cu_seqlens)
-    check_state(initial_state, k, v, _num_sequences(k, cu_seqlens))
-    o, final_state = _LightningAttention.apply(  # type: ignore[no-untyped-call]
-        q, k, v, log_decay, initial_state, cu_seqlens, return_final_state
+    plan = plan_of(k, v, queries=q, log_decay=log_decay, cu_seqlens=cu_seqlens)
+    plan.check_state(initial_state)
+    tensors = (q, k, v, log_decay, initial_state)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return _LightningAttention.apply(  # type: ignore[no-any-return, no-untyped-call]
+            *tensors, plan, cu_seqlens, return_final_state
+        )
+    o, final_state, _ = dispatch.forward(
+        plan, q, k, v, log_decay, cu_seqlens, initial_state, return_final_state
     )
     return o, final_state
 
@@ -97,7 +111,7 @@ class _LightningAttention(torch.autograd.Function):
     | forward  | q, k, v, log_decay, initial_state    | o, final_state                        |
     | backward | do, dfinal_state                     | dq, dk, dv, dlog_decay, dinitial      |
 
-    Saves its inputs only.
+    Saves its inputs, and the states of segments.
     """
 
     @staticmethod
@@ -108,43 +122,43 @@ class _LightningAttention(torch.autograd.Function):
         v: Tensor,
         log_decay: Tensor | None,
         initial_state: Tensor | None,
+        plan: Plan,
         cu_seqlens: Tensor | None,
         return_final_state: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        o, final_state, ctx.local_states = dispatch.forward(
-            q, k, v, log_decay, cu_seqlens, initial_state, return_final_state
+        o, final_state, states = dispatch.forward(
+            plan, q, k, v, log_decay, cu_seqlens, initial_state, return_final_state
         )
         ctx.save_for_backward(q, k, v, log_decay, initial_state)
-        ctx.cu_seqlens = cu_seqlens
+        ctx.call = (plan, cu_seqlens, states)
         ctx.set_materialize_grads(False)
         return o, final_state
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
         q, k, v, log_decay, initial_state = ctx.saved_tensors
-        do, dfinal = grads
-        do = torch.zeros_like(v) if do is None else do
-        needs = dispatch.Needs(
-            decay_grad=ctx.needs_input_grad[3], entry_grad=ctx.needs_input_grad[4]
-        )
+        plan, cu_seqlens, states = ctx.call
+        needs = ctx.needs_input_grad
         dq, dk, dv, dlog_decay, dinitial = dispatch.backward(
-            (q, k, v, do),
+            plan,
+            (q, k, v, torch.zeros_like(v) if do is None else do),
             log_decay,
-            ctx.cu_seqlens,
+            cu_seqlens,
             initial_state,
             dfinal,
-            states=ctx.local_states,
+            states=states,
             grad_states=None,
-            needs=needs,
+            decay_grad=needs[3],
+            entry_grad=needs[4],
         )
-        if dlog_decay is not None and log_decay is not None:
-            dlog_decay = dlog_decay.to(log_decay.dtype)
-        if initial_state is None or dinitial is None:
-            dinitial = None  # nothing was given, so nothing may come back
-        else:
-            dinitial = dinitial.to(initial_state.dtype)
-        return dq, dk, dv, dlog_decay, dinitial, None, None
+        dlog_decay = _as_input(dlog_decay, log_decay)
+        return dq, dk, dv, dlog_decay, _as_input(dinitial, initial_state), None, None, None
+
+
+def _as_input(grad: Tensor | None, given: Tensor | None) -> Tensor | None:
+    """A gradient in the dtype of what was given; None where nothing was."""
+    return None if grad is None or given is None else grad.to(given.dtype)
 
 
 def key_value_summary(
@@ -155,10 +169,10 @@ def key_value_summary(
     Args: as for `lightning_attention`. Not differentiable by autograd: `attend_backward` is the
     backward of `attend` and this together.
     """
-    check_inputs(k, v, log_decay=log_decay, cu_seqlens=cu_seqlens)
+    plan = plan_of(k, v, log_decay=log_decay, cu_seqlens=cu_seqlens)
     with torch.no_grad():
-        state, local = dispatch.summary(k, v, log_decay, cu_seqlens, reverse=False)
-        return Summary(state, _log_transition(k, log_decay, cu_seqlens), local)
+        state, local = dispatch.summary(plan, k, v, log_decay, cu_seqlens, reverse=False)
+    return Summary(state, plan, log_decay, local)
 
 
 def attend(
@@ -176,11 +190,13 @@ def attend(
     Args: as for `lightning_attention`; `summary` is `key_value_summary` of the same k, v,
     log_decay and cu_seqlens.
     """
-    check_inputs(k, v, queries=q, log_decay=log_decay, cu_seqlens=cu_seqlens)
-    _check_summary(summary, k, v, cu_seqlens)
-    check_state(entry_state, k, v, _num_sequences(k, cu_seqlens))
+    plan = plan_of(k, v, queries=q, log_decay=log_decay, cu_seqlens=cu_seqlens)
+    _check_summary(summary, plan)
+    plan.check_state(entry_state)
     with torch.no_grad():
-        return dispatch.attend(q, k, v, log_decay, cu_seqlens, entry_state, summary.local_states)
+        return dispatch.attend(
+            plan, q, k, v, log_decay, cu_seqlens, entry_state, summary.local_states
+        )
 
 
 def query_grad_summary(
@@ -190,10 +206,10 @@ def query_grad_summary(
 
     Args: q [B, T, H, K] and do [B, T, H, V]; the rest as for `lightning_attention`.
     """
-    check_inputs(q, do, log_decay=log_decay, cu_seqlens=cu_seqlens)
+    plan = plan_of(q, do, log_decay=log_decay, cu_seqlens=cu_seqlens)
     with torch.no_grad():
-        grad, local = dispatch.summary(q, do, log_decay, cu_seqlens, reverse=True)
-        return Summary(grad, _log_transition(q, log_decay, cu_seqlens), local)
+        grad, local = dispatch.summary(plan, q, do, log_decay, cu_seqlens, reverse=True)
+    return Summary(grad, plan, log_decay, local)
 
 
 def attend_backward(
@@ -219,13 +235,14 @@ def attend_backward(
     Returns:
         dq, dk, dv in the inputs' dtype; dlog_decay [B, T, H] float32, or None unless per token.
     """
-    check_inputs(k, v, queries=q, output_grads=do, log_decay=log_decay, cu_seqlens=cu_seqlens)
+    plan = plan_of(k, v, queries=q, output_grads=do, log_decay=log_decay, cu_seqlens=cu_seqlens)
     for item in (summary, grad_summary):
-        _check_summary(item, k, v, cu_seqlens)
-    for state in (entry_state, exit_state_grad):
-        check_state(state, k, v, _num_sequences(k, cu_seqlens))
+        _check_summary(item, plan)
+    plan.check_state(entry_state)
+    plan.check_state(exit_state_grad)
     with torch.no_grad():
         dq, dk, dv, dlog_decay, _ = dispatch.backward(
+            plan,
             (q, k, v, do),
             log_decay,
             cu_seqlens,
@@ -233,9 +250,10 @@ def attend_backward(
             exit_state_grad,
             states=summary.local_states,
             grad_states=grad_summary.local_states,
-            needs=dispatch.Needs(decay_grad=True, entry_grad=False),
+            decay_grad=True,
+            entry_grad=False,
         )
-        return dq, dk, dv, dlog_decay
+    return dq, dk, dv, dlog_decay
 
 
 def lightning_step(
@@ -251,38 +269,31 @@ def lightning_step(
     Returns:
         o [B, T, H, V] in v's dtype and the new state [B, H, K, V] float32.
     """
-    check_inputs(k, v, queries=q, log_decay=log_decay, cu_seqlens=None)
-    check_state(state, k, v, k.shape[0])
+    plan = plan_of(k, v, queries=q, log_decay=log_decay, cu_seqlens=None)
+    plan.check_state(state)
     with torch.no_grad():
-        return dispatch.step(q, k, v, state, log_decay)
+        return dispatch.step(plan, q, k, v, state, log_decay)
 
 
-def _num_sequences(k: Tensor, cu_seqlens: Tensor | None) -> int:
-    return k.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-
-
-def _check_summary(summary: Summary, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
+def _check_summary(summary: Summary, plan: Plan) -> None:
+    if summary.plan is plan:
+        return
     try:
-        check_state(summary.final_state, k, v, _num_sequences(k, cu_seqlens))
+        plan.check_state(summary.final_state)
     except KernelInputError as error:
         raise KernelInputError(f"the summary is not of these inputs: {error}") from None
 
 
-def _log_transition(k: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+def _log_transition(plan: Plan, log_decay: Tensor | None) -> Tensor:
     """[S, H]: the sum of log decays over each sequence."""
-    batch, tokens, heads, _ = k.shape
-    dtype = state_dtype(k.dtype)
+    dtype = state_dtype(plan.problem.dtype)
     if log_decay is None:
-        return k.new_zeros(_num_sequences(k, cu_seqlens), heads, dtype=dtype)
+        shape = (plan.num_sequences, plan.problem.heads)
+        return torch.zeros(shape, dtype=dtype, device=plan.problem.device)
     log_decay = log_decay.detach().to(dtype)
-    if cu_seqlens is None:
-        if log_decay.ndim == 1:
-            return (log_decay * tokens).expand(batch, heads).clone()
-        return log_decay.sum(1)
-    lengths = cu_seqlens.diff().to(log_decay.device)
     if log_decay.ndim == 1:
-        return lengths[:, None] * log_decay
-    sequence = torch.arange(len(lengths), device=log_decay.device).repeat_interleave(
-        lengths.long(), output_size=tokens
-    )
-    return log_decay.new_zeros(len(lengths), heads).index_add_(0, sequence, log_decay[0])
+        return plan.lengths[:, None] * log_decay
+    if plan.problem.bounds is None:
+        return log_decay.sum(1)
+    sums = log_decay.new_zeros(plan.num_sequences, plan.problem.heads)
+    return sums.index_add_(0, plan.sequence_of_token, log_decay[0])

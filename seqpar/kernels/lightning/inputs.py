@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from seqpar.errors import KernelInputError
 
-__all__ = ["MAX_DIM", "check_inputs", "check_state", "document_bounds", "state_dtype"]
+__all__ = ["MAX_DIM", "Spec", "check_inputs", "document_bounds", "state_dtype"]
 
 MAX_DIM = 256
 """The largest key or value dim."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Spec(NamedTuple):
+    """What is checked of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool = False
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -23,15 +33,15 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_inputs(
-    keys: Tensor,
-    values: Tensor,
+    keys: Spec,
+    values: Spec,
     *,
-    queries: Tensor | None = None,
-    output_grads: Tensor | None = None,
-    log_decay: Tensor | None,
-    cu_seqlens: Tensor | None,
+    queries: Spec | None = None,
+    output_grads: Spec | None = None,
+    log_decay: Spec | None,
+    bounds: tuple[int, torch.dtype, tuple[int, ...]] | None,
 ) -> None:
-    """Refuse tensors that do not fit together.
+    """Refuse tensors that do not fit together. `bounds`: dims, dtype and values of cu_seqlens.
 
     Raises:
         KernelInputError: what does not fit, its value, and what would.
@@ -48,21 +58,8 @@ def check_inputs(
         _check_same_kind(other, keys)
     if log_decay is not None:
         _check_log_decay(log_decay, keys)
-    if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, keys)
-
-
-def check_state(state: Tensor | None, keys: Tensor, values: Tensor, sequences: int) -> None:
-    """Refuse an entry state or a gradient of an exit state that is not [S, H, K, V]."""
-    if state is None:
-        return
-    shape = (sequences, keys.shape[2], keys.shape[3], values.shape[3])
-    if tuple(state.shape) != shape:
-        raise KernelInputError(
-            f"a state has shape {tuple(state.shape)}, but these inputs need [S, H, K, V] = {shape}"
-        )
-    if state.device != keys.device:
-        raise KernelInputError(f"a state is on {state.device}, the keys are on {keys.device}")
+    if bounds is not None:
+        _check_bounds(*bounds, keys)
 
 
 def document_bounds(cu_seqlens: Tensor) -> list[tuple[int, int]]:
@@ -70,8 +67,8 @@ def document_bounds(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     return list(itertools.pairwise(cu_seqlens.tolist()))
 
 
-def _check_pair(keys: Tensor, values: Tensor) -> None:
-    if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
+def _check_pair(keys: Spec, values: Spec) -> None:
+    if len(keys.shape) != 4 or len(values.shape) != 4 or keys.shape[:3] != values.shape[:3]:
         raise KernelInputError(
             f"inputs must be [B, T, H, K] and [B, T, H, V] with equal B, T, H; "
             f"got {tuple(keys.shape)} and {tuple(values.shape)}"
@@ -84,14 +81,14 @@ def _check_pair(keys: Tensor, values: Tensor) -> None:
     _check_same_kind(values, keys)
 
 
-def _check_same_kind(other: Tensor, keys: Tensor) -> None:
+def _check_same_kind(other: Spec, keys: Spec) -> None:
     if other.dtype != keys.dtype:
         raise KernelInputError(f"dtypes differ: {other.dtype} and {keys.dtype}; cast one of them")
     if other.device != keys.device:
         raise KernelInputError(f"devices differ: {other.device} and {keys.device}; move one")
 
 
-def _check_log_decay(log_decay: Tensor, keys: Tensor) -> None:
+def _check_log_decay(log_decay: Spec, keys: Spec) -> None:
     batch, tokens, heads, _ = keys.shape
     if tuple(log_decay.shape) not in ((heads,), (batch, tokens, heads)):
         raise KernelInputError(
@@ -102,22 +99,19 @@ def _check_log_decay(log_decay: Tensor, keys: Tensor) -> None:
         raise KernelInputError(f"log_decay has dtype {log_decay.dtype}; it must be float32")
     if log_decay.device != keys.device:
         raise KernelInputError(f"log_decay is on {log_decay.device}, the keys on {keys.device}")
-    if log_decay.ndim == 1 and log_decay.requires_grad:
+    if len(log_decay.shape) == 1 and log_decay.requires_grad:
         raise KernelInputError(
             "log_decay [H] is a constant and gets no gradient; for a learned decay pass it per "
             "token: log_decay.expand(B, T, H)"
         )
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, keys: Tensor) -> None:
+def _check_bounds(dims: int, dtype: torch.dtype, bounds: tuple[int, ...], keys: Spec) -> None:
     batch, tokens = keys.shape[:2]
     if batch != 1:
         raise KernelInputError(f"cu_seqlens packs documents into one row: B must be 1, is {batch}")
-    if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise KernelInputError(
-            f"cu_seqlens must be int32 [S + 1], is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
-        )
-    bounds = cu_seqlens.tolist()
+    if dims != 1 or dtype not in (torch.int32, torch.int64):
+        raise KernelInputError(f"cu_seqlens must be int32 [S + 1], is {dtype} of {dims} dims")
     if not bounds or bounds[0] != 0 or bounds[-1] != tokens:
         raise KernelInputError(
             f"cu_seqlens must run from 0 to T = {tokens}; it runs from "

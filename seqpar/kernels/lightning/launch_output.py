@@ -1,17 +1,20 @@
-"""Host side of the output pass: which descriptors, strides and tiles each role gets.
+"""Host side of the output pass: which windows, strides and tiles each role gets.
 
 Legend: B batch, T tokens, H heads, DX and DZ the dims of the roles x, y and z (output_pass.py).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 from torch import Tensor
 
+from seqpar.kernels.launch import Launch, Window
 from seqpar.kernels.lightning.decays import Decays
 from seqpar.kernels.lightning.output_pass import output_pass_kernel
-from seqpar.kernels.lightning.segments import Segments
-from seqpar.kernels.lightning.state_pass import can_be_flat, descriptor, precision
+from seqpar.kernels.lightning.plan import Cut
+from seqpar.kernels.lightning.state_pass import can_be_flat, precision
 from seqpar.kernels.lightning.tuning import Config, padded
 
 __all__ = ["output_pass"]
@@ -21,7 +24,7 @@ def output_pass(
     roles: tuple[Tensor, Tensor, Tensor],
     out: Tensor,
     decays: Decays,
-    segments: Segments,
+    cut: Cut,
     config: Config,
     *,
     states: Tensor | None,
@@ -41,47 +44,65 @@ def output_pass(
     log decays, for which `of` is the tensor whose gradient w is.
     """
     x, y, z = roles
-    heads, dim_x, dim_z = x.shape[2], x.shape[3], z.shape[3]
-    rows = x.shape[0] * x.shape[1]
+    optional = (of, dreach, states, initial, final)
+    key = (
+        reverse, transposed, scanned, x.stride(), y.stride(), z.stride(),
+        *(tensor is None for tensor in optional), None if of is None else of.stride(),
+    )  # fmt: skip
+    launch = cut.launches.get(key)
+    if launch is None:
+        names = ("d_u", "p_dreach", "p_states", "p_initial", "p_final")
+        missing = {name: None for name, given in zip(names, optional, strict=True) if given is None}
+        launch = _output_launch(
+            roles, out, of, cut, config, decays, missing=missing, reverse=reverse,
+            transposed=transposed, scan=states is not None and not scanned,
+        )  # fmt: skip
+        cut.launches[key] = launch
+    reach = decays.reach
+    given = (
+        x, y, z, of, out, out, decays.per_head, reach, reach, decays.by_segment,
+        dreach, states, initial, final,
+    )  # fmt: skip
+    launch(*[tensor for tensor in given if tensor is not None])
+
+
+def _output_launch(
+    roles: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    of: Tensor | None,
+    cut: Cut,
+    config: Config,
+    decays: Decays,
+    *,
+    missing: dict[str, None],
+    reverse: bool,
+    transposed: bool,
+    scan: bool,
+) -> Launch:
+    x, y, z = roles
+    batch, tokens, heads, dim_x = x.shape
+    dim_z, segments = z.shape[3], cut.segments
     tile_x, tile_z = padded(dim_x), config.value_tile
-    flat = can_be_flat(x, y, z) and (of is None or can_be_flat(of))
-    d_z = descriptor(z, config.chunk, tile_z, flat=flat)
-    grid = (segments.count * heads, triton.cdiv(dim_z, tile_z))
-    output_pass_kernel[grid](
-        descriptor(x, config.chunk, tile_x, flat=flat),
-        descriptor(y, config.chunk, tile_x, flat=flat),
-        d_z,
-        d_z if of is None else descriptor(of, config.chunk, tile_z, flat=flat),
-        descriptor(out, config.chunk, tile_z, flat=flat),
-        out,
-        decays.per_head,
-        decays.descriptor(config.chunk),
-        decays.reach,
-        0 if decays.reach is None else decays.reach.stride(0),
-        decays.totals,
-        dreach,
-        states,
-        initial,
-        final,
-        segments.bounds,
-        segments.sequence,
-        segments.first,
-        segments.by_length,
-        heads,
-        rows,
-        dim_x,
-        dim_z,
-        1 if transposed else dim_z,
-        dim_x if transposed else 1,
-        DECAY=decays.kind,
-        REVERSE=reverse,
-        GRAD=dreach is not None,
-        FLAT=flat,
-        SCAN=states is not None and not scanned,
-        C=config.chunk,
-        BX=tile_x,
-        BZ=tile_z,
-        STAGES=config.num_stages,
-        PRECISION=precision(x.dtype),
+    flat = can_be_flat(x, y, z, out) and (of is None or can_be_flat(of))
+    fixed: dict[str, Any] = {
+        "p_bounds": segments.bounds, "p_sequence": segments.sequence, "p_first": segments.first,
+        "p_order": segments.by_length, "H": heads, "N": batch * tokens, "DX": dim_x, "DZ": dim_z,
+        "stride_x": 1 if transposed else dim_z, "stride_z": dim_x if transposed else 1,
+        "stride_reach": 0 if decays.reach is None else decays.reach.stride(0),
+        "DECAY": decays.kind, "REVERSE": reverse, "GRAD": of is not None, "FLAT": flat,
+        "SCAN": scan, "C": config.chunk, "BX": tile_x, "BZ": tile_z, "STAGES": config.num_stages,
+        "PRECISION": precision(x.dtype),
+    }  # fmt: skip
+    fixed |= missing
+    unused = ("d_reach", "p_reach", "p_by_segment") if decays.reach is None else ("p_decay",)
+    fixed |= dict.fromkeys(unused)
+    wide, narrow = (Window(config.chunk, tile, flat=flat) for tile in (tile_x, tile_z))
+    windows = {"d_x": wide, "d_y": wide, "d_z": narrow, "d_u": narrow, "d_w": narrow}
+    windows["d_reach"] = Window(1, config.chunk, flat=True)
+    return Launch(
+        output_pass_kernel,
+        (segments.count * heads, triton.cdiv(dim_z, tile_z)),
+        fixed=fixed,
+        windows={name: window for name, window in windows.items() if name not in fixed},
         num_warps=config.num_warps,
     )

@@ -1,4 +1,4 @@
-# ruff: noqa: SIM102, SIM108
+# ruff: noqa: SIM102
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
 """The one pass that makes outputs, and with its roles exchanged every gradient.
@@ -25,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from seqpar.kernels.lightning.decays import head_decay, load_last, load_reach
+from seqpar.kernels.lightning.decays import head_decay, load_decays, load_last
 from seqpar.kernels.lightning.state_pass import decayed, load_tile
 
 __all__ = ["output_pass_kernel"]
@@ -42,9 +42,41 @@ def _entry_product(b_S, b_x, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _pairs(
+    b_x, b_y, b_z, b_u, b_reach, H,
+    REVERSE: tl.constexpr, GRAD: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P [j, i] = (y_j . x_i) times the decay between j and i, 0 where j is not before i; and what
+    pairs add to the gradient of G.
+
+    The branch is always taken. Triton gives a product that another product uses all warps along
+    its rows: of 64 rows each half of 8 warps would compute everything. It does not follow P out
+    of the branch, and divides the product among the warps.
+    """
+    b_P = tl.zeros([C, C], b_z.dtype)
+    b_dreach = tl.zeros([C], tl.float32)
+    if H > 0:
+        o_c = tl.arange(0, C)
+        if REVERSE:
+            m_pair = o_c[:, None] >= o_c[None, :]
+            b_gap = b_reach[:, None] - b_reach[None, :]
+        else:
+            m_pair = o_c[:, None] <= o_c[None, :]
+            b_gap = b_reach[None, :] - b_reach[:, None]
+        b_pairs = tl.dot(b_y, tl.trans(b_x), input_precision=PRECISION)
+        b_pairs *= tl.exp2(tl.where(m_pair, b_gap, -float("inf")))
+        b_P = b_pairs.to(b_z.dtype)
+        if GRAD:
+            if not REVERSE:
+                b_pairs *= tl.dot(b_z, tl.trans(b_u), input_precision=PRECISION)
+                b_dreach = tl.sum(b_pairs, 0) - tl.sum(b_pairs, 1)
+    return b_P, b_dreach
+
+
+@triton.jit
 def _chunk(
-    b_S, b_x, b_y, b_z, b_u, num_tokens, log2_decay, b_reach, last,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, TAIL: tl.constexpr, GRAD: tl.constexpr,
+    b_S, b_x, b_y, b_z, b_u, num_tokens, b_reach, b_back, b_ahead, last, H,
+    REVERSE: tl.constexpr, TAIL: tl.constexpr, GRAD: tl.constexpr,
     C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk: wᵀ [DZ, C], the state behind it, and the gradient of G if GRAD; all float32.
@@ -59,29 +91,12 @@ def _chunk(
         b_z = tl.where(m_row, b_z, 0.0).to(b_z.dtype)
         if GRAD:
             b_u = tl.where(m_row, b_u, 0.0).to(b_u.dtype)
-    b_P = tl.dot(b_y, tl.trans(b_x), input_precision=PRECISION)  # [j, i]
+    b_P, b_dreach = _pairs(b_x, b_y, b_z, b_u, b_reach, H, REVERSE, GRAD, C, PRECISION)
     b_w = _entry_product(b_S, b_x, PRECISION)
-    if REVERSE:
-        m_pair = o_c[:, None] >= o_c[None, :]
-    else:
-        m_pair = o_c[:, None] <= o_c[None, :]
-    if DECAY == 1:
-        b_reach = (o_c + 1).to(tl.float32) * log2_decay
-    b_back = tl.exp2(b_reach)
-    b_ahead = tl.exp2(tl.minimum(last - b_reach, 0.0) if TAIL else last - b_reach)
-    b_gap = b_reach[:, None] - b_reach[None, :]
-    if not REVERSE:
-        b_gap = -b_gap
-    b_P = b_P * tl.exp2(tl.where(m_pair, b_gap, -float("inf")))
     b_w = b_w * (b_ahead if REVERSE else b_back)[None, :]
-    b_dreach = 0.0
     if GRAD:
-        b_uT = tl.trans(b_u)
-        b_dreach = tl.sum(b_w * b_uT.to(tl.float32), 0)
-        if not REVERSE:
-            b_pairs = b_P * tl.dot(b_z, b_uT, input_precision=PRECISION)
-            b_dreach += tl.sum(b_pairs, 0) - tl.sum(b_pairs, 1)
-    b_w = tl.dot(tl.trans(b_z), b_P.to(b_z.dtype), b_w, input_precision=PRECISION)
+        b_dreach += tl.sum(b_w * tl.trans(b_u).to(tl.float32), 0)
+    b_w = tl.dot(tl.trans(b_z), b_P, b_w, input_precision=PRECISION)
     b_S = b_S * tl.exp2(last)
     b_factor = b_back if REVERSE else b_ahead
     if TAIL:
@@ -106,13 +121,13 @@ def _run_tail(
     b_u = b_z
     if GRAD:
         b_u = load_tile(d_u, row, i_h, i_z * BZ, DZ, C, BZ, FLAT)
-    b_reach = load_reach(d_reach, slot, i_h, C, DECAY)
+    b_reach, b_back, b_ahead = load_decays(d_reach, slot, i_h, log2_decay, stop - row, C, DECAY)
     last = (stop - row) * log2_decay
     if DECAY == 2:
         last = load_last(p_reach, slot, i_h, stride_reach, C, DECAY)
     b_w, b_S, b_dreach = _chunk(
-        b_S, b_x, b_y, b_z, b_u, stop - row, log2_decay, b_reach, last,
-        DECAY, REVERSE, True, GRAD, C, PRECISION,
+        b_S, b_x, b_y, b_z, b_u, stop - row, b_reach, b_back, b_ahead, last, H,
+        REVERSE, True, GRAD, C, PRECISION,
     )  # fmt: skip
     o_row = row + tl.arange(0, C)
     o_z = i_z * BZ + tl.arange(0, BZ)[None, :]
@@ -157,15 +172,17 @@ def _run_segment(
         b_u = b_z
         if GRAD:
             b_u = load_tile(d_u, row, i_h, i_z * BZ, DZ, C, BZ, FLAT)
-        b_reach = load_reach(d_reach, first_slot + i_c, i_h, C, DECAY)
+        b_reach, b_back, b_ahead = load_decays(
+            d_reach, first_slot + i_c, i_h, log2_decay, C, C, DECAY
+        )
         last = C * log2_decay
         if DECAY == 2:
             last = next_last
             next_chunk = tl.maximum(i_c - 1, 0) if REVERSE else i_c + 1
             next_last = load_last(p_reach, first_slot + next_chunk, i_h, stride_reach, C, DECAY)
         b_w, b_S, b_dreach = _chunk(
-            b_S, b_x, b_y, b_z, b_u, C, log2_decay, b_reach, last,
-            DECAY, REVERSE, False, GRAD, C, PRECISION,
+            b_S, b_x, b_y, b_z, b_u, C, b_reach, b_back, b_ahead, last, H,
+            REVERSE, False, GRAD, C, PRECISION,
         )  # fmt: skip
         b_out = tl.trans(b_w.to(b_x.dtype))
         if FLAT:
@@ -189,7 +206,7 @@ def _run_segment(
 @triton.jit
 def output_pass_kernel(
     d_x, d_y, d_z, d_u, d_w, p_w, p_decay, d_reach, p_reach, stride_reach,
-    p_totals, p_dreach, p_states, p_initial,
+    p_by_segment, p_dreach, p_states, p_initial,
     p_final, p_bounds, p_sequence, p_first, p_order, H, N, DX, DZ, stride_x, stride_z,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, GRAD: tl.constexpr, FLAT: tl.constexpr,
     SCAN: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
@@ -223,7 +240,7 @@ def output_pass_kernel(
                 tokens = tl.load(p_bounds + i_p + 1) - tl.load(p_bounds + i_p)
                 b_S = b_S * tl.exp2(tokens.to(tl.float32) * head_decay(p_decay, i_h, DECAY))
             elif DECAY == 2:
-                b_S = b_S * tl.exp2(tl.load(p_totals + i_p * H + i_h))
+                b_S = b_S * tl.exp2(tl.load(p_by_segment + i_p * H + i_h))
             o_state = (i_p * H + i_h).to(tl.int64) * DX * DZ
             b_S += tl.load(p_states + o_state + o_S, mask=m_S, other=0.0)
     elif p_states is not None:

@@ -21,16 +21,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from seqpar.kernels.lightning.decays import Decays, head_decay, load_reach
-from seqpar.kernels.lightning.segments import Segments
+from seqpar.kernels.launch import Launch, Window
+from seqpar.kernels.lightning.decays import Decays, head_decay, load_last, load_row
+from seqpar.kernels.lightning.plan import Cut
 from seqpar.kernels.lightning.tuning import Config, padded
 
 __all__ = [
     "can_be_flat",
     "decayed",
-    "descriptor",
     "enter_segments",
     "load_tile",
     "precision",
@@ -65,26 +64,22 @@ def load_tile(d_x, row, i_h, column, D, C: tl.constexpr, B: tl.constexpr, FLAT: 
 
 
 @triton.jit
-def _add_chunk(
-    b_U, b_y, b_z, distance, num_tokens, log2_decay, b_reach, last,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, TAIL: tl.constexpr,
-    C: tl.constexpr, PRECISION: tl.constexpr,
+def _factors(d_reach, slot, num_tokens, distance, log2_decay, i_h,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, TAIL: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """U plus the chunk's yᵀ z, decayed to the segment's near end.
+    """[C]: how much of each token of a chunk is left at the segment's near end.
 
     `distance` is how much log2 decay lies between the chunk and that end.
     """
     o_c = tl.arange(0, C)
-    if TAIL:
-        b_z = tl.where((o_c < num_tokens)[:, None], b_z, 0.0).to(b_z.dtype)
-        b_y = tl.where((o_c < num_tokens)[:, None], b_y, 0.0).to(b_y.dtype)
-    if DECAY == 1:
-        b_reach = tl.minimum(o_c + 1, num_tokens).to(tl.float32) * log2_decay
-    b_factor = tl.exp2(distance + (b_reach if REVERSE else last - b_reach))
+    if DECAY == 2:
+        b_factor = load_row(d_reach, slot, 1 if REVERSE else 2, i_h, C) * tl.exp2(distance)
+    else:
+        b_steps = o_c + 1 if REVERSE else num_tokens - 1 - o_c
+        b_factor = tl.exp2(distance + tl.maximum(b_steps, 0).to(tl.float32) * log2_decay)
     if TAIL:
         b_factor = tl.where(o_c < num_tokens, b_factor, 0.0)
-    b_y = decayed(b_y, b_factor)
-    return tl.dot(tl.trans(b_y), b_z, b_U, input_precision=PRECISION)
+    return b_factor
 
 
 @triton.jit
@@ -93,21 +88,22 @@ def _add_tail(
     DECAY: tl.constexpr, REVERSE: tl.constexpr, FLAT: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """U plus the last chunk of a segment, which has fewer than C tokens, and its log2 decay."""
+    """U plus the last chunk of a segment, which has fewer than C tokens."""
+    m_row = (tl.arange(0, C) < num_tokens)[:, None]
     b_y = load_tile(d_y, row, i_h, 0, K, C, BK, FLAT)
     b_z = load_tile(d_z, row, i_h, i_v * BV, V, C, BV, FLAT)
-    b_reach = load_reach(d_reach, slot, i_h, C, DECAY)
-    last = tl.min(b_reach, 0) if DECAY == 2 else num_tokens * log2_decay
-    b_U = _add_chunk(
-        b_U, b_y, b_z, distance, num_tokens, log2_decay, b_reach, last,
-        DECAY, REVERSE, True, C, PRECISION,
-    )  # fmt: skip
-    return b_U, last
+    b_factor = _factors(
+        d_reach, slot, num_tokens, distance, log2_decay, i_h, DECAY, REVERSE, True, C
+    )
+    b_y = decayed(tl.where(m_row, b_y, 0.0).to(b_y.dtype), b_factor)
+    b_z = tl.where(m_row, b_z, 0.0).to(b_z.dtype)
+    return tl.dot(tl.trans(b_y), b_z, b_U, input_precision=PRECISION)
 
 
 @triton.jit
 def segment_states_kernel(
-    d_y, d_z, p_decay, d_reach, p_windows, p_states, p_list, p_bounds, H, K, V,
+    d_y, d_z, p_decay, d_reach, p_reach, p_by_segment, p_states, p_list, p_bounds, M, H, K, V,
+    stride_reach,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, FLAT: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -128,31 +124,35 @@ def segment_states_kernel(
         span = REACH_BITS / tl.maximum(-log2_decay, 1e-6)
         num_chunks = tl.minimum(num_full, (span / C).to(tl.int32) + 1)
     elif DECAY == 2:
-        num_chunks = tl.minimum(num_full, tl.load(p_windows + i_m * H + i_h))
+        p_window = p_by_segment + ((2 if REVERSE else 1) * M + i_m) * H + i_h
+        num_chunks = tl.minimum(num_full, tl.load(p_window).to(tl.int32))
     b_U = tl.zeros([BK, BV], tl.float32)
     distance = 0.0
     if not REVERSE:
         if row_tail < stop:
-            b_U, last = _add_tail(
+            b_U = _add_tail(
                 b_U, d_y, d_z, d_reach, row_tail, first_slot + num_full, stop - row_tail, distance,
                 log2_decay, i_h, i_v, K, V, DECAY, REVERSE, FLAT, C, BK, BV, PRECISION,
             )  # fmt: skip
-            distance += last
+            distance = (stop - row_tail) * log2_decay
+            if DECAY == 2:
+                distance = load_last(p_reach, first_slot + num_full, i_h, stride_reach, C, DECAY)
     for i in tl.range(0, num_chunks, num_stages=STAGES):
         i_c = i if REVERSE else num_full - 1 - i
         row = start + i_c * C
+        last = C * log2_decay
+        if DECAY == 2:
+            last = load_last(p_reach, first_slot + i_c, i_h, stride_reach, C, DECAY)
         b_y = load_tile(d_y, row, i_h, 0, K, C, BK, FLAT)
         b_z = load_tile(d_z, row, i_h, i_v * BV, V, C, BV, FLAT)
-        b_reach = load_reach(d_reach, first_slot + i_c, i_h, C, DECAY)
-        last = tl.min(b_reach, 0) if DECAY == 2 else C * log2_decay
-        b_U = _add_chunk(
-            b_U, b_y, b_z, distance, C, log2_decay, b_reach, last,
-            DECAY, REVERSE, False, C, PRECISION,
-        )  # fmt: skip
+        b_factor = _factors(
+            d_reach, first_slot + i_c, C, distance, log2_decay, i_h, DECAY, REVERSE, False, C
+        )
+        b_U = tl.dot(tl.trans(decayed(b_y, b_factor)), b_z, b_U, input_precision=PRECISION)
         distance += last
     if REVERSE:
         if (row_tail < stop) & (num_chunks == num_full):
-            b_U, last = _add_tail(
+            b_U = _add_tail(
                 b_U, d_y, d_z, d_reach, row_tail, first_slot + num_full, stop - row_tail, distance,
                 log2_decay, i_h, i_v, K, V, DECAY, REVERSE, FLAT, C, BK, BV, PRECISION,
             )  # fmt: skip
@@ -164,13 +164,13 @@ def segment_states_kernel(
 
 @triton.jit
 def enter_segments_kernel(
-    p_states, p_entries, p_initial, p_final, p_decay, p_totals, p_bounds, p_first, H, KV,
+    p_states, p_entries, p_initial, p_final, p_decay, p_by_segment, p_bounds, p_first, H, KV,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """entries[m] = the state that enters segment m when `initial`, or zero, enters its sequence.
 
-    final[s], if asked for, is what leaves the last segment (backward in time: the first).
-    `entries` may be `states` itself. Grid: (tiles of K * V, H, S).
+    final[s] is what leaves the last segment (backward in time: the first). Either may be left out,
+    and `entries` may be `states` itself. Grid: (tiles of K * V, H, S).
     """
     i_h, i_s = tl.program_id(1), tl.program_id(2)
     o_kv = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -188,12 +188,13 @@ def enter_segments_kernel(
         if p_final is None:
             need = m_kv & (o_kv * 0 + i < end - first - 1)
         b_U = tl.load(p_states + o_m + o_kv, mask=need, other=0.0)
-        tl.store(p_entries + o_m + o_kv, b_state, mask=m_kv)
+        if p_entries is not None:
+            tl.store(p_entries + o_m + o_kv, b_state, mask=m_kv)
         if DECAY == 1:
             tokens = tl.load(p_bounds + i_m + 1) - tl.load(p_bounds + i_m)
             b_state = b_state * tl.exp2(tokens.to(tl.float32) * log2_decay)
         elif DECAY == 2:
-            b_state = b_state * tl.exp2(tl.load(p_totals + i_m * H + i_h))
+            b_state = b_state * tl.exp2(tl.load(p_by_segment + i_m * H + i_h))
         b_state += b_U
     if p_final is not None:
         tl.store(p_final + o_sequence, b_state, mask=m_kv)
@@ -209,93 +210,96 @@ def can_be_flat(*tensors: Tensor) -> bool:
     return all(x.stride(2) == x.shape[3] == padded(x.shape[3]) for x in tensors)
 
 
-def descriptor(x: Tensor, chunk: int, columns: int, *, flat: bool) -> Any:
-    """A window of `chunk` rows and `columns` of one head on x [B, T, H, D]; zero outside."""
-    batch, tokens, heads, dim = x.shape
-    rows = batch * tokens
-    if flat:
-        return TensorDescriptor(x, [rows, heads * dim], [x.stride(1), 1], [chunk, columns])
-    strides = [x.stride(1), x.stride(2), 1]
-    return TensorDescriptor(x, [rows, heads, dim], strides, [chunk, 1, columns])
-
-
 def segment_states(
     y: Tensor,
     z: Tensor,
     decays: Decays,
-    segments: Segments,
+    cut: Cut,
     config: Config,
     *,
     reverse: bool,
     every: bool,
 ) -> Tensor:
     """[M, H, K, V] float32: what each segment adds. Unless `every`, only where another needs it."""
-    heads, key_dim, value_dim = y.shape[2], y.shape[3], z.shape[3]
-    states = y.new_empty(segments.count, heads, key_dim, value_dim, dtype=torch.float32)
-    needed = segments.with_predecessor if reverse else segments.with_successor
-    if every:
-        needed = segments.by_length
-    if len(needed) == 0:
+    shape = (cut.segments.count, y.shape[2], y.shape[3], z.shape[3])
+    states = torch.empty(shape, dtype=torch.float32, device=y.device)
+    if not every and cut.segments.num_cut == 0:
         return states
+    key = ("states", reverse, every, y.stride(), z.stride())
+    launch = cut.launches.get(key)
+    if launch is None:
+        launch = _states_launch(y, z, decays, cut, config, reverse, every)
+        cut.launches[key] = launch
+    given = (y, z, decays.per_head, decays.reach, decays.reach, decays.by_segment, states)
+    launch(*[x for x in given if x is not None])
+    return states
+
+
+def _states_launch(
+    y: Tensor, z: Tensor, decays: Decays, cut: Cut, config: Config, reverse: bool, every: bool
+) -> Launch:
+    segments, flat = cut.segments, can_be_flat(y, z)
+    heads, key_dim, value_dim = y.shape[2], y.shape[3], z.shape[3]
     tile_k, tile_v = padded(key_dim), config.value_tile
-    flat = can_be_flat(y, z)
-    segment_states_kernel[(len(needed) * heads, triton.cdiv(value_dim, tile_v))](
-        descriptor(y, config.chunk, tile_k, flat=flat),
-        descriptor(z, config.chunk, tile_v, flat=flat),
-        decays.per_head,
-        decays.descriptor(config.chunk),
-        decays.windows_back if reverse else decays.windows_ahead,
-        states,
-        needed,
-        segments.bounds,
-        heads,
-        key_dim,
-        value_dim,
-        DECAY=decays.kind,
-        REVERSE=reverse,
-        FLAT=flat,
-        C=config.chunk,
-        BK=tile_k,
-        BV=tile_v,
-        STAGES=min(config.num_stages, 3),
-        PRECISION=precision(y.dtype),
+    listed = segments.with_predecessor if reverse else segments.with_successor
+    if every:
+        listed = segments.by_length
+    fixed: dict[str, Any] = {
+        "p_list": listed, "p_bounds": segments.bounds, "M": segments.count, "H": heads,
+        "K": key_dim, "V": value_dim, "DECAY": decays.kind, "REVERSE": reverse, "FLAT": flat,
+        "C": config.chunk, "BK": tile_k, "BV": tile_v, "STAGES": min(config.num_stages, 3),
+        "PRECISION": precision(y.dtype),
+    }  # fmt: skip
+    windows = {
+        "d_y": Window(config.chunk, tile_k, flat=flat),
+        "d_z": Window(config.chunk, tile_v, flat=flat),
+    }
+    if decays.reach is None:
+        fixed |= dict.fromkeys(("d_reach", "p_reach", "p_by_segment")) | {"stride_reach": 0}
+    else:
+        fixed |= {"p_decay": None, "stride_reach": decays.reach.stride(0)}
+        windows["d_reach"] = Window(1, config.chunk, flat=True)
+    return Launch(
+        segment_states_kernel,
+        (len(listed) * heads, triton.cdiv(value_dim, tile_v)),
+        fixed=fixed,
+        windows=windows,
         num_warps=config.num_warps,
     )
-    return states
 
 
 def enter_segments(
     states: Tensor,
     decays: Decays,
-    segments: Segments,
+    cut: Cut,
     *,
     initial: Tensor | None = None,
+    entries: Tensor | None = None,
+    final: Tensor | None = None,
     reverse: bool,
-    return_final: bool,
-    in_place: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Entry states [M, H, K, V] for `initial` or zero in; the exit states [S, H, K, V] if asked."""
+) -> None:
+    """Write what enters each segment into `entries` [M, H, K, V], which may be `states`, and what
+    leaves each sequence into `final` [S, H, K, V], for `initial` or zero in.
+    """
+    key = ("enter", reverse, initial is None, entries is None, final is None)
+    launch = cut.launches.get(key)
+    optional = {"p_entries": entries, "p_initial": initial, "p_final": final}
+    if launch is None:
+        launch = cut.launches[key] = _enter_launch(states, decays.kind, cut, optional, reverse)
+    given = (entries, initial, final, decays.per_head, decays.by_segment)
+    launch(states, *[x for x in given if x is not None])
+
+
+def _enter_launch(
+    states: Tensor, kind: int, cut: Cut, optional: dict[str, Tensor | None], reverse: bool
+) -> Launch:
     _, heads, key_dim, value_dim = states.shape
-    entries = states if in_place else torch.empty_like(states)
-    final = None
-    if return_final:
-        final = states.new_empty(segments.num_sequences, heads, key_dim, value_dim)
-    block = 1024
-    grid = (triton.cdiv(key_dim * value_dim, block), heads, segments.num_sequences)
-    enter_segments_kernel[grid](
-        states,
-        entries,
-        initial,
-        final,
-        decays.per_head,
-        decays.totals,
-        segments.bounds,
-        segments.first,
-        heads,
-        key_dim * value_dim,
-        DECAY=decays.kind,
-        REVERSE=reverse,
-        BLOCK=block,
-        num_warps=4,
-    )
-    return entries, final
+    size, block = key_dim * value_dim, 1024
+    fixed: dict[str, Any] = {
+        "p_bounds": cut.segments.bounds, "p_first": cut.segments.first, "H": heads, "KV": size,
+        "DECAY": kind, "REVERSE": reverse, "BLOCK": block,
+    }  # fmt: skip
+    fixed |= {name: None for name, x in optional.items() if x is None}
+    fixed["p_by_segment" if kind == 1 else "p_decay"] = None
+    grid = (triton.cdiv(size, block), heads, cut.segments.num_sequences)
+    return Launch(enter_segments_kernel, grid, fixed=fixed)

@@ -7,11 +7,15 @@ Legend: B batch, T tokens, H heads, K key dim, V value dim.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from seqpar.kernels.launch import Launch
+from seqpar.kernels.lightning.plan import Plan, dense
 from seqpar.kernels.lightning.tuning import padded
 
 __all__ = ["step_triton"]
@@ -52,30 +56,31 @@ def step_kernel(
 
 
 def step_triton(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """o [B, T, H, V] in v's dtype and the new state [B, H, K, V] float32."""
-    batch, tokens, heads, key_dim = q.shape
-    value_dim = v.shape[3]
-    state = state.float().contiguous()
+    launch = plan.step_launch
+    if launch is None:
+        launch = plan.step_launch = _step_launch(plan)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    new_state = torch.empty_like(state)
-    tile = min(padded(value_dim), 16 if batch * heads < 512 else 32)
-    step_kernel[(triton.cdiv(value_dim, tile), batch * heads)](
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
-        None if log_decay is None else log_decay.contiguous(),
-        state,
-        out,
-        new_state,
-        tokens,
-        heads,
-        key_dim,
-        value_dim,
-        DECAY=0 if log_decay is None else 1 if log_decay.ndim == 1 else 2,
-        BK=padded(key_dim),
-        BV=tile,
-        num_warps=2 if tile == 16 else 4,
-    )
+    new_state = torch.empty(state.shape, dtype=torch.float32, device=v.device)
+    q, k, v, state = dense(q), dense(k), dense(v), dense(state, torch.float32)
+    if log_decay is None:
+        launch(q, k, v, state, out, new_state)
+    else:
+        launch(q, k, v, dense(log_decay, torch.float32), state, out, new_state)
     return out, new_state
+
+
+def _step_launch(plan: Plan) -> Launch:
+    batch, tokens, heads, key_dim, value_dim = plan.problem[:5]
+    decay = {0: 0, 1: 1, 3: 2}[plan.problem.decay_dims]
+    tile = min(padded(value_dim), 16 if batch * heads < 512 else 32)
+    fixed: dict[str, Any] = {
+        "T": tokens, "H": heads, "K": key_dim, "V": value_dim, "DECAY": decay,
+        "BK": padded(key_dim), "BV": tile,
+    }  # fmt: skip
+    if decay == 0:
+        fixed["p_decay"] = None
+    grid = (triton.cdiv(value_dim, tile), batch * heads)
+    return Launch(step_kernel, grid, fixed=fixed, num_warps=2 if tile == 16 else 4)

@@ -1,0 +1,101 @@
+"""Launching a Triton kernel with few host instructions.
+
+`kernel[grid](...)` looks at every argument of every call again: types, alignment, which compiled
+variant they need, and a bulk-copy descriptor for each tensor that is read through one. On a host
+that takes 60 us a launch this outlasts the kernels of a short sequence. A `Launch` is a kernel
+with everything bound but the addresses of its tensors. The first call goes through Triton, which
+compiles; the following ones hand the same compiled function its parameters through the driver's
+own `cuLaunchKernel`: a few addresses packed into a buffer, descriptors looked up by address.
+
+Where the compiled kernel's parameters are not laid out as expected (another version of Triton),
+and under the interpreter, every call goes through Triton.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any
+
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from seqpar.kernels.direct_launch import DirectLaunch, UnknownLayoutError
+
+__all__ = ["Launch", "Window"]
+
+_log = logging.getLogger(__name__)
+
+
+class Window:
+    """How a kernel sees a tensor [B, T, H, D] through a descriptor: blocks of rows of one head.
+
+    `flat`: as [B * T, H * D], heads side by side; otherwise as [B * T, H, D]. Rows must lie evenly
+    apart across the batch. What is outside reads as zero.
+    """
+
+    def __init__(self, rows: int, columns: int, *, flat: bool) -> None:
+        self.block = [rows, columns] if flat else [rows, 1, columns]
+        self.flat = flat
+
+    def of(self, x: Tensor) -> TensorDescriptor:
+        """The descriptor of a tensor."""
+        if x.ndim == 2:
+            return TensorDescriptor(x, list(x.shape), list(x.stride()), self.block)
+        batch, tokens, heads, dim = x.shape
+        if self.flat:
+            shape, strides = [batch * tokens, heads * dim], [x.stride(1), 1]
+        else:
+            shape, strides = [batch * tokens, heads, dim], [x.stride(1), x.stride(2), 1]
+        return TensorDescriptor(x, shape, strides, self.block)
+
+
+class Launch:
+    """A kernel and all its arguments but some tensors, which a call gives in the kernel's order.
+
+    All calls must give tensors of the same shapes, strides, dtypes and device, at addresses that
+    are multiples of 16 bytes.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        *,
+        fixed: dict[str, Any],
+        windows: dict[str, Window] | None = None,
+        num_warps: int = 4,
+    ) -> None:
+        self._kernel, self._grid, self._num_warps = kernel, grid, num_warps
+        self._fixed, self._windows = fixed, windows or {}
+        parameters = inspect.signature(kernel.fn).parameters
+        self._names = [name for name in parameters if name not in fixed]
+        self._direct: DirectLaunch | None = None
+        self._can_bind = True
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether calls go past Triton: from the second on, on a GPU."""
+        return self._direct is not None
+
+    def __call__(self, *tensors: Tensor) -> None:
+        if self._direct is not None:
+            self._direct(*tensors)
+        else:
+            self.through_triton(*tensors)
+
+    def through_triton(self, *tensors: Tensor) -> None:
+        """The launch as Triton does it, which compiles the kernel if need be."""
+        given = dict(zip(self._names, tensors, strict=True))
+        for name, window in self._windows.items():
+            given[name] = window.of(given[name])
+        compiled = self._kernel[self._grid](**given, **self._fixed, num_warps=self._num_warps)
+        if compiled is not None and self._can_bind:
+            self._bind(compiled, given)
+
+    def _bind(self, compiled: Any, given: dict[str, Any]) -> None:
+        try:
+            self._direct = DirectLaunch(compiled, self._grid, given=given, fixed=self._fixed)
+        except UnknownLayoutError as reason:
+            self._can_bind = False
+            _log.warning("kernels are launched through Triton, which is slower: %s", reason)
