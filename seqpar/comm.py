@@ -61,6 +61,9 @@ __all__ = [
 
 T = TypeVar("T")
 _OBJECT_BYTES = 65536
+_GATHER: Callable[..., Any] = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)
 
 
 # -- waiting ----------------------------------------------------------------------------------
@@ -98,7 +101,7 @@ def group_rank(group: ProcessGroup | None) -> int:
     """
     if group is None:
         return 0
-    rank = dist.get_rank(group)
+    rank = group.rank() if isinstance(group, ProcessGroup) else -1
     if rank < 0:
         raise MeshError(f"global rank {dist.get_rank()} is not in the group it was handed")
     return rank
@@ -115,26 +118,38 @@ def backend_of(group: ProcessGroup | None) -> str:
 
 
 def all_gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """[W, *x.shape]: every rank's tensor in rank order; x has one shape and dtype on all ranks."""
-    return all_gather_async(x, group).wait()
+    """[W, *x.shape]: every rank's tensor in rank order; x has one shape and dtype on all ranks.
+
+    On CUDA it is queued on the current stream, which costs less than to post it and wait at once.
+    """
+    if group is None or not x.is_cuda or _on_host(group) or not x.numel():
+        return all_gather_async(x, group).wait()
+    gathered, message = _gather_buffers(x, group.size())
+    _GATHER(gathered, message, group=group)
+    return gathered
 
 
 def all_gather_async(x: Tensor, group: ProcessGroup | None) -> Pending[Tensor]:
     """`all_gather`, under way."""
     if group is None:
         return Pending((), lambda: x.detach().clone()[None])
-    size = group.size()
-    message = x.detach().contiguous()
-    received_bytes = (size - 1) * message.numel() * message.element_size()
-    count("all_gather", received_bytes, received_bytes)
+    staged = x.is_cuda and _on_host(group)
+    gathered, message = _gather_buffers(x.cpu() if staged else x, group.size())
     if not message.numel():
-        return Pending((), lambda: x.new_empty(size, *x.shape))
-    if _on_host(group):
-        message = message.cpu()
-    gathered = message.new_empty(size, *x.shape)
-    outgoing, landing = (t.view(-1).view(torch.uint8) for t in (message, gathered))
-    work = _gather_flat(landing, outgoing, group)
-    return Pending((work,), lambda: gathered.to(x.device), keep=message)
+        return Pending((), lambda: gathered)
+    # gloo wants them flat, and knows fewer dtypes than torch.
+    landing, outgoing = (t.view(-1).view(torch.uint8) for t in (gathered, message))
+    work = _GATHER(landing, outgoing, group=group, async_op=True)
+    return Pending((work,), lambda: gathered.to(x.device) if staged else gathered, keep=message)
+
+
+def _gather_buffers(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Memory for what an all_gather of x delivers, and x as it is sent; counts the bytes."""
+    message = (x.detach() if x.requires_grad else x).contiguous()
+    received_bytes = (size - 1) * message.numel() * message.element_size()
+    if received_bytes:
+        count("all_gather", received_bytes, received_bytes)
+    return message.new_empty((size, *message.shape)), message
 
 
 def all_to_all(
@@ -345,11 +360,6 @@ def _incoming(message: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
     if message.storage_offset() % like.element_size():
         message = message.clone()
     return message.view(like.dtype).view(*shape).to(like.device)
-
-
-def _gather_flat(out: Tensor, message: Tensor, group: ProcessGroup) -> Any:
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return gather(out, message, group=group, async_op=True)
 
 
 def _broadcast_bytes(data: bytes, size: int, group: ProcessGroup, source: int) -> bytes:
