@@ -17,9 +17,10 @@ the host), and sums 16-bit floats in float32; `all_gather_into_tensor` was renam
 from __future__ import annotations
 
 import pickle
+import weakref
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,9 @@ from seqpar.traffic import (
     current_traffic,
     report_saved,
 )
+
+if TYPE_CHECKING:
+    from seqpar.peer_memory import PeerMemory
 
 __all__ = [
     "Operation",
@@ -57,6 +61,7 @@ __all__ = [
     "group_rank",
     "group_size",
     "report_saved",
+    "share_memory",
 ]
 
 T = TypeVar("T")
@@ -64,6 +69,9 @@ _OBJECT_BYTES = 65536
 _GATHER: Callable[..., Any] = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 )
+
+_SHARED: MutableMapping[ProcessGroup, PeerMemory | None] = weakref.WeakKeyDictionary()
+"""Memory shared by `share_memory`, for as long as the group lives."""
 
 
 # -- waiting ----------------------------------------------------------------------------------
@@ -125,8 +133,28 @@ def all_gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
     if group is None or not x.is_cuda or _on_host(group) or not x.numel():
         return all_gather_async(x, group).wait()
     gathered, message = _gather_buffers(x, group.size())
-    _GATHER(gathered, message, group=group)
+    peers = _SHARED.get(group) if _SHARED else None
+    if peers is not None and peers.takes(message):
+        peers.all_gather(message, gathered)
+    else:
+        _GATHER(gathered, message, group=group)
     return gathered
+
+
+def share_memory(group: ProcessGroup | None, *, max_bytes: int = 8 * 2**20) -> bool:
+    """Let `all_gather` move messages of up to `max_bytes` without NCCL, where devices allow it.
+
+    Collective, once for a group. For CUDA ranks of one host that can read each other's memory (over
+    NVLink): each takes 2 * max_bytes of device memory, and a small all_gather then is one launch.
+    Returns whether it is so; elsewhere nothing changes. See `seqpar.peer_memory`.
+    """
+    if group is None or _on_host(group):
+        return False
+    if group not in _SHARED:
+        from seqpar.peer_memory import PeerMemory
+
+        _SHARED[group] = PeerMemory.open(group, max_bytes)
+    return _SHARED[group] is not None
 
 
 def all_gather_async(x: Tensor, group: ProcessGroup | None) -> Pending[Tensor]:

@@ -78,7 +78,9 @@ def _prefixes(scan: Scan, gathered: Tensor) -> Entries:
     plan, chain = scan.plan, scan.chain
     if not plan.takers:
         return {}
-    messages = gathered.view(chain.world_size * chain.most_givers, plan.numel)
+    messages = gathered
+    if chain.most_givers > 1 or not plan.has_one_source:
+        messages = gathered.view(chain.world_size * chain.most_givers, plan.numel)
     if not plan.has_one_source and can_sum(messages):
         sums = chain_sums(
             messages,

@@ -30,10 +30,9 @@ def fixed_on_host(log_decay: Tensor) -> tuple[float, ...] | None:
         return None
     if log_decay.is_inference():  # has no version to remember it by
         return tuple(log_decay.cpu().tolist())
-    if log_decay in _HOST_COPIES:
-        version, values = _HOST_COPIES[log_decay]
-        if version == log_decay._version:
-            return values
+    found = _HOST_COPIES.get(log_decay)
+    if found is not None and found[0] == log_decay._version:
+        return found[1]
     values = tuple(log_decay.detach().cpu().tolist())
     _HOST_COPIES[log_decay] = (log_decay._version, values)
     return values

@@ -91,7 +91,7 @@ class RankPart:
         folded, cu_seqlens = self._folded(inputs)
         entry = self._at_runs({self.places.first_run[x]: e for x, e in entries.items()}, summary)
         o = self.mixer.output(folded, summary, entry, cu_seqlens)
-        return o.reshape(*inputs[0].shape[:2], *o.shape[2:])
+        return o if cu_seqlens is None else o.reshape(*inputs[0].shape[:2], *o.shape[2:])
 
     def add_entries(self, o: Tensor, inputs: Inputs, received: Entries) -> None:
         """Add to o, in place, what states that arrived after the local work contribute."""
@@ -172,10 +172,11 @@ class RankPart:
             self._at_runs(leaving, summary),
             cu_seqlens,
         )
-        shapes = [x.shape for x in inputs]
+        if self.places.num_runs == 1:
+            return grads
         return tuple(
-            None if grad is None else grad.reshape(shape)
-            for grad, shape in zip(grads, shapes, strict=True)
+            None if grad is None else grad.reshape(x.shape)
+            for grad, x in zip(grads, inputs, strict=True)
         )
 
     def add_exit_grads(

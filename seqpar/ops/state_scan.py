@@ -204,7 +204,8 @@ class Scan:
     def state_in(self, message: Tensor) -> Tensor:
         """The state alone from a link's message."""
         if not self.plan.carries:
-            return message.view(self.plan.state_shape)
+            shape = self.plan.state_shape
+            return message if message.shape == shape else message.view(shape)
         return message[: self.plan.state_numel].view(self.plan.state_shape)
 
     def unpack(self, link: int, message: Tensor, *, with_known: bool) -> LinkState:
