@@ -88,6 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--decays", nargs="+", default=["slopes", "no decay"])
     parser.add_argument("--forms", nargs="+", help="only these forms, and the local kernel")
+    parser.add_argument("--check-only", action="store_true", help="time nothing")
     parser.add_argument("--quick", action="store_true", help="check and time less")
     parser.add_argument("--share-memory", action="store_true", help="let peers read memory")
     parser.add_argument("--lasp", type=Path, help="a checkout of OpenNLPLab/LASP to measure too")
@@ -99,13 +100,17 @@ def main(arguments: list[str] | None = None) -> int:
     decays = {"slopes": setup.slopes(), "no decay": None}
     layers = [(name, tokens) for name in options.decays for tokens in options.tokens]
     quick, every = ["slopes"], ["slopes", "none", "fast", "per token"]
+    every_exchange = ["auto", *EXCHANGES, "all_to_all"]
+    if options.check_only:
+        check(setup, every, every_exchange)
+        dist.destroy_process_group()
+        return 0
     _keep(setup, folder, results, errors=check(setup, quick, ["auto", "all_gather"]))
     for name, tokens in layers:
         rows = time_layer(setup, tokens, name, decays[name], None, options.forms)
         _keep(setup, folder, results, layer=results.get("layer", []) + rows)
     _keep(setup, folder, results, exchange_ms=time_exchanges(setup, [options.heads, 512]))
     if not options.quick:
-        every_exchange = ["auto", *EXCHANGES, "all_to_all"]
         _keep(setup, folder, results, errors=check(setup, every, every_exchange))
     for tokens in options.tokens if options.lasp else ():
         rows = time_layer(setup, tokens, "slopes", decays["slopes"], options.lasp, None)
