@@ -43,7 +43,7 @@ class PeerMemory:
         self.capacity_bytes = capacity_bytes
         self._rank, self._size, self._calls = group.rank(), group.size(), 0
         self._launches: dict[tuple[int, int], Any] = {}
-        self._capacity_words = -(-capacity_bytes // _WORD_BYTES)
+        self._capacity_words = -(-capacity_bytes // _ALIGNMENT) * _ALIGNMENT // _WORD_BYTES
         flags = _SLOTS * _MAX_BLOCKS * self._size
         words = 2 * flags + _SLOTS * self._capacity_words
         device = torch.device("cuda", torch.cuda.current_device())
