@@ -31,7 +31,7 @@ from torch import Tensor
 from seqpar import comm
 from seqpar.kernels.lightning import lightning_attention
 from seqpar.layout import SequenceLayout
-from seqpar.mesh import init_mesh
+from seqpar.mesh import GroupPool, init_mesh
 from seqpar.ops.state import explain_exchange, state_attention
 from seqpar.ops.state_exchange import EXCHANGES
 from seqpar.ops.state_lightning import LightningMixer
@@ -51,6 +51,8 @@ class Setup:
     """Where and what is measured."""
 
     group: Any
+    nccl_group: Any
+    """The same ranks, without memory that peers read."""
     rank: int
     world_size: int
     device: torch.device
@@ -86,7 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--decays", nargs="+", default=["slopes", "no decay"])
     parser.add_argument("--forms", nargs="+", help="only these forms, and the local kernel")
+    parser.add_argument("--check-only", action="store_true", help="time nothing")
     parser.add_argument("--quick", action="store_true", help="check and time less")
+    parser.add_argument("--share-memory", action="store_true", help="let peers read memory")
     parser.add_argument("--lasp", type=Path, help="a checkout of OpenNLPLab/LASP to measure too")
     parser.add_argument("--out", type=Path, help="folder for state.json")
     options = parser.parse_args(arguments)
@@ -96,13 +100,17 @@ def main(arguments: list[str] | None = None) -> int:
     decays = {"slopes": setup.slopes(), "no decay": None}
     layers = [(name, tokens) for name in options.decays for tokens in options.tokens]
     quick, every = ["slopes"], ["slopes", "none", "fast", "per token"]
+    every_exchange = ["auto", *EXCHANGES, "all_to_all"]
+    if options.check_only:
+        check(setup, every, every_exchange)
+        dist.destroy_process_group()
+        return 0
     _keep(setup, folder, results, errors=check(setup, quick, ["auto", "all_gather"]))
     for name, tokens in layers:
         rows = time_layer(setup, tokens, name, decays[name], None, options.forms)
         _keep(setup, folder, results, layer=results.get("layer", []) + rows)
     _keep(setup, folder, results, exchange_ms=time_exchanges(setup, [options.heads, 512]))
     if not options.quick:
-        every_exchange = ["auto", *EXCHANGES, "all_to_all"]
         _keep(setup, folder, results, errors=check(setup, every, every_exchange))
     for tokens in options.tokens if options.lasp else ():
         rows = time_layer(setup, tokens, "slopes", decays["slopes"], options.lasp, None)
@@ -122,9 +130,13 @@ def _keep(setup: Setup, folder: Path, results: dict[str, Any], **found: Any) -> 
 def _setup(options: argparse.Namespace) -> Setup:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     group = init_mesh(sp=world_size)["sp"].get_group()
+    pool = GroupPool()
+    pool.prepare([tuple(range(world_size))])
+    shares = options.share_memory and comm.share_memory(group)
     cuda = torch.cuda.is_available()
     return Setup(
         group=group,
+        nccl_group=pool.group(range(world_size)) if shares else group,
         rank=dist.get_rank(group),
         world_size=world_size,
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
@@ -236,12 +248,15 @@ def time_exchanges(setup: Setup, every_heads: list[int]) -> list[dict[str, Any]]
     for heads in every_heads:
         layout = SequenceLayout.contiguous((0, 64 * setup.world_size), setup.world_size)
         tokens = torch.zeros(1, 64, heads, setup.dim, device=setup.device, dtype=setup.dtype)
-        part = RankPart(LightningMixer(), layout, setup.rank)
+        part = RankPart.of(LightningMixer(), layout, setup.rank, (tokens,) * 3)
         state = torch.randn(1, heads, setup.dim, setup.dim, device=setup.device)
         forms = {
-            name: _exchange_form(setup, part, (tokens,) * 3, Summary(state, None), name)
+            name: _exchange_form(part, (tokens,) * 3, Summary(state, None), name, setup.group)
             for name in sorted(EXCHANGES)
         }
+        forms["all_gather, NCCL"] = _exchange_form(
+            part, (tokens,) * 3, Summary(state, None), "all_gather", setup.nccl_group
+        )
         eager = {name: t.ms for name, t in _take_turns(setup, forms).items()}
         graphs = _graphed(setup, forms)
         device = {name: t.ms for name, t in _take_turns(setup, graphs).items()}
@@ -254,10 +269,10 @@ def time_exchanges(setup: Setup, every_heads: list[int]) -> list[dict[str, Any]]
 
 
 def _exchange_form(
-    setup: Setup, part: RankPart, inputs: tuple[Tensor, ...], summary: Any, name: str
+    part: RankPart, inputs: tuple[Tensor, ...], summary: Any, name: str, group: Any
 ) -> Callable[[], None]:
     def run() -> None:
-        run_steps(EXCHANGES[name](part.forward_scan(inputs, summary, None)), setup.group)
+        run_steps(EXCHANGES[name](part.forward_scan(inputs, summary, None)), group)
 
     return run
 
@@ -280,13 +295,14 @@ def time_layer(
     q, k, v = leaves
 
     def scattered(exchange: str, **options: Any) -> Callable[[], Tensor]:
-        common = {"log_decay": decay, "layout": layout, "group": setup.group}
-        return lambda: state_attention(q, k, v, **common, exchange=exchange, **options)[0]
+        common = {"log_decay": decay, "layout": layout, "group": setup.group, **options}
+        return lambda: state_attention(q, k, v, **common, exchange=exchange)[0]
 
     outputs: dict[str, Callable[[], Tensor]] = {
         "local kernel": lambda: lightning_attention(q, k, v, log_decay=decay)[0],
         "auto": scattered("auto", check=False),
         "auto, checked": scattered("auto"),
+        "auto, NCCL": scattered("auto", check=False, group=setup.nccl_group),
         "auto, overlapped": scattered("auto", check=False, overlap=True),
         "all_gather": scattered("all_gather", check=False),
         "all_gather, nothing left out": scattered("all_gather", check=False, truncate=False),

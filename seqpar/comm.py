@@ -17,9 +17,10 @@ the host), and sums 16-bit floats in float32; `all_gather_into_tensor` was renam
 from __future__ import annotations
 
 import pickle
+import weakref
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,9 @@ from seqpar.traffic import (
     current_traffic,
     report_saved,
 )
+
+if TYPE_CHECKING:
+    from seqpar.peer_memory import PeerMemory
 
 __all__ = [
     "Operation",
@@ -57,10 +61,17 @@ __all__ = [
     "group_rank",
     "group_size",
     "report_saved",
+    "share_memory",
 ]
 
 T = TypeVar("T")
 _OBJECT_BYTES = 65536
+_GATHER: Callable[..., Any] = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)
+
+_SHARED: MutableMapping[ProcessGroup, PeerMemory | None] = weakref.WeakKeyDictionary()
+"""Memory shared by `share_memory`, for as long as the group lives."""
 
 
 # -- waiting ----------------------------------------------------------------------------------
@@ -98,7 +109,7 @@ def group_rank(group: ProcessGroup | None) -> int:
     """
     if group is None:
         return 0
-    rank = dist.get_rank(group)
+    rank = group.rank() if isinstance(group, ProcessGroup) else -1
     if rank < 0:
         raise MeshError(f"global rank {dist.get_rank()} is not in the group it was handed")
     return rank
@@ -115,26 +126,58 @@ def backend_of(group: ProcessGroup | None) -> str:
 
 
 def all_gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """[W, *x.shape]: every rank's tensor in rank order; x has one shape and dtype on all ranks."""
-    return all_gather_async(x, group).wait()
+    """[W, *x.shape]: every rank's tensor in rank order; x has one shape and dtype on all ranks.
+
+    On CUDA it is queued on the current stream, which costs less than to post it and wait at once.
+    """
+    if group is None or not x.is_cuda or _on_host(group) or not x.numel():
+        return all_gather_async(x, group).wait()
+    gathered, message = _gather_buffers(x, group.size())
+    peers = _SHARED.get(group) if _SHARED else None
+    if peers is not None and peers.takes(message):
+        peers.all_gather(message, gathered)
+    else:
+        _GATHER(gathered, message, group=group)
+    return gathered
+
+
+def share_memory(group: ProcessGroup | None, *, max_bytes: int = 8 * 2**20) -> bool:
+    """Let `all_gather` move messages of up to `max_bytes` without NCCL, where devices allow it.
+
+    Collective, once for a group. For CUDA ranks of one host that can read each other's memory (over
+    NVLink): each takes 2 * max_bytes of device memory, and a small all_gather then is one launch.
+    Returns whether it is so; elsewhere nothing changes. See `seqpar.peer_memory`.
+    """
+    if group is None or _on_host(group):
+        return False
+    if group not in _SHARED:
+        from seqpar.peer_memory import PeerMemory
+
+        _SHARED[group] = PeerMemory.open(group, max_bytes)
+    return _SHARED[group] is not None
 
 
 def all_gather_async(x: Tensor, group: ProcessGroup | None) -> Pending[Tensor]:
     """`all_gather`, under way."""
     if group is None:
         return Pending((), lambda: x.detach().clone()[None])
-    size = group.size()
-    message = x.detach().contiguous()
-    received_bytes = (size - 1) * message.numel() * message.element_size()
-    count("all_gather", received_bytes, received_bytes)
+    staged = x.is_cuda and _on_host(group)
+    gathered, message = _gather_buffers(x.cpu() if staged else x, group.size())
     if not message.numel():
-        return Pending((), lambda: x.new_empty(size, *x.shape))
-    if _on_host(group):
-        message = message.cpu()
-    gathered = message.new_empty(size, *x.shape)
-    outgoing, landing = (t.view(-1).view(torch.uint8) for t in (message, gathered))
-    work = _gather_flat(landing, outgoing, group)
-    return Pending((work,), lambda: gathered.to(x.device), keep=message)
+        return Pending((), lambda: gathered)
+    # gloo wants them flat, and knows fewer dtypes than torch.
+    landing, outgoing = (t.view(-1).view(torch.uint8) for t in (gathered, message))
+    work = _GATHER(landing, outgoing, group=group, async_op=True)
+    return Pending((work,), lambda: gathered.to(x.device) if staged else gathered, keep=message)
+
+
+def _gather_buffers(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Memory for what an all_gather of x delivers, and x as it is sent; counts the bytes."""
+    message = (x.detach() if x.requires_grad else x).contiguous()
+    received_bytes = (size - 1) * message.numel() * message.element_size()
+    if received_bytes:
+        count("all_gather", received_bytes, received_bytes)
+    return message.new_empty((size, *message.shape)), message
 
 
 def all_to_all(
@@ -345,11 +388,6 @@ def _incoming(message: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
     if message.storage_offset() % like.element_size():
         message = message.clone()
     return message.view(like.dtype).view(*shape).to(like.device)
-
-
-def _gather_flat(out: Tensor, message: Tensor, group: ProcessGroup) -> Any:
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return gather(out, message, group=group, async_op=True)
 
 
 def _broadcast_bytes(data: bytes, size: int, group: ProcessGroup, source: int) -> bytes:

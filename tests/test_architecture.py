@@ -14,7 +14,8 @@ ALLOWED = {
     "errors": set(),
     "layout": {"errors"},
     "balance": {"errors", "layout"},
-    "comm": {"errors", "layout"},
+    "comm": {"errors", "layout", "peer_memory"},
+    "peer_memory": {"kernels"},
     "mesh": {"errors", "layout", "comm"},
     "kernels": {"errors", "layout"},
     "planners": {"errors"},
@@ -27,7 +28,7 @@ ALLOWED = {
 }
 # fmt: off
 TOP = {
-    "errors", "layout", "balance", "comm", "mesh", "kernels", "ops", "batch",
+    "errors", "layout", "balance", "comm", "peer_memory", "mesh", "kernels", "ops", "batch",
     "loss", "models", "adapters", "planners", "launch", "data", "training", "calibration",
     "comparison", "feedback", "report", "report_html", "console", "wrap", "parity",
     "commands",

@@ -26,6 +26,9 @@ from seqpar.ops.state import state_attention
 
 __all__ = ["minimax_lightning_forward"]
 
+_KEPT_DECAY = "_seqpar_log_decay"
+"""On the layer: identity and version of its slope buffer, and the log decay made of it."""
+
 
 def minimax_lightning_forward(
     module: Any,
@@ -68,8 +71,16 @@ def _lightning(
 
 
 def _log_decay(module: Any, device: torch.device) -> Tensor:
-    """float32 [H]; made anew where the model's buffer was cast to 16 bits and lost digits."""
+    """float32 [H], the same tensor for as long as the model's buffer is the same.
+
+    The state operator reads it on the host, once for each tensor. Made anew from the layer's number
+    where the buffer was cast to 16 bits and lost digits.
+    """
     slope: Tensor = module.slope_rate
-    if slope.dtype != torch.float32:
-        slope = module.get_slope_rate()
-    return -slope.to(device).flatten()
+    kept = getattr(module, _KEPT_DECAY, None)
+    if kept is None or kept[:2] != (id(slope), slope._version) or kept[2].device != device:
+        exact = slope if slope.dtype == torch.float32 else module.get_slope_rate()
+        kept = (id(slope), slope._version, -exact.to(device).flatten())
+        object.__setattr__(module, _KEPT_DECAY, kept)
+    log_decay_H: Tensor = kept[2]
+    return log_decay_H

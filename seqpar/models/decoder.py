@@ -119,8 +119,10 @@ class DecoderLayer(nn.Module):
         *,
         layout: SequenceLayout,
         group: ProcessGroup | None,
+        check: bool = True,
     ) -> Tensor:
-        mixed = self.mixer(self.mixer_norm(x_BTC), positions_T, layout=layout, group=group)
+        normed_BTC = self.mixer_norm(x_BTC)
+        mixed = self.mixer(normed_BTC, positions_T, layout=layout, group=group, check=check)
         x_BTC = x_BTC + mixed
         out: Tensor = x_BTC + self.feed_forward(self.feed_forward_norm(x_BTC))
         return out
@@ -171,7 +173,8 @@ class Decoder(nn.Module):
         if position_ids is None:
             position_ids = layout.position_ids(group_rank(group))[None].to(input_ids.device)
         x_BTC, positions_T = self.embedding(input_ids), position_ids[0]
-        for layer in self.layers:
-            x_BTC = layer(x_BTC, positions_T, layout=layout, group=group)
+        for index, layer in enumerate(self.layers):
+            # What fits one layer fits all of them: the ranks compare notes once a batch.
+            x_BTC = layer(x_BTC, positions_T, layout=layout, group=group, check=index == 0)
         logits_BTV: Tensor = self.head(self.norm(x_BTC))
         return logits_BTV

@@ -2,7 +2,7 @@
 
 Shape letters: B batch, T tokens on this rank, C channels, H query heads, G key/value heads, K head
 dim. Both take the rank's tokens, their positions within documents, the layout of the packed
-stream and the group that holds it.
+stream, the group that holds it, and whether the ranks first make sure that they agree on these.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class LightningMixer(nn.Module):
         *,
         layout: SequenceLayout,
         group: ProcessGroup | None,
+        check: bool = True,
     ) -> Tensor:
         heads = (self.num_heads, self.head_dim)
         projected = self.projection(x_BTC).unflatten(-1, (4, *heads))
@@ -71,7 +72,13 @@ class LightningMixer(nn.Module):
             q_BTHK = lrpe(q_BTHK, positions_T, self.theta_HK)
             k_BTHK = lrpe(k_BTHK, positions_T, self.theta_HK)
         mixed_BTHK, _ = state_attention(
-            q_BTHK, k_BTHK, v_BTHK, log_decay=self.log_decay_H, layout=layout, group=group
+            q_BTHK,
+            k_BTHK,
+            v_BTHK,
+            log_decay=self.log_decay_H,
+            layout=layout,
+            group=group,
+            check=check,
         )
         out: Tensor = self.output(self.norm(mixed_BTHK.flatten(2)) * gate_BTHK.flatten(2))
         return out
@@ -107,6 +114,7 @@ class SoftmaxMixer(nn.Module):
         *,
         layout: SequenceLayout,
         group: ProcessGroup | None,
+        check: bool = True,
     ) -> Tensor:
         parts = self.projection(x_BTC).split([*self.sizes, self.sizes[0]], dim=-1)
         q_BTHK, k_BTGK, v_BTGK = (part.unflatten(-1, (-1, self.head_dim)) for part in parts[:3])
@@ -117,6 +125,7 @@ class SoftmaxMixer(nn.Module):
             layout=layout,
             group=group,
             strategy=self.strategy,
+            check=check,
         )
         gated: Tensor = self.norm(mixed_BTHK.flatten(2)) * parts[3]
         out: Tensor = self.output(gated)

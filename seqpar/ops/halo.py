@@ -143,6 +143,14 @@ class _Piece:
     num_tokens: int
 
 
+@lru_cache(maxsize=256)
+def _pieces_of(layout: SequenceLayout, width: int, rank: int) -> tuple[list[_Piece], list[_Piece]]:
+    """What a rank owns and what it takes of all that travels; kept for layers that are alike."""
+    pieces = _pieces(layout, width)
+    owned = [piece for piece in pieces if piece.owner == rank]
+    return owned, [piece for piece in pieces if piece.taker == rank]
+
+
 def _pieces(layout: SequenceLayout, width: int) -> list[_Piece]:
     """Everything that travels, in the order of the stream: the same list on every rank."""
     pieces = []
@@ -165,18 +173,12 @@ def _pieces(layout: SequenceLayout, width: int) -> list[_Piece]:
 def halo_steps(x: Tensor, width: int, layout: SequenceLayout, rank: int) -> Steps[Tensor]:
     """[B, spans, width, ...]: the halo of every span of this rank."""
     halo = x.new_zeros(x.shape[0], len(layout.spans[rank]), width, *x.shape[2:])
-    sends: list[tuple[int, Tensor]] = []
-    recvs: list[tuple[int, Tensor]] = []
-    landing: list[_Piece] = []
-    for piece in _pieces(layout, width):
-        if piece.owner == rank:
-            sends.append((piece.taker, _owned(x, piece).contiguous()))
-        if piece.taker == rank:
-            recvs.append((piece.owner, x.new_empty(_shape(x, piece))))
-            landing.append(piece)
+    owned, taken = _pieces_of(layout, width, rank)
+    sends = [(piece.taker, _owned(x, piece).contiguous()) for piece in owned]
+    recvs = [(piece.owner, x.new_empty(_shape(x, piece))) for piece in taken]
     if sends or recvs:
         yield Swap(sends, recvs)
-    for piece, (_, tokens) in zip(landing, recvs, strict=True):
+    for piece, (_, tokens) in zip(taken, recvs, strict=True):
         _in_halo(halo, piece).copy_(tokens)
     return halo
 
@@ -188,18 +190,12 @@ def halo_grad_steps(
     shape = (dhalo.shape[0], tokens, *dhalo.shape[3:])
     wide = torch.promote_types(dhalo.dtype, torch.float32)
     dx = torch.zeros(shape, dtype=wide, device=dhalo.device)
-    sends: list[tuple[int, Tensor]] = []
-    recvs: list[tuple[int, Tensor]] = []
-    landing: list[_Piece] = []
-    for piece in _pieces(layout, width):
-        if piece.taker == rank:
-            sends.append((piece.owner, _in_halo(dhalo, piece).contiguous()))
-        if piece.owner == rank:
-            recvs.append((piece.taker, dhalo.new_empty(_shape(dx, piece))))
-            landing.append(piece)
+    owned, taken = _pieces_of(layout, width, rank)
+    sends = [(piece.owner, _in_halo(dhalo, piece).contiguous()) for piece in taken]
+    recvs = [(piece.taker, dhalo.new_empty(_shape(dx, piece))) for piece in owned]
     if sends or recvs:
         yield Swap(sends, recvs)
-    for piece, (_, grad) in zip(landing, recvs, strict=True):
+    for piece, (_, grad) in zip(owned, recvs, strict=True):
         _owned(dx, piece).add_(grad)
     return dx.to(dhalo.dtype)
 

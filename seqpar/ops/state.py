@@ -23,19 +23,17 @@ from seqpar import comm
 from seqpar.errors import LayoutError
 from seqpar.layout import SequenceLayout
 from seqpar.ops.state_auto import choose_for, default_link
-from seqpar.ops.state_exchange import EXCHANGES
+from seqpar.ops.state_call import call_plan
 from seqpar.ops.state_job import Kept, StateJob
 from seqpar.ops.state_lightning import LightningMixer, fixed_on_host
 from seqpar.ops.state_local import RankPart
 from seqpar.ops.state_mixer import Mixer
+from seqpar.ops.state_saved import put_tensors, take_tensors
 from seqpar.ops.state_steps import backward_steps, forward_steps
 from seqpar.ops.steps import run_steps
 from seqpar.planners.exchange import ExchangeChoice, Link
 
 __all__ = ["explain_exchange", "scatter_mixer", "state_attention"]
-
-MIN_OVERLAP_MS = 0.1
-"""Adding states afterwards takes launches of its own: not worth it for a shorter exchange."""
 
 
 def state_attention(
@@ -133,22 +131,28 @@ def scatter_mixer(
     The other arguments, results and errors are those of `state_attention`, with the mixer's state
     shape in place of (H, K, V).
     """
-    problem = _problem(mixer, inputs, layout, group, initial_state, exchange)
+    plan = call_plan(
+        mixer.kind(inputs),
+        layout,
+        (comm.group_size(group), comm.group_rank(group)),
+        tuple([(x.shape, x.dtype) for x in inputs]),
+        inputs[0].device,
+        None if initial_state is None else initial_state.shape,
+        exchange,
+        overlap,
+        link or default_link(group),
+    )
     if check:
         what = (_fingerprint(layout), exchange, initial_state is None, _row_shapes(inputs))
-        comm.agree(problem, group, same=what)
-    elif problem is not None:
-        raise LayoutError(problem)
-    if exchange == "auto" or overlap is None:
-        choice = choose_for(mixer, inputs, layout, link=link or default_link(group))
-        exchange = choice.exchange if exchange == "auto" else exchange
-        overlap = choice.estimates_ms[exchange] >= MIN_OVERLAP_MS if overlap is None else overlap
-    part = RankPart(mixer, layout, comm.group_rank(group), overlap)
-    job = StateJob(part, exchange, return_final_state)
+        comm.agree(plan.problem, group, same=what)
+    elif plan.problem is not None:
+        raise LayoutError(plan.problem)
+    assert plan.rank_plan is not None
+    job = StateJob(RankPart(mixer, plan.rank_plan), plan.exchange, return_final_state)
     start = None
     if initial_state is not None:
-        shape = (inputs[0].shape[0], *mixer.state_shape(inputs))
-        start = initial_state.expand(shape).to(part.state_dtype(inputs))
+        shape, dtype = plan.rank_plan.state_shape, plan.rank_plan.state_dtype
+        start = initial_state.expand(shape).to(dtype)
     o, finals = _ScatteredMixer.apply(  # type: ignore[no-untyped-call]
         job, group, start, *inputs
     )
@@ -171,7 +175,8 @@ def explain_exchange(
     Communicates nothing. Arguments are those of `state_attention`.
     """
     mixer, inputs = _lightning(q, k, v, log_decay, truncate)
-    return choose_for(mixer, inputs, layout, link=link or default_link(group))
+    rows = tuple((x.shape, x.dtype) for x in inputs)
+    return choose_for(mixer.kind(inputs), layout, rows, link or default_link(group))
 
 
 def _lightning(
@@ -204,8 +209,11 @@ class _ScatteredMixer(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         done = run_steps(forward_steps(job, inputs, initial_state), group)
         kept = done.kept
-        ctx.save_for_backward(*kept.inputs, *kept.entries.values())
-        ctx.job, ctx.group, ctx.summary, ctx.links = job, group, kept.summary, tuple(kept.entries)
+        saved = [*kept.inputs, *kept.entries.values()]
+        ctx.num_inputs, ctx.links = len(kept.inputs), tuple(kept.entries)
+        ctx.summary = take_tensors(kept.summary, saved)
+        ctx.save_for_backward(*saved)
+        ctx.job, ctx.group = job, group
         ctx.initial = None if initial_state is None else (initial_state.shape, initial_state.dtype)
         ctx.traffic = comm.current_traffic()
         return done.o, done.final_states
@@ -214,13 +222,14 @@ class _ScatteredMixer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor, dfinals: Tensor | None) -> Any:
         saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them here
-        count = len(saved) - len(ctx.links)
-        inputs, states = saved[:count], saved[count:]
-        kept = Kept(inputs, ctx.summary, dict(zip(ctx.links, states, strict=True)))
+        inputs = saved[: ctx.num_inputs]
+        entries = dict(zip(ctx.links, saved[ctx.num_inputs :], strict=False))
+        kept = Kept(inputs, put_tensors(ctx.summary, saved), entries)
+        wanted = ctx.needs_input_grad[2]
         with comm.count_into(ctx.traffic):
-            steps = backward_steps(ctx.job, kept, do, dfinals)
+            steps = backward_steps(ctx.job, kept, do, dfinals, wants_initial_grad=wanted)
             dinputs, dinitial = run_steps(steps, ctx.group)
-        if not ctx.needs_input_grad[2]:
+        if not wanted:
             return None, None, None, *dinputs
         if dinitial is None:
             shape, dtype = ctx.initial
@@ -241,39 +250,3 @@ def _fingerprint(layout: SequenceLayout) -> str:
 def _row_shapes(inputs: tuple[Tensor, ...]) -> tuple[object, ...]:
     """What must be equal on all ranks: shapes without the number of local tokens, dtypes."""
     return tuple((x.shape[0], *x.shape[2:], x.dtype) for x in inputs)
-
-
-def _problem(
-    mixer: Mixer,
-    inputs: tuple[Tensor, ...],
-    layout: SequenceLayout,
-    group: ProcessGroup | None,
-    initial_state: Tensor | None,
-    exchange: str,
-) -> str | None:
-    """What does not fit, in words; None if all does."""
-    size, rank = comm.group_size(group), comm.group_rank(group)
-    if layout.world_size != size:
-        return (
-            f"the layout is over {layout.world_size} ranks, but the group has {size}: "
-            "make the layout for the group it is used with"
-        )
-    if exchange not in ("auto", "all_to_all", *EXCHANGES):
-        return f"no exchange {exchange!r}: use auto, all_to_all, {', '.join(EXCHANGES)}"
-    if exchange == "all_to_all" and mixer.of_heads(slice(0, 1)) is None:
-        return f"{type(mixer).__name__} does not compute heads apart: use an exchange of states"
-    tokens = layout.tokens_on(rank)
-    for index, x in enumerate(inputs):
-        if x.ndim < 3 or x.shape[:2] != (inputs[0].shape[0], tokens):
-            return (
-                f"input {index} on rank {rank} has shape {tuple(x.shape)}, but the layout gives "
-                f"this rank {tokens} tokens on dim 1 of [B, T, ...]: shard it with this layout"
-            )
-    if initial_state is not None:
-        shape = mixer.state_shape(inputs)
-        if tuple(initial_state.shape) not in (shape, (inputs[0].shape[0], *shape)):
-            return (
-                f"initial_state has shape {tuple(initial_state.shape)}; it must be {shape}, "
-                f"or that for each of {inputs[0].shape[0]} rows"
-            )
-    return None

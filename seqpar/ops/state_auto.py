@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from functools import lru_cache
 
 import torch
 from torch.distributed import ProcessGroup
@@ -12,7 +11,7 @@ from torch.distributed import ProcessGroup
 from seqpar import comm
 from seqpar.kernels.entry_product import LOG_FLOOR
 from seqpar.layout import SequenceLayout
-from seqpar.ops.state_mixer import Inputs, Mixer
+from seqpar.ops.state_mixer import StateKind
 from seqpar.ops.state_places import places_of
 from seqpar.planners.exchange import (
     ETHERNET_LOOPBACK,
@@ -37,46 +36,28 @@ def default_link(group: ProcessGroup | None) -> Link:
 
 
 def choose_for(
-    mixer: Mixer, inputs: Inputs, layout: SequenceLayout, *, link: Link
+    kind: StateKind,
+    layout: SequenceLayout,
+    inputs: tuple[tuple[torch.Size, torch.dtype], ...],
+    link: Link,
 ) -> ExchangeChoice:
     """The choice for a mixer and layout; `print` it to see every estimate.
 
     Args:
-        inputs: this rank's tensors [B, T, ...]; T does not matter, the layout says all ranks'.
+        inputs: shape and dtype of this rank's tensors [B, T, ...]; T does not matter, the layout
+            says all ranks'.
         link: what joins the ranks.
     """
-    output = mixer.empty_output(tuple(x[:1, :0] for x in inputs))
-    rows = tuple((x.shape[2:].numel(), x.element_size()) for x in (*inputs, output))
-    return _chosen(
-        layout,
-        link,
-        batch=inputs[0].shape[0],
-        state_shape=mixer.state_shape(inputs),
-        item_bytes=8 if inputs[0].dtype == torch.float64 else 4,
-        carried_dims=None if mixer.knows_transitions else mixer.transition_dims(),
-        token_bytes=sum(numel * size for numel, size in rows),
-        host_log_decay=mixer.host_log_decay(),
-        heads_apart=mixer.of_heads(slice(0, 1)) is not None,
-    )
-
-
-@lru_cache(maxsize=256)
-def _chosen(
-    layout: SequenceLayout,
-    link: Link,
-    *,
-    batch: int,
-    state_shape: tuple[int, ...],
-    item_bytes: int,
-    carried_dims: int | None,
-    token_bytes: int,
-    host_log_decay: tuple[float, ...] | None,
-    heads_apart: bool,
-) -> ExchangeChoice:
+    shape, dtype = inputs[0]
+    batch, item_bytes = shape[0], 8 if dtype == torch.float64 else 4
+    token_bytes = sum(shape[2:].numel() * dtype.itemsize for shape, dtype in inputs)
+    token_bytes += math.prod(kind.output_shape) * dtype.itemsize
+    carried = None if kind.knows_transitions else kind.transition_dims
+    state_shape = kind.state_shape
     chain = places_of(layout, 0).chain
     elements = math.prod(state_shape)
-    if carried_dims is not None:
-        elements += math.prod(state_shape[:carried_dims])
+    if carried is not None:
+        elements += math.prod(state_shape[:carried])
     givers = Counter(link.rank for link in chain.links if link.gives)
     problem = ExchangeProblem(
         world_size=layout.world_size,
@@ -85,9 +66,9 @@ def _chosen(
         tokens=batch * max(map(layout.tokens_on, range(layout.world_size))),
         token_bytes=token_bytes,
         heads=state_shape[0],
-        far_share=_far_share(host_log_decay, [x.num_tokens for x in chain.links if x.passes]),
+        far_share=_far_share(kind.host_log_decay, [x.num_tokens for x in chain.links if x.passes]),
         links_per_rank=max(givers.values(), default=1),
-        heads_apart=heads_apart,
+        heads_apart=kind.heads_apart,
     )
     return choose_exchange(problem, link)
 

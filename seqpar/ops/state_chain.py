@@ -87,15 +87,26 @@ class StateChain:
         return longest
 
     @cached_property
-    def places_of_givers(self) -> dict[int, int]:
-        """By link that gives: which of its own rank's giving links it is."""
+    def most_givers(self) -> int:
+        """M: the most giving links on one rank; at least 1."""
+        return max(1, *self._givers_by_rank) if self._givers_by_rank else 1
+
+    @cached_property
+    def _givers_by_rank(self) -> list[int]:
+        return [
+            sum(self.links[link].gives for link in self.links_of(rank))
+            for rank in range(self.world_size)
+        ]
+
+    @cached_property
+    def slots(self) -> list[int]:
+        """By link: where an all_gather of M messages a rank puts its message; -1: it gives none."""
         counts = [0] * self.world_size
-        places = {}
-        for index, link in enumerate(self.links):
-            if link.gives:
-                places[index] = counts[link.rank]
-                counts[link.rank] += 1
-        return places
+        slots = []
+        for link in self.links:
+            slots.append(link.rank * self.most_givers + counts[link.rank] if link.gives else -1)
+            counts[link.rank] += link.gives
+        return slots
 
     @cached_property
     def is_connected(self) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from seqpar import comm
 from seqpar.ops.state_chain import LinkState, decayed
-from seqpar.ops.state_scan import Entries, Scan, select_heads
+from seqpar.ops.state_scan import Entries, Scan, ScanPlan, select_heads
 from seqpar.ops.steps import Steps, Swap
 
 __all__ = ["log_step_states"]
@@ -25,42 +25,43 @@ def log_step_states(scan: Scan) -> Steps[Entries]:
 
     Source: Hillis and Steele, Data parallel algorithms, 1986; exclusive form.
     """
-    links = scan.chain.links
+    plan, links = scan.plan, scan.chain.links
     before: dict[int, LinkState] = {}
     distance = 1
     while distance < len(links):
         sends: list[tuple[int, Tensor]] = []
         recvs: list[tuple[int, Tensor]] = []
         arriving: list[tuple[int, list[int] | None, Tensor]] = []
-        for index in scan.own_links:
-            if scan.reaches(index, index + distance):
-                heads = _heads_or_skip(scan, index, index + distance, saved=False)
+        for index in plan.own_links:
+            if plan.reaches(index, index + distance):
+                heads = plan.heads_between(index, index + distance)
                 if heads is None or heads:
                     part = scan.of_heads(heads)
                     message = part.pack(_inclusive(scan, index, before.get(index), heads))
                     sends.append((links[index + distance].rank, message))
-            if scan.reaches(index - distance, index):
-                heads = _heads_or_skip(scan, index - distance, index, saved=True)
+            if plan.reaches(index - distance, index):
+                heads = plan.heads_between(index - distance, index)
+                _report_saved(plan, heads)
                 if heads is None or heads:
-                    message = scan.of_heads(heads).new_message()
+                    message = _plan_of(plan, heads).new_message()
                     recvs.append((links[index - distance].rank, message))
                     arriving.append((index, heads, message))
         if sends or recvs:
             yield Swap(sends, recvs)
         for index, heads, message in arriving:
-            found = scan.of_heads(heads).unpack(index - distance, message)
+            found = scan.of_heads(heads).unpack(index - distance, message, with_known=False)
             before[index] = _extended(scan, index, before.get(index), found, heads, distance)
         distance *= 2
     return {index: item.state for index, item in before.items()}
 
 
-def _heads_or_skip(scan: Scan, source: int, target: int, *, saved: bool) -> list[int] | None:
-    heads = scan.heads_between(source, target)
-    if saved and heads is not None:
-        state = scan.like.state
-        left_out = state.shape[1] - len(heads)
-        comm.report_saved("log_step", state[:, 0].numel() * state.element_size() * left_out)
-    return heads
+def _plan_of(plan: ScanPlan, heads: list[int] | None) -> ScanPlan:
+    return plan if heads is None else plan.of_heads(heads)
+
+
+def _report_saved(plan: ScanPlan, heads: list[int] | None) -> None:
+    if heads is not None:
+        comm.report_saved("log_step", plan.head_bytes * (plan.state_shape[1] - len(heads)))
 
 
 def _inclusive(
@@ -70,7 +71,7 @@ def _inclusive(
     own = scan.own[link]
     state, transition = own.state, own.log_transition
     if before is not None and scan.chain.links[link].passes:
-        state = state + decayed(before.state, transition)
+        state = state + decayed(before.state, scan.transition(link))
         if transition is not None and before.log_transition is not None:
             transition = transition + before.log_transition
     if heads is None:
@@ -89,14 +90,11 @@ def _extended(
     """The links before this one, and the ones before those."""
     if before is None:
         return found
-    if scan.known is None:
+    if scan.plan.carries:
         gap, moved = before.log_transition, decayed(found.state, before.log_transition)
         total = None if gap is None or found.log_transition is None else gap + found.log_transition
         return LinkState(before.state + moved, total)
-    between = [scan.known(index) for index in range(link - distance + 1, link)]
-    gap = None
-    for transition in between:
-        gap = transition if gap is None or transition is None else gap + transition
+    gap = scan.known(range(link - distance + 1, link))
     if heads is None:
         return LinkState(before.state + decayed(found.state, gap), None)
     state = before.state.clone()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from seqpar import comm
+from seqpar.kernels.chain_sum import can_sum, chain_sums
 from seqpar.ops.state_chain import decayed
-from seqpar.ops.state_scan import Entries, Scan
+from seqpar.ops.state_scan import Entries, Scan, ScanPlan
 from seqpar.ops.steps import AllGather, Steps, Swap, Together
 
 __all__ = ["all_gather_states"]
@@ -27,75 +28,87 @@ def all_gather_states(scan: Scan) -> Steps[Entries]:
 
     Source: LASP-2, arXiv 2502.07563; LASP+, arXiv 2501.08313 section 3.2.
     """
-    if not scan.chain.is_connected:
+    plan = scan.plan
+    if not plan.chain.is_connected:
         return {}
-    far = scan.far_heads
+    far, near = plan.far_heads, plan.near_heads
     if far is None:
-        gather, finish = _gathering(scan)
-        return finish((yield gather))
-    near = [h for h in range(scan.like.state.shape[1]) if h not in far]
-    _report_saved(scan, near)
+        return _prefixes(scan, (yield AllGather(_message(scan))))
+    _report_saved(plan)
     swap, finish_near = _neighbours(scan.of_heads(near))
     if not far:
         yield swap
         return finish_near()
-    gather, finish_far = _gathering(scan.of_heads(far))
-    _, gathered = yield Together([swap, gather])
-    nears, fars = finish_near(), finish_far(gathered)
+    of_far = scan.of_heads(far)
+    _, gathered = yield Together([swap, AllGather(_message(of_far))])
+    nears, fars = finish_near(), _prefixes(of_far, gathered)
     return {link: _joined(near, nears[link], far, fars[link]) for link in nears}
 
 
-def _gathering(scan: Scan) -> tuple[AllGather, Callable[[Tensor], Entries]]:
-    """The all_gather of the giving links, and what makes entries of what it delivers."""
-    chain = scan.chain
-    places = chain.places_of_givers
-    given = [scan.pack(scan.own[link]) for link in scan.own_links if link in places]
-    missing = max(places.values()) + 1 - len(given)
-    given += [scan.new_message().zero_() for _ in range(missing)]
-    message = torch.stack(given) if len(given) > 1 else given[0][None]
-
-    def finish(gathered: Tensor) -> Entries:
-        takers = [link for link in scan.own_links if chain.links[link].takes]
-        return {link: _prefix(scan, link, gathered, places) for link in takers}
-
-    return AllGather(message), finish
+def _message(scan: Scan) -> Tensor:
+    """What this rank gives: the messages of its giving links, [M, ...] where M > 1."""
+    chain, own = scan.chain, scan.own
+    given = [scan.pack(own[link]) for link in scan.plan.own_links if chain.links[link].gives]
+    if chain.most_givers == 1:
+        # Nobody reads what a rank without a giving link sends.
+        return given[0].contiguous() if given else scan.plan.new_message()
+    messages = torch.empty(
+        chain.most_givers, scan.plan.numel, dtype=scan.plan.dtype, device=scan.plan.device
+    )
+    for place, message in enumerate(given):
+        messages[place].copy_(message.reshape(-1))
+    return messages
 
 
 def _neighbours(scan: Scan) -> tuple[Swap, Callable[[], Entries]]:
     """Every giving link's own state to the next link: all that heads which decay need."""
     links, entries = scan.chain.links, {}
     sends, recvs = [], []
-    for index in scan.own_links:
+    for index in scan.plan.own_links:
         if links[index].gives:
             sends.append((links[index + 1].rank, scan.own[index].state.contiguous()))
         if links[index].takes:
-            entries[index] = torch.empty_like(scan.like.state, device=scan.device)
+            entries[index] = scan.plan.new_state()
             recvs.append((links[index - 1].rank, entries[index]))
     return Swap(sends, recvs), lambda: entries
 
 
-def _prefix(scan: Scan, link: int, gathered: Tensor, places: dict[int, int]) -> Tensor:
+def _prefixes(scan: Scan, gathered: Tensor) -> Entries:
+    """What enters each taking link: the sum over the links before it that hold its document."""
+    plan, chain = scan.plan, scan.chain
+    if not plan.takers:
+        return {}
+    messages = gathered
+    if chain.most_givers > 1 or not plan.has_one_source:
+        messages = gathered.view(chain.world_size * chain.most_givers, plan.numel)
+    if not plan.has_one_source and can_sum(messages):
+        sums = chain_sums(
+            messages,
+            plan.chain_table,
+            plan.state_shape,
+            carries=plan.carries,
+            log_decay=scan.log_decay,
+        )
+        return dict(zip(plan.takers, sums.unbind(0), strict=True))
+    return {link: _prefix(scan, link, messages) for link in plan.takers}
+
+
+def _prefix(scan: Scan, link: int, messages: Tensor) -> Tensor:
     """What enters a link, by Horner's rule over the links before it that hold its document."""
-    links = scan.chain.links
-    first = link - 1
-    while links[first].passes:
-        first -= 1
-    entry = scan.state_in(gathered[links[first].rank, places[first]])
+    first, slots = scan.plan.first_source(link), scan.chain.slots
+    entry = scan.state_in(messages[slots[first]])
     for index in range(first + 1, link):
-        item = scan.unpack(index, gathered[links[index].rank, places[index]])
+        item = scan.unpack(index, messages[slots[index]], with_known=True)
         entry = item.state + decayed(entry, item.log_transition)
     # A view would hold every rank's states in memory for as long as this one is wanted.
-    return entry.clone() if first == link - 1 and scan.chain.world_size > 2 else entry
+    return entry.clone() if first == link - 1 and len(messages) > 2 else entry
 
 
-def _report_saved(scan: Scan, near: list[int]) -> None:
+def _report_saved(plan: ScanPlan) -> None:
     """Bytes that the all_gather would have received for heads that go to the neighbour alone."""
-    places = scan.chain.places_of_givers
-    width = max(places.values()) + 1
-    state_bytes = scan.like.state[:, 0].numel() * scan.like.state.element_size() * len(near)
-    taken = sum(scan.chain.links[link].takes for link in scan.own_links)
-    gathered = (scan.chain.world_size - 1) * width
-    comm.report_saved("all_gather", (gathered - taken) * state_bytes)
+    gathered = (plan.chain.world_size - 1) * plan.chain.most_givers
+    saved = (gathered - len(plan.takers)) * plan.head_bytes * len(plan.near_heads)
+    comm.report_saved("all_gather", saved)
 
 
 def _joined(near: list[int], nears: Tensor, far: list[int], fars: Tensor) -> Tensor:

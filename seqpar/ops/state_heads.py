@@ -11,6 +11,7 @@ Source: DeepSpeed-Ulysses, arXiv 2309.14509; for state-space layers, Megatron-Co
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -32,20 +33,20 @@ def forward_by_heads(job: StateJob, inputs: Inputs, initial_state: Tensor | None
     Bytes received by rank r: from each other rank p, B * T_p * H_r elements of every input (for
     lightning 2K + V, and a float32 if the decay is per token), and B * T_r * H_p * V of the output.
     """
-    heads = _Heads(job.part.layout, job.part.rank, inputs[0].shape[2])
-    whole = _whole_part(job.part.mixer, heads)
+    heads = _Heads(job.part.plan.layout, job.part.plan.rank, inputs[0].shape[2])
     gathered = yield from heads.to_heads(inputs)
+    whole = _whole_part(job.part.mixer, heads, gathered)
     entries: Entries = {}
-    if initial_state is not None and job.part.layout.num_tokens:
+    if initial_state is not None and job.part.plan.layout.num_tokens:
         entries = {0: initial_state[:, heads.mine]}
-    summary, o = None, whole.mixer.empty_output(gathered)
+    summary, o = None, whole.empty_output(gathered)
     if heads.count:
         summary = whole.summarize(gathered)
         o = whole.output(gathered, summary, entries)
     (o_local,) = yield from heads.to_tokens((o,))
     finals = None
     if job.return_final_state:
-        finals = job.part.no_states(inputs, per_document=True)
+        finals = job.part.no_states()
         if heads.count:
             finals[:, :, heads.mine] = whole.final_states(gathered, summary, entries)
         finals = yield AllReduceSum(finals)
@@ -59,8 +60,8 @@ def backward_by_heads(
 
     Bytes are those of forward with inputs and outputs exchanged.
     """
-    heads = _Heads(job.part.layout, job.part.rank, do.shape[2])
-    whole = _whole_part(job.part.mixer, heads)
+    heads = _Heads(job.part.plan.layout, job.part.plan.rank, do.shape[2])
+    whole = _whole_part(job.part.mixer, heads, kept.inputs)
     (do_whole,) = yield from heads.to_heads((do,))
     grads: tuple[Tensor | None, ...] = (None,) * len(kept.inputs)
     dinitial = None
@@ -76,11 +77,14 @@ def backward_by_heads(
     return (yield from heads.to_tokens(filled)), dinitial
 
 
-def _whole_part(mixer: Mixer, heads: _Heads) -> RankPart:
+def _whole_part(mixer: Mixer, heads: _Heads, gathered: Inputs) -> RankPart:
     """The mixer of this rank's heads, over the whole stream on one device."""
-    mine = mixer.of_heads(heads.mine)
-    assert mine is not None, "checked before any communication"
-    return RankPart(mine, SequenceLayout.contiguous(heads.layout.cu_seqlens, 1), 0)
+    return RankPart.of(mixer.of_heads(heads.mine), _on_one_rank(heads.layout), 0, gathered)
+
+
+@lru_cache(maxsize=64)
+def _on_one_rank(layout: SequenceLayout) -> SequenceLayout:
+    return SequenceLayout.contiguous(layout.cu_seqlens, 1)
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,14 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from seqpar.kernels import lightning
-from seqpar.kernels.entry_product import add_entry_product, reached_tokens
-from seqpar.ops.state_mixer import Inputs, Mixer, Summary
+from seqpar.kernels.entry_product import add_entry_product
+from seqpar.ops.state_mixer import Inputs, Mixer, StateKind, Summary
 
 __all__ = ["LightningMixer", "fixed_on_host"]
-
-_LATER_SHARE = 0.125
-"""Adding later reads and writes the reached tokens once more: worth it while they are few."""
 
 _HOST_COPIES: MutableMapping[Tensor, tuple[int, tuple[float, ...]]] = WeakIdKeyDictionary()
 
@@ -34,20 +30,28 @@ def fixed_on_host(log_decay: Tensor) -> tuple[float, ...] | None:
         return None
     if log_decay.is_inference():  # has no version to remember it by
         return tuple(log_decay.cpu().tolist())
-    if log_decay in _HOST_COPIES:
-        version, values = _HOST_COPIES[log_decay]
-        if version == log_decay._version:
-            return values
+    found = _HOST_COPIES.get(log_decay)
+    if found is not None and found[0] == log_decay._version:
+        return found[1]
     values = tuple(log_decay.detach().cpu().tolist())
     _HOST_COPIES[log_decay] = (log_decay._version, values)
     return values
 
 
-@lru_cache(maxsize=1024)
-def _reaches_few(log_decay: tuple[float, ...], num_tokens: int) -> bool:
-    """Whether a state reaches so few tokens, over all heads, that they can be added to later."""
-    reached = sum(reached_tokens(g, num_tokens) for g in log_decay)
-    return reached <= _LATER_SHARE * num_tokens * len(log_decay)
+@lru_cache(maxsize=256)
+def _kind(
+    dims: tuple[int, ...], decays: bool, per_token: bool, on_host: tuple[float, ...] | None
+) -> StateKind:
+    """Made once for the layers of a model that are alike."""
+    return StateKind(
+        state_shape=dims,
+        output_shape=(*dims[:1], *dims[2:]),
+        transition_dims=1 if decays or per_token else None,
+        knows_transitions=decays,
+        host_log_decay=on_host,
+        adds_later=on_host is not None,
+        heads_apart=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -61,31 +65,19 @@ class LightningMixer(Mixer):
     on_host: tuple[float, ...] | None = None
     """The fixed decay on the host: given, what has decayed under 2^-24 is left out."""
 
-    def state_shape(self, inputs: Inputs) -> tuple[int, ...]:
-        return (inputs[0].shape[2], inputs[0].shape[3], inputs[2].shape[3])
-
-    def transition_dims(self) -> int | None:
-        return None if self.log_decay is None and not self.per_token else 1
+    def kind(self, inputs: Inputs) -> StateKind:
+        dims = (*inputs[0].shape[2:4], *inputs[2].shape[3:])
+        return _kind(dims, self.log_decay is not None, self.per_token, self.on_host)
 
     @property
-    def knows_transitions(self) -> bool:
-        return self.log_decay is not None
-
-    def known_log_transition(self, num_tokens: int) -> Tensor:
-        assert self.log_decay is not None
-        return self.log_decay.double() * num_tokens
+    def log_decay_per_token(self) -> Tensor | None:
+        return self.log_decay
 
     def of_heads(self, heads: slice) -> LightningMixer:
         return LightningMixer(
             log_decay=None if self.log_decay is None else self.log_decay[heads],
             per_token=self.per_token,
         )
-
-    def host_log_decay(self) -> tuple[float, ...] | None:
-        return self.on_host
-
-    def can_add_later(self, num_tokens: int) -> bool:
-        return self.on_host is not None and _reaches_few(self.on_host, num_tokens)
 
     def add_entry(self, o: Tensor, inputs: Inputs, entry: Tensor) -> None:
         self._add_product(o, inputs[0], entry, from_end=False)
@@ -106,9 +98,6 @@ class LightningMixer(Mixer):
         add_entry_product(
             out, x, matrix, log_decay=self.log_decay, on_host=self.on_host, from_end=from_end
         )
-
-    def empty_output(self, inputs: Inputs) -> Tensor:
-        return torch.empty_like(inputs[2])
 
     def summarize(self, inputs: Inputs, cu_seqlens: Tensor | None) -> Summary:
         kept = lightning.key_value_summary(
@@ -172,5 +161,4 @@ class LightningMixer(Mixer):
         return inputs[3] if self.per_token else self.log_decay
 
     def _summary(self, kept: lightning.Summary) -> Summary:
-        identity = self.transition_dims() is None
-        return Summary(kept.final_state, None if identity else lambda: kept.log_transition, kept)
+        return Summary(kept.final_state, kept.log_transition if self.per_token else None, kept)

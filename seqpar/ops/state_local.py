@@ -8,17 +8,16 @@ run, and what leaves comes from its last; all other runs begin or end their docu
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from seqpar.layout import SequenceLayout
-from seqpar.ops.state_chain import LinkState, StateChain, decayed
+from seqpar.ops.state_chain import LinkState, decayed
 from seqpar.ops.state_mixer import Inputs, Mixer, Summary
-from seqpar.ops.state_places import RankPlaces, places_of
+from seqpar.ops.state_places import RankPlaces
+from seqpar.ops.state_plan import RankPlan, plan_for
 from seqpar.ops.state_scan import Entries, Scan
 
 __all__ = ["RankPart"]
@@ -29,35 +28,41 @@ class RankPart:
     """The plain functions of one rank; `inputs` are its local tensors [B, T, ...] throughout."""
 
     mixer: Mixer
-    layout: SequenceLayout
-    rank: int
-    overlap: bool = True
-    """Add states that arrive late afterwards, where the mixer can, instead of waiting for them."""
+    plan: RankPlan
 
-    @cached_property
-    def places(self) -> RankPlaces:
-        """Where links, runs and documents stand in this rank's tensors."""
-        return places_of(self.layout, self.rank)
+    @classmethod
+    def of(
+        cls,
+        mixer: Mixer,
+        layout: SequenceLayout,
+        rank: int,
+        inputs: Inputs,
+        *,
+        overlap: bool = True,
+    ) -> RankPart:
+        """The part of a rank that holds these inputs."""
+        return cls(mixer, plan_for(mixer.kind(inputs), layout, rank, inputs, overlap=overlap))
 
     @property
-    def is_empty(self) -> bool:
-        return self.layout.tokens_on(self.rank) == 0
+    def places(self) -> RankPlaces:
+        """Where links, runs and documents stand in this rank's tensors."""
+        return self.plan.places
 
-    def state_dtype(self, inputs: Inputs) -> torch.dtype:
-        """float32; float64 for float64 inputs, which check gradients."""
-        return torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
+    def no_states(self) -> Tensor:
+        """Zeros [B, D, *state_shape]."""
+        plan = self.plan
+        shape = (plan.batch, plan.layout.num_documents, *plan.kind.state_shape)
+        return torch.zeros(shape, dtype=plan.state_dtype, device=plan.device)
 
-    def no_states(self, inputs: Inputs, *, per_document: bool = False) -> Tensor:
-        """Zeros [B, *state_shape], or [B, D, *state_shape]."""
-        documents = (self.layout.num_documents,) if per_document else ()
-        shape = (inputs[0].shape[0], *documents, *self.mixer.state_shape(inputs))
-        return inputs[0].new_zeros(shape, dtype=self.state_dtype(inputs))
+    def empty_output(self, inputs: Inputs) -> Tensor:
+        """Uninitialised memory of the output's shape and dtype."""
+        return inputs[0].new_empty(*inputs[0].shape[:2], *self.plan.kind.output_shape)
 
     # -- forward ------------------------------------------------------------------------------
 
     def summarize(self, inputs: Inputs) -> Summary | None:
         """S and G of every run; None on a rank without tokens."""
-        if self.is_empty:
+        if self.plan.is_empty:
             return None
         return self.mixer.summarize(*self._folded(inputs))
 
@@ -66,12 +71,12 @@ class RankPart:
     ) -> Scan:
         """What this rank brings to the exchange of states."""
         last_run = self.places.last_run
-        own = {x: self._link_state(summary, x, last_run[x]) for x in self.places.links}
+        own = {x: self._link_state(summary, last_run[x]) for x in self.places.links}
         if initial_state is not None and 0 in own and self.places.initial_passes:
             item = self._run_state(summary, last_run[0])
             state = item.state + decayed(initial_state, item.log_transition)
             own[0] = LinkState(state, own[0].log_transition)
-        return self._scan(inputs, self.places.chain, own)
+        return Scan(self.plan.forward_scan, own, self.mixer.log_decay_per_token)
 
     def entries(self, received: Entries, initial_state: Tensor | None) -> Entries:
         """By link: the states that enter, the stream's initial state among them."""
@@ -82,27 +87,11 @@ class RankPart:
     def output(self, inputs: Inputs, summary: Summary | None, entries: Entries) -> Tensor:
         """o [B, T, ...] from the states that enter the links."""
         if summary is None:
-            return self.mixer.empty_output(inputs)
+            return self.empty_output(inputs)
         folded, cu_seqlens = self._folded(inputs)
         entry = self._at_runs({self.places.first_run[x]: e for x, e in entries.items()}, summary)
         o = self.mixer.output(folded, summary, entry, cu_seqlens)
-        return o.reshape(*inputs[0].shape[:2], *o.shape[2:])
-
-    @property
-    def adds_later(self) -> bool:
-        """Whether states may arrive after the local work, and be added then."""
-        tokens = self.places.link_tokens
-        return self.overlap and all(self.mixer.can_add_later(count) for count in tokens)
-
-    @property
-    def waits_for_entries(self) -> bool:
-        """Whether the outputs need states that other ranks send."""
-        return self.places.takes and not self.adds_later
-
-    @property
-    def waits_for_exit_grads(self) -> bool:
-        """Whether the inputs' gradients need gradients of states that other ranks send."""
-        return self.places.gives and not self.adds_later
+        return o if cu_seqlens is None else o.reshape(*inputs[0].shape[:2], *o.shape[2:])
 
     def add_entries(self, o: Tensor, inputs: Inputs, received: Entries) -> None:
         """Add to o, in place, what states that arrived after the local work contribute."""
@@ -112,7 +101,7 @@ class RankPart:
 
     def final_states(self, inputs: Inputs, summary: Summary | None, entries: Entries) -> Tensor:
         """[B, D, *state_shape]: the state after each document that ends here, zero elsewhere."""
-        finals = self.no_states(inputs, per_document=True)
+        finals = self.no_states()
         if summary is None:
             return finals
         entering = {self.places.first_run[x]: e for x, e in entries.items()}
@@ -121,7 +110,7 @@ class RankPart:
                 item = self._run_state(summary, run)
                 finals[:, document] = item.state + decayed(entering[run], item.log_transition)
             else:
-                finals[:, document] = self._by_run(summary.state)[:, run]
+                finals[:, document] = self._at_run(summary.state, run)
         return finals
 
     # -- backward -----------------------------------------------------------------------------
@@ -143,13 +132,13 @@ class RankPart:
         own = {}
         for link in self.places.links:
             run = self.places.first_run[link]
-            item = self._link_state(grad_summary, link, run)
+            item = self._link_state(grad_summary, run)
             if dfinals is not None and run in self.places.ending_document:
                 through = self._run_state(grad_summary, run).log_transition
                 added = decayed(dfinals[:, self.places.ending_document[run]], through)
                 item = LinkState(item.state + added, item.log_transition)
             own[self.places.mirror(link)] = item
-        return self._scan(inputs, self.places.reversed_chain, own)
+        return Scan(self.plan.backward_scan, own, self.mixer.log_decay_per_token)
 
     def exit_grads(self, received: Entries) -> Entries:
         """What the exchange on the reversed chain delivered, by link of the forward chain."""
@@ -183,10 +172,11 @@ class RankPart:
             self._at_runs(leaving, summary),
             cu_seqlens,
         )
-        shapes = [x.shape for x in inputs]
+        if self.places.num_runs == 1:
+            return grads
         return tuple(
-            None if grad is None else grad.reshape(shape)
-            for grad, shape in zip(grads, shapes, strict=True)
+            None if grad is None else grad.reshape(x.shape)
+            for grad, x in zip(grads, inputs, strict=True)
         )
 
     def add_exit_grads(
@@ -211,7 +201,7 @@ class RankPart:
         elif self.places.initial_passes:
             leaving = exit_grads.get(0)
         if leaving is None:
-            return self._by_run(grad_summary.state)[:, run]
+            return self._at_run(grad_summary.state, run)
         item = self._run_state(grad_summary, run)
         return item.state + decayed(leaving, item.log_transition)
 
@@ -232,22 +222,28 @@ class RankPart:
     def _run_state(self, summary: Summary | None, run: int) -> LinkState:
         """One run's S and G, for every row."""
         assert summary is not None, "a rank with a link has tokens"
+        state = self._at_run(summary.state, run)
+        rate = self.mixer.log_decay_per_token
+        if rate is not None:
+            return LinkState(state, rate.double()[None] * self.places.runs[run].num_tokens)
         transition = summary.log_transition
-        return LinkState(
-            self._by_run(summary.state)[:, run],
-            None if transition is None else self._by_run(transition)[:, run],
-        )
+        return LinkState(state, None if transition is None else self._at_run(transition, run))
 
-    def _link_state(self, summary: Summary | None, link: int, run: int) -> LinkState:
-        """A link's state from the run that it leaves, and G if anyone will ask for it."""
-        item = self.places.chain.links[link]
-        if item.passes or (not self.mixer.knows_transitions and (item.gives or item.takes)):
-            return self._run_state(summary, run)
+    def _link_state(self, summary: Summary | None, run: int) -> LinkState:
+        """A link's state from the run that it leaves, and G if it travels."""
         assert summary is not None, "a rank with a link has tokens"
-        return LinkState(self._by_run(summary.state)[:, run], None)
+        transition = summary.log_transition if self.plan.forward_scan.carries else None
+        return LinkState(
+            self._at_run(summary.state, run),
+            None if transition is None else self._at_run(transition, run),
+        )
 
     def _by_run(self, states: Tensor) -> Tensor:
         return states.view(-1, self.places.num_runs, *states.shape[1:])
+
+    def _at_run(self, states: Tensor, run: int) -> Tensor:
+        """[B, ...]: one run's part of [B*R, ...]."""
+        return states if self.places.num_runs == 1 else self._by_run(states)[:, run]
 
     def _at_runs(self, values: dict[int, Tensor], summary: Summary) -> Tensor | None:
         """[B*R, *state_shape]: the values at their runs, zero elsewhere; None for no values."""
@@ -259,35 +255,3 @@ class RankPart:
         for run, value in values.items():
             self._by_run(states)[:, run] = value
         return states
-
-    def _scan(self, inputs: Inputs, chain: StateChain, own: dict[int, LinkState]) -> Scan:
-        shape = (inputs[0].shape[0], *self.mixer.state_shape(inputs))
-        return Scan(
-            chain=chain,
-            rank=self.rank,
-            own=own,
-            like=_like(shape, self.mixer.transition_dims(), self.state_dtype(inputs)),
-            device=inputs[0].device,
-            known=self._known(chain),
-            host_log_decay=self.mixer.host_log_decay(),
-        )
-
-    def _known(self, chain: StateChain) -> Callable[[int], Tensor | None] | None:
-        if self.mixer.transition_dims() is None:
-            return lambda link: None
-        if not self.mixer.knows_transitions:
-            return None
-
-        def of_link(link: int) -> Tensor:
-            return self.mixer.known_log_transition(chain.links[link].num_tokens)[None]
-
-        return of_link
-
-
-@lru_cache(maxsize=64)
-def _like(shape: tuple[int, ...], transition_dims: int | None, dtype: torch.dtype) -> LinkState:
-    """Meta tensors of a link's summary; kept, since making them takes longer than using them."""
-    state = torch.empty(shape, dtype=dtype, device="meta")
-    if transition_dims is None:
-        return LinkState(state, None)
-    return LinkState(state, state.new_empty(shape[: 1 + transition_dims]))

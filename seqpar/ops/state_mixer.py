@@ -13,7 +13,6 @@ on the CPU, [S + 1]), B = 1 and the row is S sequences packed end to end, each o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from seqpar.ops.state_chain import decayed
 
-__all__ = ["AutogradMixer", "Inputs", "Mixer", "Summary"]
+__all__ = ["AutogradMixer", "Inputs", "Mixer", "StateKind", "Summary"]
 
 Inputs = tuple[Tensor, ...]
 
@@ -33,32 +32,40 @@ class Summary:
 
     state: Tensor
     """[S, *state_shape], float32: S, what leaves when nothing enters."""
-    transition: Tensor | Callable[[], Tensor] | None
-    """G: [S, *leading part of state_shape], float32, <= 0, or what makes it when it is wanted;
-    None is the identity."""
+    log_transition: Tensor | None
+    """G: [S, *leading part of state_shape], float32, <= 0; None is the identity, or a G that
+    follows from `Mixer.log_decay_per_token`."""
     kept: Any = None
     """Whatever the mixer wants back in the calls that follow."""
 
-    @property
-    def log_transition(self) -> Tensor | None:
-        """G."""
-        return self.transition() if callable(self.transition) else self.transition
+
+@dataclass(frozen=True)
+class StateKind:
+    """What a mixer's states are like, without any tensor: what plans are made from and kept by."""
+
+    state_shape: tuple[int, ...]
+    """The shape of one sequence's state, for example (H, K, V)."""
+    output_shape: tuple[int, ...]
+    """The shape of one token's output, for example (H, V); its dtype is the first input's."""
+    transition_dims: int | None
+    """How many leading dims of the state's shape G has: 1 scalar, 2 vector, None identity."""
+    knows_transitions: bool = False
+    """G is `log_decay_per_token` times the number of tokens: then it need not be sent."""
+    host_log_decay: tuple[float, ...] | None = None
+    """Fixed log decay of each head (the state's first dim), if states that have decayed under
+    2^-24 are to be left out; else None."""
+    adds_later: bool = False
+    """Has `add_entry` and `add_exit_grad`: a state may arrive after `output` and `backward`."""
+    heads_apart: bool = False
+    """Has `of_heads`."""
 
 
 class Mixer(ABC):
     """The mathematics of one layer on one device. Frozen: it holds options, never results."""
 
     @abstractmethod
-    def state_shape(self, inputs: Inputs) -> tuple[int, ...]:
-        """The shape of one sequence's state, for example (H, K, V)."""
-
-    @abstractmethod
-    def transition_dims(self) -> int | None:
-        """How many leading dims of the state's shape G has: 1 scalar, 2 vector, None identity."""
-
-    @abstractmethod
-    def empty_output(self, inputs: Inputs) -> Tensor:
-        """Uninitialised memory of the output's shape and dtype."""
+    def kind(self, inputs: Inputs) -> StateKind:
+        """What the states of these inputs are like. Asked before the inputs are checked."""
 
     @abstractmethod
     def summarize(self, inputs: Inputs, cu_seqlens: Tensor | None) -> Summary:
@@ -95,41 +102,25 @@ class Mixer(ABC):
     ) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs through o and through the states X that leave."""
 
-    def can_add_later(self, num_tokens: int) -> bool:
-        """Whether to add a state's part to tokens afterwards (`add_entry`, `add_exit_grad`), so
-        that it may arrive late, instead of waiting for it before `output` and `backward`."""
-        del num_tokens
-        return False
-
     def add_entry(self, o: Tensor, inputs: Inputs, entry: Tensor) -> None:
         """Add to o [B, n, ...], in place, what states entering before its first token give it."""
-        raise NotImplementedError("a mixer that can add later says how")
+        raise NotImplementedError("a mixer that adds later says how")
 
     def add_exit_grad(
         self, grads: tuple[Tensor | None, ...], inputs: Inputs, exit_grad: Tensor
     ) -> None:
         """Add to the inputs' gradients [B, n, ...], in place, the part through the state that
         leaves after the last token."""
-        raise NotImplementedError("a mixer that can add later says how")
-
-    def host_log_decay(self) -> tuple[float, ...] | None:
-        """Fixed log decay of each head (the state's first dim) on the host, if states that have
-        decayed under 2^-24 are to be left out; else None."""
-        return None
+        raise NotImplementedError("a mixer that adds later says how")
 
     @property
-    def knows_transitions(self) -> bool:
-        """Whether G depends on the number of tokens alone: then it need not be sent."""
-        return False
-
-    def known_log_transition(self, num_tokens: int) -> Tensor:
-        """G of a sequence of so many tokens, [leading part of state_shape], where it is known."""
-        raise NotImplementedError("a mixer that knows its transitions says them")
-
-    def of_heads(self, heads: slice) -> Mixer | None:
-        """The same mixer for some heads, dim 2 of every input, alone; None: heads are not apart."""
-        del heads
+    def log_decay_per_token(self) -> Tensor | None:
+        """Fixed log decay of one token, [leading part of state_shape]; None unless known."""
         return None
+
+    def of_heads(self, heads: slice) -> Mixer:
+        """The same mixer for some heads alone: dim 2 of every input."""
+        raise NotImplementedError("a mixer whose heads are apart says how")
 
 
 class AutogradMixer(Mixer):
@@ -154,7 +145,7 @@ class AutogradMixer(Mixer):
             o = self.output(leaves, again, start, cu_seqlens)
             leaving = again.state + decayed(start, again.log_transition)
         (grad,) = torch.autograd.grad(o, start, do, retain_graph=True)
-        return Summary(grad, summary.transition, (leaves, o, leaving))
+        return Summary(grad, summary.log_transition, (leaves, o, leaving))
 
     def backward(
         self,

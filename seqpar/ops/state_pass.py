@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from seqpar.ops.state_chain import StateChain, decayed
-from seqpar.ops.state_scan import Entries, Scan, select_heads
+from seqpar.ops.state_scan import Entries, Scan, ScanPlan, select_heads
 from seqpar.ops.steps import Steps, Swap
 
 __all__ = ["chain_states", "pipelined_chain_states"]
@@ -50,7 +51,16 @@ class _Part:
     waits: bool
     """What is sent on depends on what was received; else it can be sent at once."""
 
+    def new(self, plan: ScanPlan) -> Tensor:
+        """Uninitialised memory for the part of one state."""
+        shape = list(plan.state_shape)
+        shape[1] = shape[1] if self.heads is None else len(self.heads)
+        if len(shape) > 2:
+            shape[2] = len(range(*self.rows.indices(shape[2])))
+        return torch.empty(shape, dtype=plan.dtype, device=plan.device)
+
     def of(self, x: Tensor) -> Tensor:
+        """The part of a state or a transition."""
         x = x if self.heads is None else select_heads(x, self.heads)
         return x[:, :, self.rows] if x.ndim > 2 else x
 
@@ -63,47 +73,46 @@ class _Part:
             x[:, heads] = value
 
 
-def _parts(scan: Scan, num_slices: int) -> list[_Part]:
+@dataclass(frozen=True)
+class _Round:
+    """What one rank sends and receives at once: (link, number of the part) each."""
+
+    sends: list[tuple[int, int]]
+    recvs: list[tuple[int, int]]
+
+
+@lru_cache(maxsize=256)
+def _schedule(plan: ScanPlan, num_slices: int) -> tuple[list[_Part], list[_Round]]:
+    """The parts, and the rounds of a rank in which it moves any.
+
+    All parts go over all hops in rounds that every rank counts alike. A rank may hold links far
+    apart in the chain, and a message is not sent before its receiver is ready. So a rank posts all
+    that a round moves at once, and waits for no other rank's round.
+    """
+    parts = _parts(plan, num_slices)
+    when = _rounds(plan.chain, parts)
+    rounds = []
+    for now in range(max(when.values(), default=-1) + 1):
+        own = [(link, number) for link in plan.own_links for number in range(len(parts))]
+        sends = [(link, number) for link, number in own if when.get((link, number)) == now]
+        recvs = [(link, number) for link, number in own if when.get((link - 1, number)) == now]
+        if sends or recvs:
+            rounds.append(_Round(sends, recvs))
+    return parts, rounds
+
+
+def _parts(plan: ScanPlan, num_slices: int) -> list[_Part]:
     """Slices of the heads that wait, after one part of all heads that do not."""
-    far = scan.far_heads
-    everything = slice(None)
+    far, shape = plan.far_heads, plan.state_shape
     parts = []
     if far is not None:
-        near = [h for h in range(scan.like.state.shape[1]) if h not in far]
-        parts.append(_Part(near, everything, waits=False))
+        parts.append(_Part(plan.near_heads, slice(None), waits=False))
         if not far:
             return parts
-    rows = scan.like.state.shape[2] if scan.like.state.ndim > 2 else 1
+    rows = shape[2] if len(shape) > 2 else 1
     cuts = [rows * i // num_slices for i in range(num_slices + 1)]
     slices = [slice(a, b) for a, b in itertools.pairwise(cuts) if b > a]
     return parts + [_Part(far, one, waits=True) for one in slices]
-
-
-def _chain(scan: Scan, num_slices: int) -> Steps[Entries]:
-    """All parts over all hops, in rounds that every rank counts alike.
-
-    A rank may hold links far apart in the chain, and a message is not sent before its receiver is
-    ready. So a rank posts all that a round moves at once, and waits for no other rank's round.
-    """
-    links, parts = scan.chain.links, _parts(scan, num_slices)
-    rounds = _rounds(scan.chain, parts)
-    arrived: dict[tuple[int, int], Tensor] = {}
-    for now in range(max(rounds.values(), default=-1) + 1):
-        sends: list[tuple[int, Tensor]] = []
-        recvs: list[tuple[int, Tensor]] = []
-        for index in scan.own_links:
-            for number, part in enumerate(parts):
-                if rounds.get((index, number)) == now:
-                    leaving = _leaving(scan, index, part, arrived.get((index, number)))
-                    sends.append((links[index + 1].rank, leaving.contiguous()))
-                if rounds.get((index - 1, number)) == now:
-                    landing = torch.empty_like(part.of(scan.like.state), device=scan.device)
-                    recvs.append((links[index - 1].rank, landing))
-                    arrived[index, number] = landing
-        if sends or recvs:
-            yield Swap(sends, recvs)
-    takers = [index for index in scan.own_links if links[index].takes]
-    return {index: _assembled(scan, parts, arrived, index) for index in takers}
 
 
 def _rounds(chain: StateChain, parts: list[_Part]) -> dict[tuple[int, int], int]:
@@ -118,23 +127,40 @@ def _rounds(chain: StateChain, parts: list[_Part]) -> dict[tuple[int, int], int]
     return rounds
 
 
+def _chain(scan: Scan, num_slices: int) -> Steps[Entries]:
+    """The rounds of the schedule, one after the other."""
+    plan, links = scan.plan, scan.chain.links
+    parts, rounds = _schedule(plan, num_slices)
+    arrived: dict[tuple[int, int], Tensor] = {}
+    for moved in rounds:
+        sends = []
+        for link, number in moved.sends:
+            leaving = _leaving(scan, link, parts[number], arrived.get((link, number)))
+            sends.append((links[link + 1].rank, leaving.contiguous()))
+        recvs = []
+        for link, number in moved.recvs:
+            arrived[link, number] = parts[number].new(plan)
+            recvs.append((links[link - 1].rank, arrived[link, number]))
+        yield Swap(sends, recvs)
+    return {link: _assembled(plan, parts, arrived, link) for link in plan.takers}
+
+
 def _leaving(scan: Scan, link: int, part: _Part, entering: Tensor | None) -> Tensor:
     """A part of what leaves a link."""
-    own = scan.own[link]
-    state = part.of(own.state)
+    state = part.of(scan.own[link].state)
     if entering is None or not (scan.chain.links[link].passes and part.waits):
         return state
-    transition = own.log_transition
+    transition = scan.transition(link)
     return state + decayed(entering, None if transition is None else part.of(transition))
 
 
 def _assembled(
-    scan: Scan, parts: list[_Part], arrived: dict[tuple[int, int], Tensor], link: int
+    plan: ScanPlan, parts: list[_Part], arrived: dict[tuple[int, int], Tensor], link: int
 ) -> Tensor:
     """The state that enters a link, from its parts."""
     if len(parts) == 1:
         return arrived[link, 0]
-    entry = torch.empty_like(scan.like.state, device=scan.device)
+    entry = plan.new_state()
     for number, part in enumerate(parts):
         part.assign(entry, arrived[link, number])
     return entry

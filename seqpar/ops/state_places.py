@@ -32,11 +32,8 @@ class RankPlaces:
         self.reversed_chain = self.chain.reversed()
         self.links = self.chain.links_of(rank)
         self.runs = layout.runs(rank)
+        self.num_runs = len(self.runs)
         self._bounds: dict[int, Tensor] = {}
-
-    @property
-    def num_runs(self) -> int:
-        return len(self.runs)
 
     @cached_property
     def link_tokens(self) -> list[int]:

@@ -23,14 +23,14 @@ def forward_steps(job: StateJob, inputs: Inputs, initial_state: Tensor | None) -
         return (yield from forward_by_heads(job, inputs, initial_state))
     summary = part.summarize(inputs)
     steps = EXCHANGES[job.exchange](part.forward_scan(inputs, summary, initial_state))
-    if part.waits_for_entries:
-        entries = part.entries((yield from steps), initial_state)
-        o = part.output(inputs, summary, entries)
-    else:
+    if part.plan.computes_beside_forward:
         here = part.entries({}, initial_state)
         received, o = yield Beside(steps, lambda: part.output(inputs, summary, here))
         part.add_entries(o, inputs, received)
         entries = {**here, **received}
+    else:
+        entries = part.entries((yield from steps), initial_state)
+        o = part.output(inputs, summary, entries)
     finals = None
     if job.return_final_state:
         finals = yield AllReduceSum(part.final_states(inputs, summary, entries))
@@ -38,7 +38,12 @@ def forward_steps(job: StateJob, inputs: Inputs, initial_state: Tensor | None) -
 
 
 def backward_steps(
-    job: StateJob, kept: Kept, do: Tensor, dfinals: Tensor | None
+    job: StateJob,
+    kept: Kept,
+    do: Tensor,
+    dfinals: Tensor | None,
+    *,
+    wants_initial_grad: bool = True,
 ) -> Steps[tuple[tuple[Tensor | None, ...], Tensor | None]]:
     """Gradients of the local inputs, and of the initial state [B, *state_shape] (None: zero).
 
@@ -53,11 +58,14 @@ def backward_steps(
     grad_summary = part.summarize_grad(inputs, do, kept.summary, kept.entries)
     steps = EXCHANGES[job.exchange](part.backward_scan(inputs, grad_summary, dfinals))
     local = (inputs, do, kept.summary, grad_summary, kept.entries)
-    if part.waits_for_exit_grads:
-        exit_grads = part.exit_grads((yield from steps))
-        dinputs = part.backward(*local, exit_grads, dfinals)
-    else:
+    if part.plan.computes_beside_backward:
         received, dinputs = yield Beside(steps, lambda: part.backward(*local, {}, dfinals))
         exit_grads = part.exit_grads(received)
         part.add_exit_grads(dinputs, inputs, exit_grads)
-    return dinputs, part.initial_state_grad(grad_summary, exit_grads, dfinals)
+    else:
+        exit_grads = part.exit_grads((yield from steps))
+        dinputs = part.backward(*local, exit_grads, dfinals)
+    dinitial = None
+    if wants_initial_grad:
+        dinitial = part.initial_state_grad(grad_summary, exit_grads, dfinals)
+    return dinputs, dinitial

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ __all__ = [
     "AllToAll",
     "Beside",
     "Request",
-    "Running",
     "Steps",
     "Swap",
     "Together",
@@ -88,76 +87,90 @@ Steps = Generator[Request, Any, T]
 
 def run_steps(steps: Steps[T], group: ProcessGroup | None) -> T:
     """Answer the requests of this rank's steps on a process group, and return their result."""
-    return Running(steps, group).wait()
-
-
-class Running(Generic[T]):
-    """Steps under way: the first request is posted when this is made, `wait` does the rest.
-
-    With a side stream, all steps are queued on it at once, so that even an exchange of many rounds
-    runs beside what the caller queues next.
-    """
-
-    def __init__(
-        self,
-        steps: Steps[T],
-        group: ProcessGroup | None,
-        *,
-        side_stream: torch.cuda.Stream | None = None,
-    ) -> None:
-        self._steps, self._group, self._side_stream = steps, group, side_stream
-        self._pending: comm.Pending[Any] | None = None
-        self._result: T
-        if side_stream is None:
-            self._advance(None)
-            return
-        side_stream.wait_stream(torch.cuda.current_stream(side_stream.device))
-        with torch.cuda.stream(side_stream):
-            self._advance(None)
-            self._finish()
-
-    def wait(self) -> T:
-        """The result of the steps; on CUDA the current stream waits, not the host."""
-        if self._side_stream is None:
-            self._finish()
-        else:
-            current = torch.cuda.current_stream(self._side_stream.device)
-            current.wait_stream(self._side_stream)
-            for tensor in self._result.values() if isinstance(self._result, dict) else ():
-                tensor.record_stream(current)
-        return self._result
-
-    def _finish(self) -> None:
-        while self._pending is not None:
-            self._advance(self._pending.wait())
-
-    def _advance(self, delivered: Any) -> None:
-        """Send in what was delivered and post the next request."""
-        self._pending = None
+    delivered = None
+    while True:
         try:
-            request = self._steps.send(delivered)
+            request = steps.send(delivered)
         except StopIteration as stop:
-            self._result = stop.value
-            return
-        self._pending = self._post(request)
+            result: T = stop.value
+            return result
+        delivered = _answer(request, group)
 
-    def _post(self, request: Request) -> comm.Pending[Any]:
-        match request:
-            case AllGather(message):
-                return comm.all_gather_async(message, self._group)
-            case AllReduceSum(message):
-                return comm.Pending((), lambda: comm.all_reduce_sum(message, self._group))
-            case AllToAll(sends, recv_shapes):
-                return comm.all_to_all_async(sends, recv_shapes, self._group)
-            case Swap(sends, recvs):
-                return comm.exchange(sends, recvs, self._group)
-            case Together(requests):
-                posted = [self._post(item) for item in requests]
-                return comm.Pending((), lambda: [pending.wait() for pending in posted])
-            case Beside(exchange, work):
-                under_way = Running(exchange, self._group, side_stream=_side_stream(self._group))
-                done = work()
-                return comm.Pending((), lambda: (under_way.wait(), done))
+
+def _answer(request: Request, group: ProcessGroup | None) -> Any:
+    """What a request delivers, waited for."""
+    match request:
+        case AllGather(message):
+            return comm.all_gather(message, group)
+        case AllReduceSum(message):
+            return comm.all_reduce_sum(message, group)
+        case Beside(exchange, work):
+            under_way = _start(exchange, group)
+            done = work()
+            return under_way.wait(), done
+        case _:
+            return _post(request, group).wait()
+
+
+def _post(request: Request, group: ProcessGroup | None) -> comm.Pending[Any]:
+    """A request under way."""
+    match request:
+        case AllGather(message):
+            return comm.all_gather_async(message, group)
+        case AllToAll(sends, recv_shapes):
+            return comm.all_to_all_async(sends, recv_shapes, group)
+        case Swap(sends, recvs):
+            return comm.exchange(sends, recvs, group)
+        case Together(requests):
+            posted = [_post(item, group) for item in requests]
+            return comm.Pending((), lambda: [pending.wait() for pending in posted])
+        case _:
+            return comm.Pending((), lambda: _answer(request, group))
+
+
+def _start(steps: Steps[T], group: ProcessGroup | None) -> comm.Pending[T]:
+    """Steps under way beside what the caller queues next.
+
+    Where the backend works on streams, all of them are queued on a side stream at once. Elsewhere
+    the first request is posted, and waiting for the result does the rest.
+    """
+    side = _side_stream(group)
+    if side is not None:
+        return _on_stream(steps, group, side)
+    try:
+        first = _post(steps.send(None), group)
+    except StopIteration as stop:
+        result: T = stop.value
+        return comm.Pending((), lambda: result)
+    return comm.Pending((), lambda: run_steps(_resumed(steps, first.wait()), group))
+
+
+def _resumed(steps: Steps[T], delivered: Any) -> Steps[T]:
+    """Steps that stand at a request, which has delivered."""
+    while True:
+        try:
+            delivered = yield steps.send(delivered)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+
+
+def _on_stream(
+    steps: Steps[T], group: ProcessGroup | None, side: torch.cuda.Stream
+) -> comm.Pending[T]:
+    """All steps queued on a stream; to wait makes the current stream wait for it."""
+    side.wait_stream(torch.cuda.current_stream(side.device))
+    with torch.cuda.stream(side):
+        result = run_steps(steps, group)
+
+    def wait() -> T:
+        current = torch.cuda.current_stream(side.device)
+        current.wait_stream(side)
+        for tensor in result.values() if isinstance(result, dict) else ():
+            tensor.record_stream(current)
+        return result
+
+    return comm.Pending((), wait)
 
 
 def _side_stream(group: ProcessGroup | None) -> torch.cuda.Stream | None:

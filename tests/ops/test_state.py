@@ -36,8 +36,8 @@ def _simulated(
     if truncate and stream.log_decay is not None:
         mixer = replace(mixer, on_host=fixed_on_host(stream.log_decay))
     ranks = range(layout.world_size)
-    jobs = [StateJob(RankPart(mixer, layout, rank), exchange, True) for rank in ranks]
     inputs = [tuple(layout.shard(x, rank) for x in stream.tensors) for rank in ranks]
+    jobs = [StateJob(RankPart.of(mixer, layout, r, inputs[r]), exchange, True) for r in ranks]
     done = simulate([forward_steps(jobs[r], inputs[r], stream.initial) for r in ranks])
     dfinals = stream.dfinals.view(stream.q.shape[0], layout.num_documents, 3, 4, 5)
     zeros = torch.zeros_like(dfinals)
@@ -107,7 +107,8 @@ def test_what_has_decayed_is_left_out_exactly(decay: tuple[float, ...], exchange
     for world_size in (2, 3, 7):
         for kind, layout in layouts(LONG, world_size).items():
             mixer = LightningMixer(stream.log_decay, on_host=decay)
-            assert RankPart(mixer, layout, 1).adds_later == (max(decay) < -1)
+            plan = RankPart.of(mixer, layout, 1, stream.tensors).plan
+            assert plan.adds_later == (max(decay) < -1)
             with comm.count_traffic() as traffic:
                 found = _simulated(stream, layout, exchange, truncate=True)
             _check(found, expected, f"{decay}, {kind}, W={world_size}")

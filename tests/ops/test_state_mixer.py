@@ -16,7 +16,7 @@ from seqpar.ops.state import scatter_mixer
 from seqpar.ops.state_exchange import EXCHANGES
 from seqpar.ops.state_job import StateJob
 from seqpar.ops.state_local import RankPart
-from seqpar.ops.state_mixer import AutogradMixer, Inputs, Summary
+from seqpar.ops.state_mixer import AutogradMixer, Inputs, StateKind, Summary
 from seqpar.ops.state_steps import backward_steps, forward_steps
 from tests.ops.cases import BOUNDS, layouts
 from tests.ranks import run_ranks
@@ -35,14 +35,8 @@ class GatedMixer(AutogradMixer):
 
     gated: bool
 
-    def state_shape(self, inputs: Inputs) -> tuple[int, ...]:
-        return (H, K, V)
-
-    def transition_dims(self) -> int | None:
-        return 2 if self.gated else None
-
-    def empty_output(self, inputs: Inputs) -> Tensor:
-        return torch.empty_like(inputs[2])
+    def kind(self, inputs: Inputs) -> StateKind:
+        return StateKind((H, K, V), (H, V), transition_dims=2 if self.gated else None)
 
     def summarize(self, inputs: Inputs, cu_seqlens: Tensor | None) -> Summary:
         _, states, logs = self._run(inputs, None, cu_seqlens)
@@ -107,7 +101,8 @@ def test_a_foreign_mixer_is_scattered_exactly(exchange: str, gated: bool) -> Non
         for layout in layouts(bounds, 4).values():
             ranks = range(4)
             inputs = [tuple(layout.shard(x, r) for x in stream) for r in ranks]
-            jobs = [StateJob(RankPart(mixer, layout, r), exchange, False) for r in ranks]
+            parts = [RankPart.of(mixer, layout, r, inputs[r]) for r in ranks]
+            jobs = [StateJob(part, exchange, False) for part in parts]
             done = simulate([forward_steps(jobs[r], inputs[r], None) for r in ranks])
             back = simulate(
                 [backward_steps(jobs[r], done[r].kept, layout.shard(do, r), None) for r in ranks]

@@ -30,8 +30,8 @@ NAMES = [*sorted(EXCHANGES), "all_to_all"]
 def _forward(stream: Stream, layout: SequenceLayout, exchange: str) -> Tensor:
     ranks = range(layout.world_size)
     mixer = LightningMixer(stream.log_decay)
-    jobs = [StateJob(RankPart(mixer, layout, r), exchange, False) for r in ranks]
     inputs = [tuple(layout.shard(x, r) for x in stream.tensors) for r in ranks]
+    jobs = [StateJob(RankPart.of(mixer, layout, r, inputs[r]), exchange, False) for r in ranks]
     done = simulate([forward_steps(jobs[r], inputs[r], None) for r in ranks])
     return layout.unshard([item.o for item in done])
 

@@ -1,0 +1,99 @@
+"""What one call of a scattered mixer is to do, or why it is refused: decided once for its shapes.
+
+Legend: B batch, T tokens on this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from seqpar.layout import SequenceLayout
+from seqpar.ops.state_auto import choose_for
+from seqpar.ops.state_exchange import EXCHANGES
+from seqpar.ops.state_mixer import StateKind
+from seqpar.ops.state_plan import RankPlan, rank_plan
+from seqpar.planners.exchange import Link
+
+__all__ = ["CallPlan", "call_plan"]
+
+MIN_OVERLAP_MS = 0.1
+"""Adding states afterwards takes launches of its own: not worth it for a shorter exchange."""
+
+
+@dataclass(frozen=True)
+class CallPlan:
+    """How to answer a call; the same object for every call that is alike."""
+
+    problem: str | None
+    """What does not fit, in words; None if all does."""
+    exchange: str = ""
+    rank_plan: RankPlan | None = None
+
+
+@lru_cache(maxsize=512)
+def call_plan(
+    kind: StateKind,
+    layout: SequenceLayout,
+    group: tuple[int, int],
+    inputs: tuple[tuple[torch.Size, torch.dtype], ...],
+    device: torch.device,
+    initial_shape: torch.Size | None,
+    exchange: str,
+    overlap: bool | None,
+    link: Link,
+) -> CallPlan:
+    """The plan of a call.
+
+    Args:
+        group: its size, and this rank in it.
+        inputs: shape and dtype of this rank's tensors [B, T, ...].
+        initial_shape: of the initial state, if there is one.
+        exchange, overlap: as the caller gave them; "auto" and None are decided here.
+        link: what joins the ranks.
+    """
+    problem = _problem(kind, layout, group, [shape for shape, _ in inputs], initial_shape, exchange)
+    if problem is not None:
+        return CallPlan(problem)
+    choice = choose_for(kind, layout, inputs, link)
+    exchange = choice.exchange if exchange == "auto" else exchange
+    if overlap is None:
+        overlap = choice.estimates_ms[exchange] >= MIN_OVERLAP_MS
+    (shape, dtype), rank = inputs[0], group[1]
+    return CallPlan(None, exchange, rank_plan(kind, layout, rank, shape[0], dtype, device, overlap))
+
+
+def _problem(
+    kind: StateKind,
+    layout: SequenceLayout,
+    group: tuple[int, int],
+    shapes: list[torch.Size],
+    initial_shape: torch.Size | None,
+    exchange: str,
+) -> str | None:
+    size, rank = group
+    if layout.world_size != size:
+        return (
+            f"the layout is over {layout.world_size} ranks, but the group has {size}: "
+            "make the layout for the group it is used with"
+        )
+    if exchange not in ("auto", "all_to_all", *EXCHANGES):
+        return f"no exchange {exchange!r}: use auto, all_to_all, {', '.join(EXCHANGES)}"
+    if exchange == "all_to_all" and not kind.heads_apart:
+        return "this mixer does not compute heads apart: use an exchange of states"
+    tokens = layout.tokens_on(rank)
+    for index, shape in enumerate(shapes):
+        if len(shape) < 3 or shape[:2] != (shapes[0][0], tokens):
+            return (
+                f"input {index} on rank {rank} has shape {tuple(shape)}, but the layout gives "
+                f"this rank {tokens} tokens on dim 1 of [B, T, ...]: shard it with this layout"
+            )
+    states = (kind.state_shape, (shapes[0][0], *kind.state_shape))
+    if initial_shape is not None and tuple(initial_shape) not in states:
+        return (
+            f"initial_state has shape {tuple(initial_shape)}; it must be {states[0]}, "
+            f"or that for each of {shapes[0][0]} rows"
+        )
+    return None

@@ -1,0 +1,58 @@
+"""Tensors out of frozen dataclasses, and back: what autograd is to keep, it must be handed.
+
+A tensor that a Function keeps anywhere but in `save_for_backward` is not seen by activation
+checkpointing and lives on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["put_tensors", "take_tensors"]
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where a tensor was taken from, and its place among those that were."""
+
+    index: int
+
+
+def take_tensors(value: Any, found: list[Tensor]) -> Any:
+    """The value with a slot for each float tensor in its dataclasses; they go to `found`."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():  # a table, kept by those who made it
+            return value
+        found.append(value)
+        return _Slot(len(found) - 1)
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    changed = {}
+    for name in _names(type(value)):
+        part = getattr(value, name)
+        if part is not None and (emptied := take_tensors(part, found)) is not part:
+            changed[name] = emptied
+    return replace(value, **changed) if changed else value
+
+
+def put_tensors(value: Any, tensors: tuple[Tensor, ...]) -> Any:
+    """The inverse of `take_tensors`."""
+    if isinstance(value, _Slot):
+        return tensors[value.index]
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    changed = {}
+    for name in _names(type(value)):
+        part = getattr(value, name)
+        if part is not None and (filled := put_tensors(part, tensors)) is not part:
+            changed[name] = filled
+    return replace(value, **changed) if changed else value
+
+
+@lru_cache(maxsize=64)
+def _names(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))

@@ -1,0 +1,113 @@
+"""Small all_gathers within one host: memory of every device that all devices of a group can read.
+
+A collective of NCCL takes its time to be queued and to start, whatever its size; for a state of
+a few MiB that is most of it. Here each rank writes its tensor to memory that its peers can read
+over NVLink, sets a flag in theirs, and reads what they wrote: one launch, captured by CUDA graphs
+like any other. torch's symmetric memory makes the addresses; nothing of NVLink's multicast is used.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+__all__ = ["PeerMemory"]
+
+_log = logging.getLogger(__name__)
+_WORD_BYTES = 4
+_ALIGNMENT = 16
+_TILE_WORDS = 8192
+_MAX_BLOCKS = 64
+_SLOTS = 2
+"""While the last but one call is being read, the next can be written."""
+
+
+class PeerMemory:
+    """Memory of a group's devices, in one host, that each of them can read.
+
+    Each call uses the next slot: all ranks make the same calls in the same order. A rank writes to
+    a slot only when all peers have read what it held, so no rank runs ahead by more than two calls.
+    As with NCCL, a rank that never arrives leaves the others waiting on the device.
+    """
+
+    def __init__(self, group: ProcessGroup, capacity_bytes: int) -> None:
+        from torch.distributed import _symmetric_memory
+
+        self.capacity_bytes = capacity_bytes
+        self._rank, self._size, self._calls = group.rank(), group.size(), 0
+        self._launches: dict[tuple[int, int], Any] = {}
+        self._capacity_words = -(-capacity_bytes // _ALIGNMENT) * _ALIGNMENT // _WORD_BYTES
+        flags = _SLOTS * _MAX_BLOCKS * self._size
+        words = 2 * flags + _SLOTS * self._capacity_words
+        device = torch.device("cuda", torch.cuda.current_device())
+        # Kept for as long as this object: peers read it.
+        self._memory = _symmetric_memory.empty(words, dtype=torch.int32, device=device)
+        handle = _symmetric_memory.rendezvous(self._memory, group.group_name)
+        self._handle = handle
+        offset = getattr(handle, "offset", 0)
+        addresses = [address + offset for address in handle.buffer_ptrs]
+        self._peers = torch.tensor(addresses, dtype=torch.int64, device=device)
+        self._memory.zero_()
+        self._memory[flags : 2 * flags].fill_(1)  # nothing waits to be read
+        torch.cuda.synchronize()
+        dist.barrier(group)
+
+    @classmethod
+    def open(cls, group: ProcessGroup, capacity_bytes: int) -> PeerMemory | None:
+        """The memory of a group, or None if its ranks cannot read each other's. Collective."""
+        hosts: list[Any] = [None] * group.size()
+        dist.all_gather_object(hosts, socket.gethostname(), group=group)
+        if len(set(hosts)) > 1 or group.size() == 1:
+            return None
+        memory, problem = None, None
+        try:
+            memory = cls(group, capacity_bytes)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        problems: list[Any] = [None] * group.size()
+        dist.all_gather_object(problems, problem, group=group)
+        if any(problems):
+            _log.warning("devices cannot read each other's memory, NCCL is used: %s", problems)
+            return None
+        return memory
+
+    def takes(self, message: Tensor) -> bool:
+        """Whether `all_gather` can carry such a message: the same answer on every rank."""
+        size = message.numel() * message.element_size()
+        return size <= self.capacity_bytes and size % _WORD_BYTES == 0
+
+    def all_gather(self, message: Tensor, gathered: Tensor) -> None:
+        """Fill `gathered` [W, *message.shape], queued on the current stream; both contiguous."""
+        if message.data_ptr() % _ALIGNMENT:
+            message = message.clone()
+        words = message.numel() * message.element_size() // _WORD_BYTES
+        slot, self._calls = self._calls % _SLOTS, self._calls + 1
+        launch = self._launches.get((words, slot))
+        if launch is None:
+            launch = self._launches[words, slot] = self._launch(words, slot)
+        launch(message, gathered)
+
+    def _launch(self, words: int, slot: int) -> Any:
+        from seqpar.kernels.peer_gather_kernel import peer_gather_kernel
+
+        fixed = {
+            "p_peers": self._peers,
+            "words": words,
+            "capacity": self._capacity_words,
+            "RANK": self._rank,
+            "W": self._size,
+            "SLOT": slot,
+            "SLOTS": _SLOTS,
+            "BLOCKS": _MAX_BLOCKS,
+            "TILE": _TILE_WORDS,
+        }
+        grid = (min(_MAX_BLOCKS, -(-words // _TILE_WORDS)),)
+        kernel: Any = peer_gather_kernel
+        return partial(kernel[grid], **fixed, num_warps=8)
