@@ -46,14 +46,14 @@ def minimax_lightning_forward(
     heads, dim = module.num_attention_heads, module.head_dim
     qkv = module.act_fn(module.qkv_proj(hidden_states))
     q, k, v = qkv.unflatten(-1, (heads, 3 * dim)).split(dim, dim=-1)
-    mixed = _lightning(q, k, v, _log_decay(module, q.device), sequence).flatten(-2)
+    mixed = _lightning(module, q, k, v, sequence).flatten(-2)
     gated = torch.sigmoid(module.output_gate(hidden_states)) * module.norm(mixed)
     return module.out_proj(gated), None
 
 
 @outside_graph
 def _lightning(
-    q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, log_decay_H: Tensor, sequence: SequenceContext
+    module: Any, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, sequence: SequenceContext
 ) -> Tensor:
     together = autocast_together(q_BTHD, k_BTHD, v_BTHD)
     q, k, v = (held_tokens(x, sequence) for x in together)
@@ -61,7 +61,7 @@ def _lightning(
         q,
         k,
         v,
-        log_decay=log_decay_H,
+        log_decay=_log_decay(module, q.device),
         layout=sequence.layout,
         group=sequence.group,
         exchange=sequence.exchange,
