@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,8 +15,8 @@ import typer
 from seqpar.errors import PlanError
 
 if TYPE_CHECKING:
-    from seqpar.planners import Cluster, CostModel, ScatterPlan, ScatterProblem
-    from seqpar.planners.histogram import Forecast
+    from seqpar.planners import Cluster, CostModel, Planner
+    from seqpar.planners.workers import Workers
 
 
 def command(
@@ -60,38 +62,46 @@ def command(
     target_tokens_per_second: Annotated[
         float, typer.Option(help="Of --histogram: say how many devices reach this rate.")
     ] = 0.0,
+    workers: Annotated[
+        int, typer.Option(help="Processes for what divides (default: one a core).", min=0)
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Plan one step: micro-batches, and in each the groups of devices that its sequences take."""
     from seqpar.planners import Planner, ScatterProblem
     from seqpar.planners.bounds import bound_plan
     from seqpar.planners.lengths import read_lengths
+    from seqpar.planners.workers import Workers
 
     if bool(lengths) == bool(histogram):
         raise PlanError("give a file of lengths, or --histogram FILE: one of the two")
     model = load_cost(cost)
     cluster = make_cluster(devices, devices_per_node, memory_gib, degrees, cost)
-    if histogram:
-        _forecast(
-            histogram,
-            cluster,
-            model,
-            sequences=sequences,
-            batches=batches,
-            context_tokens=context_tokens,
-            time_limit_ms=time_limit_ms,
-            target=target_tokens_per_second,
-            as_json=as_json,
-        )
-        return
-    assert lengths is not None
-    problem = ScatterProblem(read_lengths(lengths), cluster, model, context_tokens or None)
-    plan = Planner(time_limit_ms=time_limit_ms, bound="none" if exact else bound).plan(problem)
-    if exact:
-        from seqpar.planners.milp import polish
+    planner = Planner(time_limit_ms=time_limit_ms, bound=bound)
+    with Workers(workers or None) as crew:
+        if histogram:
+            _forecast(
+                histogram,
+                cluster,
+                model,
+                sequences=sequences,
+                batches=batches,
+                context_tokens=context_tokens,
+                planner=replace(planner, bound="none"),
+                target=target_tokens_per_second,
+                workers=crew,
+                as_json=as_json,
+            )
+            return
+        assert lengths is not None
+        problem = ScatterProblem(read_lengths(lengths), cluster, model, context_tokens or None)
+        plan = replace(planner, bound="none").plan(problem)
+        if exact:
+            from seqpar.planners.milp import polish
 
-        polished = polish(problem, plan, solver=solver, time_limit_s=exact_seconds)
-        plan = bound_plan(problem, polished, kind=bound)
+            plan = polish(problem, plan, solver=solver, time_limit_s=exact_seconds, workers=crew)
+        if bound != "none":
+            plan = bound_plan(problem, plan, kind=bound, workers=crew)
     if plot:
         from seqpar.planners.plot import plot_plan
 
@@ -99,6 +109,8 @@ def command(
     if as_json:
         typer.echo(json.dumps(plan.to_json()))
     else:
+        from seqpar.commands.plan_tables import print_plan
+
         print_plan(plan, problem)
 
 
@@ -113,7 +125,13 @@ def load_cost(name: str) -> CostModel:
 
     if not name:
         raise PlanError(f"say what it costs: --cost {', '.join(preset_names())}, or a cost file")
-    return preset(name) if name in preset_names() else CostModel.load(name)
+    if name in preset_names():
+        return preset(name)
+    if not Path(name).exists():
+        raise PlanError(
+            f"no cost file {name}, and no preset of that name: {', '.join(preset_names())}"
+        )
+    return CostModel.load(name)
 
 
 def make_cluster(
@@ -147,38 +165,6 @@ def make_cluster(
     )
 
 
-def print_plan(plan: ScatterPlan, problem: ScatterProblem) -> None:
-    """A table of the micro-batches, then the bounds and the baselines."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    table = Table(title=f"{len(problem.lengths)} sequences on {problem.cluster.devices} devices")
-    for heading in ("micro-batch", "ms", "gap", "groups", "sequences", "tokens", "fullest device"):
-        table.add_column(heading, justify="left" if heading == "groups" else "right")
-    for index, batch in enumerate(plan.micro_batches):
-        degrees = sorted((group.degree for group in batch.groups), reverse=True)
-        fullest = max(g.tokens / g.degree for g in batch.groups) / problem.tokens_per_device
-        table.add_row(
-            str(index),
-            f"{batch.makespan_ms:.1f}",
-            f"{batch.gap:.2%}",
-            " ".join(f"{d}×{degrees.count(d)}" for d in dict.fromkeys(degrees)),
-            str(sum(len(group.sequences) for group in batch.groups)),
-            f"{sum(group.tokens for group in batch.groups):,}",
-            f"{fullest:.0%}",
-        )
-    console.print(table)
-    console.print(
-        f"step {plan.makespan_ms:.1f} ms, planned in {plan.solve_ms:.1f} ms ({plan.source}). "
-        f"No plan with these micro-batches takes less than {plan.lower_bound_ms:.1f} ms "
-        f"({plan.bound} bound, gap {plan.gap:.2%}); no plan at all less than "
-        f"{plan.step_lower_bound_ms:.1f} ms."
-    )
-    for name, ms in sorted(plan.baselines.items(), key=lambda entry: entry[1]):
-        console.print(f"  {name}: {ms:.1f} ms, {ms / plan.makespan_ms:.2f} times the plan")
-
-
 def _forecast(
     path: str,
     cluster: Cluster,
@@ -187,11 +173,11 @@ def _forecast(
     sequences: int,
     batches: int,
     context_tokens: int,
-    time_limit_ms: float,
+    planner: Planner,
     target: float,
+    workers: Workers,
     as_json: bool,
 ) -> None:
-    from seqpar.planners import Planner
     from seqpar.planners.histogram import LengthHistogram, devices_for, forecast
 
     lengths = LengthHistogram.load(path)
@@ -202,7 +188,8 @@ def _forecast(
         sequences=sequences,
         batches=batches,
         context_tokens=context_tokens or None,
-        planner=Planner(time_limit_ms=time_limit_ms, bound="none"),
+        planner=planner,
+        workers=workers,
     )
     needed = None
     if target or context_tokens:
@@ -213,37 +200,12 @@ def _forecast(
             tokens_per_second=target,
             document_tokens=context_tokens,
             sequences=sequences,
+            planner=planner,
+            workers=workers,
         )
     if as_json:
         typer.echo(json.dumps(expected.to_json() | {"devices_needed": needed}))
     else:
+        from seqpar.commands.plan_tables import print_forecast
+
         print_forecast(expected, cluster.devices, needed)
-
-
-def print_forecast(expected: Forecast, devices: int, needed: int | None) -> None:
-    """What to expect, each figure with its 95% interval."""
-    from rich.console import Console
-    from rich.table import Table
-
-    rows = {
-        "step, ms": (expected.step_ms, ".0f"),
-        "tokens a second": (expected.tokens_per_second, ",.0f"),
-        "micro-batches": (expected.micro_batches, ".1f"),
-        "memory headroom": (expected.memory_headroom, ".1%"),
-        "idle device time": (expected.idle_share, ".1%"),
-        **{f"over {name}": (found, ".2f") for name, found in expected.speedup.items()},
-    }
-    table = Table(
-        title=f"{devices} devices, {expected.batches} sampled batches of {expected.sequences}"
-    )
-    for heading in ("", "mean", "± (95%)"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for name, (estimate, form) in rows.items():
-        table.add_row(name, format(estimate.mean, form), format(estimate.plus_minus, form))
-    console = Console()
-    console.print(table)
-    shares = ", ".join(f"{d}: {share:.0%}" for d, share in expected.degree_share.items())
-    console.print(f"busy device time by degree: {shares}")
-    console.print(f"longest document that fits: {expected.longest_tokens:,} tokens")
-    if needed is not None:
-        console.print(f"devices needed for the target: {needed}")

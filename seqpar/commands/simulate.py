@@ -41,6 +41,9 @@ def command(
     ] = 0.0,
     time_limit_ms: Annotated[float, typer.Option(help="Work allowed for each plan.")] = 200.0,
     plot: Annotated[str, typer.Option(help="Draw rates and speed-ups to this file.")] = "",
+    workers: Annotated[
+        int, typer.Option(help="Processes that share the batches (default: one a core).", min=0)
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Play a length file or histogram through the planner and baselines on modelled clusters."""
@@ -49,6 +52,7 @@ def command(
     from seqpar.planners.histogram import LengthHistogram
     from seqpar.planners.lengths import read_lengths
     from seqpar.planners.simulate import batches_of, simulate
+    from seqpar.planners.workers import Workers
 
     if bool(lengths) == bool(histogram):
         raise PlanError("give a file of lengths, or --histogram FILE: one of the two")
@@ -58,16 +62,19 @@ def command(
         raise PlanError(f"--devices takes integers, as 64,256; got {devices!r}") from None
     source = LengthHistogram.load(histogram) if histogram else read_lengths(lengths or "")
     model = load_cost(cost)
-    result = simulate(
-        batches_of(source, batches=batches),
-        make_cluster(max([1, *sizes]), devices_per_node, memory_gib, "", cost),
-        model,
-        devices=sizes,
-        sequences_per_device=sequences_per_device,
-        context_tokens=context_tokens or None,
-        noise=noise,
-        planner=Planner(time_limit_ms=time_limit_ms),
-    )
+    cluster = make_cluster(max([1, *sizes]), devices_per_node, memory_gib, "", cost)
+    with Workers(workers or None) as crew:
+        result = simulate(
+            batches_of(source, batches=batches),
+            cluster,
+            model,
+            devices=sizes,
+            sequences_per_device=sequences_per_device,
+            context_tokens=context_tokens or None,
+            noise=noise,
+            planner=Planner(time_limit_ms=time_limit_ms),
+            workers=crew,
+        )
     if plot:
         from seqpar.planners.plot import plot_simulation
 
@@ -78,16 +85,31 @@ def command(
         _print(result)
 
 
+SHORT = {"fixed_degree": "fixed", "best_degree_per_batch": "best", "megatron_dynamic": "rule"}
+
+
+def _has(result: Simulation, name: str) -> bool:
+    return any(name in row.forecast.speedup for row in result.rows)
+
+
 def _print(result: Simulation) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="simulated steps (means over batches)")
-    names = sorted({name for row in result.rows for name in row.forecast.speedup})
+    from seqpar.planners.baselines import LABELS
+
+    names = {name: short for name, short in SHORT.items() if _has(result, name)}
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        title="simulated steps: means over batches, and how many times as fast as\n"
+        + ", ".join(f"{LABELS[name]} ({short})" for name, short in names.items()),
+    )
     headings = ["devices", "step ms", "tokens/s", "idle", "gap", "plan ms"]
-    headings += ["step ms, noisy"] if result.noise else []
-    for heading in (*headings, *(f"over {name}" for name in names)):
-        table.add_column(heading, justify="right")
+    headings += ["noisy"] if result.noise else []
+    for heading in (*headings, *names.values()):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in result.rows:
         expected = row.forecast
         cells = [

@@ -26,6 +26,7 @@ from seqpar.planners.plan import ScatterPlan, to_plan
 from seqpar.planners.problem import ScatterProblem
 
 __all__ = [
+    "LABELS",
     "baseline_packings",
     "best_degree_per_batch",
     "best_fixed_degree",
@@ -36,6 +37,13 @@ __all__ = [
 ]
 
 EXTRA_MICRO_BATCHES = 4
+
+LABELS = {
+    "fixed_degree": "fixed degree",
+    "best_degree_per_batch": "best degree per batch",
+    "megatron_dynamic": "Megatron's dynamic rule",
+}
+"""What people call the baselines."""
 
 
 def step_ms(batch: SortedBatch, packings: Sequence[Packing]) -> float:

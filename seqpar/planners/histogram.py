@@ -10,7 +10,7 @@ import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -19,6 +19,7 @@ from seqpar.planners.anytime import Planner
 from seqpar.planners.cost import CostModel
 from seqpar.planners.plan import ScatterPlan
 from seqpar.planners.problem import Cluster, ScatterProblem
+from seqpar.planners.workers import Workers, map_with
 
 __all__ = ["Estimate", "Forecast", "LengthHistogram", "devices_for", "forecast", "longest_document"]
 
@@ -65,7 +66,11 @@ class LengthHistogram:
             )
         except OSError as error:
             raise PlanError(f"cannot read the histogram {path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except KeyError as error:
+            raise PlanError(
+                f"histogram {path} lacks {error}: it needs edges_tokens and counts"
+            ) from error
+        except (ValueError, TypeError, AttributeError) as error:
             if isinstance(error, PlanError):
                 raise PlanError(f"histogram {path}: {error}") from error
             raise PlanError(
@@ -187,11 +192,12 @@ def forecast(
     context_tokens: int | None = None,
     seed: int = 0,
     planner: Planner | None = None,
+    workers: Workers | None = None,
 ) -> Forecast:
     """Sample batches from the histogram, plan each, and say what to expect.
 
     Documents longer than `context_tokens` (default: the longest that fits) are dropped, as a
-    data loader would.
+    data loader would. Workers share the batches.
 
     Raises:
         PlanError: no batches, or a histogram without documents that fit.
@@ -202,12 +208,17 @@ def forecast(
     planner = planner or Planner(time_limit_ms=100, bound="none")
     longest = longest_document(cluster, cost)
     limit = min(longest, context_tokens or longest)
-    found = []
-    for number in range(batches):
-        lengths = histogram.sample(sequences, seed=seed * 1_000_003 + number, max_tokens=limit)
-        problem = ScatterProblem(tuple(lengths), cluster, cost, context_tokens)
-        found.append((problem, planner.plan(problem)))
-    return summarise(found, longest_tokens=longest)
+    problems = [
+        ScatterProblem(
+            tuple(histogram.sample(sequences, seed=seed * 1_000_003 + i, max_tokens=limit)),
+            cluster,
+            cost,
+            context_tokens,
+        )
+        for i in range(batches)
+    ]
+    plans = map_with(workers, planner.plan, problems)
+    return summarise(list(zip(problems, plans, strict=True)), longest_tokens=longest)
 
 
 def summarise(
@@ -251,40 +262,54 @@ def devices_for(
     sequences: int = 512,
     batches: int = 4,
     planner: Planner | None = None,
+    workers: Workers | None = None,
 ) -> tuple[int, Forecast]:
-    """The fewest devices, doubling from one node, that reach a rate and hold a document.
+    """The fewest devices, in whole nodes, that reach a rate and hold a document.
+
+    Sizes are doubled until one does, and those in between bisected.
 
     Raises:
         PlanError: no target, or not reached with 4,096 devices.
     """
     if not tokens_per_second > 0 and document_tokens < 1:
         raise PlanError("say what to reach: tokens_per_second, document_tokens, or both")
-    devices, reached = cluster.devices_per_node, 0.0
-    while devices <= MAX_DEVICES:
-        larger = Cluster(
-            devices=devices,
-            devices_per_node=cluster.devices_per_node,
-            memory_bytes=cluster.memory_bytes,
+    rates: list[float] = []
+
+    def reaches(nodes: int) -> Forecast | None:
+        sized = replace(cluster, devices=nodes * cluster.devices_per_node, degrees=())
+        if cost.tokens_per_device(sized.memory_bytes, sized.devices) < 1:
+            return None
+        if longest_document(sized, cost) < document_tokens:
+            return None
+        expected = forecast(
+            histogram,
+            sized,
+            cost,
+            sequences=sequences,
+            batches=batches,
+            planner=planner,
+            workers=workers,
         )
-        if cost.tokens_per_device(larger.memory_bytes, devices) > 0:
-            longest = longest_document(larger, cost)
-            if longest >= document_tokens:
-                expected = forecast(
-                    histogram,
-                    larger,
-                    cost,
-                    sequences=sequences,
-                    batches=batches,
-                    planner=planner,
-                )
-                reached = expected.tokens_per_second.mean
-                if reached >= tokens_per_second:
-                    return devices, expected
-        devices *= 2
-    raise PlanError(
-        f"{MAX_DEVICES} devices reach {reached:.0f} tokens a second, not {tokens_per_second:.0f} "
-        f"(documents to {document_tokens} tokens): enlarge the batch, or the device's memory"
-    )
+        rates.append(expected.tokens_per_second.mean)
+        return expected if rates[-1] >= tokens_per_second else None
+
+    low, high = 0, 1
+    while (found := reaches(high)) is None:
+        low, high = high, 2 * high
+        if high * cluster.devices_per_node > MAX_DEVICES:
+            raise PlanError(
+                f"{low * cluster.devices_per_node} devices reach {max(rates, default=0.0):.0f} "
+                f"tokens a second, not {tokens_per_second:.0f} (documents to {document_tokens} "
+                "tokens): enlarge the batch, or the device's memory"
+            )
+    while high - low > 1:
+        middle = (low + high) // 2
+        fewer = reaches(middle)
+        if fewer is None:
+            low = middle
+        else:
+            high, found = middle, fewer
+    return high * cluster.devices_per_node, found
 
 
 def _device_ms(plan: ScatterPlan) -> Iterator[tuple[int, float]]:

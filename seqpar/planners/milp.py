@@ -22,6 +22,7 @@ from seqpar.planners.improve import improve
 from seqpar.planners.packing import Packing, makespan
 from seqpar.planners.plan import ScatterPlan, to_plan
 from seqpar.planners.problem import ScatterProblem
+from seqpar.planners.workers import Workers, map_with
 
 if TYPE_CHECKING:
     import pulp
@@ -99,32 +100,41 @@ def polish(
     solver: str = "HiGHS",
     time_limit_s: float = 10.0,
     buckets: int = BUCKETS,
+    workers: Workers | None = None,
 ) -> ScatterPlan:
     """The plan with each micro-batch's groups replaced by the programme's where those are better.
 
     `source` becomes "exact" if any was. Baselines are kept; bounds are to be attached again.
+    Workers share the micro-batches.
     """
     start = time.perf_counter()
     batch = SortedBatch.of(problem)
     position = {index: k for k, index in enumerate(batch.order)}
     line_of = {line.degree: d for d, line in enumerate(batch.degree_lines)}
-    packings, better = [], False
-    for micro_batch in plan.micro_batches:
-        current: Packing = [
+    started: list[Packing] = [
+        [
             (line_of[group.degree], [position[index] for index in group.sequences])
             for group in micro_batch.groups
         ]
-        members = sorted(k for _, group in current for k in group)
-        found = solve_exact(
-            batch, members, solver=solver, time_limit_s=time_limit_s, buckets=buckets
-        )
-        best = improve(batch, found.packing, max_steps=200) if found.packing else current
-        if makespan(batch, best) < micro_batch.makespan_ms * (1 - 1e-12):
-            current, better = best, True
-        packings.append(current)
+        for micro_batch in plan.micro_batches
+    ]
+    tasks = [(batch, packing, solver, time_limit_s, buckets) for packing in started]
+    packings = map_with(workers, _polish, tasks)
+    better = packings != started
     polished = to_plan(problem, batch, packings, source="exact" if better else plan.source)
     elapsed = (time.perf_counter() - start) * 1e3
     return replace(polished, baselines=plan.baselines, solve_ms=plan.solve_ms + elapsed)
+
+
+def _polish(task: tuple[SortedBatch, Packing, str, float, int]) -> Packing:
+    """One micro-batch's packing, or the programme's, evened out, if that is better."""
+    batch, current, solver, time_limit_s, buckets = task
+    members = sorted(k for _, group in current for k in group)
+    found = solve_exact(batch, members, solver=solver, time_limit_s=time_limit_s, buckets=buckets)
+    if found.packing is None:
+        return current
+    best = improve(batch, found.packing, max_steps=200)
+    return best if makespan(batch, best) < makespan(batch, current) * (1 - 1e-12) else current
 
 
 class _Programme:
@@ -231,6 +241,8 @@ class _Programme:
 def _solver(name: str, time_limit_s: float) -> Any:
     import pulp
 
+    if not time_limit_s > 0:
+        raise PlanError(f"the exact programme's time limit must be over 0 s, got {time_limit_s}")
     wanted = _ALIASES.get(name.lower(), name)
     known = {solver.lower(): solver for solver in pulp.listSolvers()}
     if wanted.lower() not in known:

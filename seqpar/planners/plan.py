@@ -211,6 +211,7 @@ def place_groups(degrees: Sequence[int], cluster: Cluster) -> list[tuple[int, ..
     per_node = cluster.devices_per_node
     start, places = 0, []
     free: list[tuple[int, int]] | None = None
+    node, last = 0, 0
     for degree in degrees:
         if degree > per_node:
             if start + degree > cluster.devices:
@@ -221,8 +222,11 @@ def place_groups(degrees: Sequence[int], cluster: Cluster) -> list[tuple[int, ..
         if free is None:
             stops = range(start, cluster.devices, per_node)
             free = [(a, min(a + per_node, cluster.devices)) for a in stops]
-        node = next((i for i, (a, b) in enumerate(free) if b - a >= degree), None)
-        if node is None:
+        if degree != last:  # what was too small for the last degree may hold this one
+            node, last = 0, degree
+        while node < len(free) and free[node][1] - free[node][0] < degree:
+            node += 1
+        if node == len(free):
             return None
         first, stop = free[node]
         places.append(tuple(range(first, first + degree)))

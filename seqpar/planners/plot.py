@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from seqpar.errors import MissingExtraError, PlanError
+from seqpar.planners.baselines import LABELS
 
 if TYPE_CHECKING:
     from seqpar.planners.plan import ScatterPlan
@@ -12,12 +13,6 @@ if TYPE_CHECKING:
     from seqpar.planners.simulate import Simulation
 
 __all__ = ["plot_plan", "plot_simulation"]
-
-_LABELS = {
-    "best_degree_per_batch": "best degree per batch",
-    "fixed_degree": "fixed degree",
-    "megatron_dynamic": "Megatron's dynamic rule",
-}
 
 
 def plot_plan(plan: ScatterPlan, problem: ScatterProblem, path: str) -> None:
@@ -86,7 +81,7 @@ def plot_simulation(simulation: Simulation, path: str) -> None:
     left.errorbar(
         sizes, means, yerr=_widths(rates), elinewidth=0.8, capsize=2, marker="o", label="planned"
     )
-    for name, label in _LABELS.items():
+    for name, label in LABELS.items():
         known = [(row, row.forecast.speedup[name]) for row in rows if name in row.forecast.speedup]
         if not known:
             continue

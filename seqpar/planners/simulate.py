@@ -25,6 +25,7 @@ from seqpar.planners.histogram import (
 )
 from seqpar.planners.plan import ScatterPlan
 from seqpar.planners.problem import Cluster, ScatterProblem
+from seqpar.planners.workers import Workers, map_with
 
 __all__ = ["MAX_DEVICES", "Simulation", "SimulationRow", "batches_of", "simulate"]
 
@@ -108,6 +109,7 @@ def simulate(
     noise: float = 0.0,
     planner: Planner | None = None,
     seed: int = 0,
+    workers: Workers | None = None,
 ) -> Simulation:
     """Plan the batches on each cluster size.
 
@@ -118,6 +120,7 @@ def simulate(
         sequences_per_device: sets the batch: more devices train on more sequences a step.
         context_tokens: longest document of the run: longer ones are dropped, and the fixed-degree
             baseline has to hold it where the cluster can.
+        workers: processes that share the batches of each size.
         noise: standard deviation of the logarithm of each group's time about its prediction.
 
     Raises:
@@ -138,19 +141,17 @@ def simulate(
         longest = longest_document(sized, cost)
         context = min(longest, context_tokens or longest)
         count = max(1, round(sequences_per_device * size))
-        drawn = batches(count, context)
-        found = []
-        for lengths in drawn:
-            problem = ScatterProblem(
-                tuple(lengths), sized, cost, context if context_tokens else None
-            )
-            found.append((problem, planner.plan(problem)))
-        plans = [plan for _, plan in found]
+        limit = context if context_tokens else None
+        problems = [
+            ScatterProblem(tuple(lengths), sized, cost, limit)
+            for lengths in batches(count, context)
+        ]
+        plans = map_with(workers, planner.plan, problems)
         noisy = [ms for ms in _noisy(plans, noise, seed)] if noise else []
         rows.append(
             SimulationRow(
                 devices=size,
-                forecast=summarise(found, longest_tokens=longest),
+                forecast=summarise(list(zip(problems, plans, strict=True)), longest_tokens=longest),
                 gap=Estimate.of([plan.gap for plan in plans]),
                 solve_ms=Estimate.of([plan.solve_ms for plan in plans]),
                 noisy_step_ms=Estimate.of(noisy) if noisy else None,
