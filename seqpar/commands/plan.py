@@ -128,9 +128,8 @@ def load_cost(name: str) -> CostModel:
     if name in preset_names():
         return preset(name)
     if not Path(name).exists():
-        raise PlanError(
-            f"no cost file {name}, and no preset of that name: {', '.join(preset_names())}"
-        )
+        presets = ", ".join(preset_names())
+        raise PlanError(f"there is no cost file {name}; the presets are {presets}")
     return CostModel.load(name)
 
 
