@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ class Bench:
         def problem(lengths: list[int], cost: CostModel) -> ScatterProblem:
             return ScatterProblem(tuple(lengths), cluster, cost, context_tokens=max(self.lengths))
 
-        with PlannerProcess(Planner(time_limit_ms=50)) as planning:
+        with closing(PlannerProcess(Planner(time_limit_ms=50))) as planning:
             steps = PlannedSteps(
                 sampler,
                 lambda _, lengths: planning.plan(problem(list(lengths), self.feedback.cost)),

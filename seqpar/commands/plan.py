@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -78,7 +79,7 @@ def command(
     model = load_cost(cost)
     cluster = make_cluster(devices, devices_per_node, memory_gib, degrees, cost)
     planner = Planner(time_limit_ms=time_limit_ms, bound=bound)
-    with Workers(workers or None) as crew:
+    with closing(Workers(workers or None)) as crew:
         if histogram:
             _forecast(
                 histogram,
@@ -177,7 +178,9 @@ def _forecast(
     workers: Workers,
     as_json: bool,
 ) -> None:
-    from seqpar.planners.histogram import LengthHistogram, devices_for, forecast
+    from seqpar.planners.forecast import forecast
+    from seqpar.planners.histogram import LengthHistogram
+    from seqpar.planners.sizing import devices_for
 
     lengths = LengthHistogram.load(path)
     expected = forecast(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from seqpar.planners import ScatterPlan, ScatterProblem
-    from seqpar.planners.histogram import Forecast
+    from seqpar.planners.forecast import Forecast
 
 
 def print_plan(plan: ScatterPlan, problem: ScatterProblem) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -63,7 +64,7 @@ def command(
     source = LengthHistogram.load(histogram) if histogram else read_lengths(lengths or "")
     model = load_cost(cost)
     cluster = make_cluster(max([1, *sizes]), devices_per_node, memory_gib, "", cost)
-    with Workers(workers or None) as crew:
+    with closing(Workers(workers or None)) as crew:
         result = simulate(
             batches_of(source, batches=batches),
             cluster,

@@ -79,14 +79,20 @@ def fit(
     residual = np.abs(columns @ solution + known - ms) / ms
     errors = _standard_errors(scaled, (columns @ solution + known - ms) / ms, names)
     errors |= {"mean_relative": float(residual.mean()), "worst_relative": float(residual.max())}
-    links = []
-    for degree in degrees:
-        nodes = -(-degree // devices_per_node) if devices_per_node else 1
-        speed, latency = measured.get(degree) or (
-            bytes_per_token * 1e3 / max(values[f"wire_{degree}"], 1e-12) / GIB,
-            values[f"latency_{degree}"],
+    fitted = {
+        d: (_gib_per_s(bytes_per_token, values[f"wire_{d}"]), values[f"latency_{d}"])
+        for d in degrees
+        if d not in measured
+    }
+    links = [
+        Link(
+            degree=degree,
+            nodes=-(-degree // devices_per_node) if devices_per_node else 1,
+            gib_per_s=speed,
+            latency_ms=latency,
         )
-        links.append(Link(degree=degree, nodes=nodes, gib_per_s=speed, latency_ms=latency))
+        for degree, (speed, latency) in sorted((measured | fitted).items())
+    ]
     return CostModel(
         name=name,
         layers=(
@@ -100,6 +106,10 @@ def fit(
         memory_fixed_bytes=memory_fixed_bytes,
         errors=errors,
     )
+
+
+def _gib_per_s(sent_bytes: float, ms: float) -> float:
+    return sent_bytes * 1e3 / max(ms, 1e-12) / GIB
 
 
 def _check(rows: Sequence[GroupMeasurement]) -> None:

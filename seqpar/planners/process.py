@@ -18,7 +18,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import IO, Any, TypeVar
 
 from seqpar.errors import PlanError
@@ -64,6 +63,10 @@ class Worker:
                     f"the planning process ended (exit code {code}) before it answered: it was "
                     "killed, or ran out of memory"
                 ) from error
+            except BaseException:  # the next answer must not be this call's
+                process.kill()
+                self._end()
+                raise
         if is_error:
             raise answer
         result: Result = answer
@@ -92,7 +95,8 @@ class Worker:
 class PlannerProcess:
     """A planner in another process; its plans are those of `planner.plan` in this one.
 
-    The process starts with the first plan and ends with `close` or the end of a `with` block.
+    The process starts with the first plan and ends with `close`; `contextlib.closing` makes a
+    `with` block of that.
 
     Args:
         planner: how to plan.
@@ -101,17 +105,6 @@ class PlannerProcess:
     def __init__(self, planner: Planner) -> None:
         self.planner = planner
         self._worker = Worker()
-
-    def __enter__(self) -> PlannerProcess:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def plan(self, problem: ScatterProblem) -> ScatterPlan:
         """`planner.plan(problem)`, in the other process; threads that call it take turns.
@@ -137,7 +130,7 @@ def _start() -> subprocess.Popen[bytes]:
 
 
 def _send(pipe: IO[bytes], value: object) -> None:
-    pickle.dump(value, pipe, protocol=pickle.HIGHEST_PROTOCOL)
+    pipe.write(pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL))  # all of it, or nothing
     pipe.flush()
 
 

@@ -16,13 +16,8 @@ from typing import Any
 from seqpar.errors import PlanError
 from seqpar.planners.anytime import Planner
 from seqpar.planners.cost import CostModel
-from seqpar.planners.histogram import (
-    Estimate,
-    Forecast,
-    LengthHistogram,
-    longest_document,
-    summarise,
-)
+from seqpar.planners.forecast import Estimate, Forecast, longest_document, summarise
+from seqpar.planners.histogram import LengthHistogram
 from seqpar.planners.plan import ScatterPlan
 from seqpar.planners.problem import Cluster, ScatterProblem
 from seqpar.planners.workers import Workers, map_with
@@ -133,31 +128,47 @@ def simulate(
     planner = planner or Planner(time_limit_ms=100)
     rows = []
     for size in devices:
-        sized = Cluster(
-            devices=size,
-            devices_per_node=min(cluster.devices_per_node, size),
-            memory_bytes=cluster.memory_bytes,
+        problems = _problems(
+            batches, cluster, cost, size, round(sequences_per_device * size), context_tokens
         )
-        longest = longest_document(sized, cost)
-        context = min(longest, context_tokens or longest)
-        count = max(1, round(sequences_per_device * size))
-        limit = context if context_tokens else None
-        problems = [
-            ScatterProblem(tuple(lengths), sized, cost, limit)
-            for lengths in batches(count, context)
-        ]
         plans = map_with(workers, planner.plan, problems)
-        noisy = [ms for ms in _noisy(plans, noise, seed)] if noise else []
-        rows.append(
-            SimulationRow(
-                devices=size,
-                forecast=summarise(list(zip(problems, plans, strict=True)), longest_tokens=longest),
-                gap=Estimate.of([plan.gap for plan in plans]),
-                solve_ms=Estimate.of([plan.solve_ms for plan in plans]),
-                noisy_step_ms=Estimate.of(noisy) if noisy else None,
-            )
-        )
+        rows.append(_row(problems, plans, list(_noisy(plans, noise, seed)) if noise else []))
     return Simulation(tuple(rows), noise)
+
+
+def _problems(
+    batches: Batches,
+    cluster: Cluster,
+    cost: CostModel,
+    devices: int,
+    sequences: int,
+    context_tokens: int | None,
+) -> list[ScatterProblem]:
+    """The batches of one cluster size."""
+    sized = Cluster(
+        devices=devices,
+        devices_per_node=min(cluster.devices_per_node, devices),
+        memory_bytes=cluster.memory_bytes,
+    )
+    longest = longest_document(sized, cost)
+    context = min(longest, context_tokens or longest)
+    return [
+        ScatterProblem(tuple(lengths), sized, cost, context if context_tokens else None)
+        for lengths in batches(max(1, sequences), context)
+    ]
+
+
+def _row(
+    problems: Sequence[ScatterProblem], plans: Sequence[ScatterPlan], noisy_ms: list[float]
+) -> SimulationRow:
+    longest = longest_document(problems[0].cluster, problems[0].cost)
+    return SimulationRow(
+        devices=problems[0].cluster.devices,
+        forecast=summarise(list(zip(problems, plans, strict=True)), longest_tokens=longest),
+        gap=Estimate.of([plan.gap for plan in plans]),
+        solve_ms=Estimate.of([plan.solve_ms for plan in plans]),
+        noisy_step_ms=Estimate.of(noisy_ms) if noisy_ms else None,
+    )
 
 
 def _noisy(plans: Sequence[ScatterPlan], noise: float, seed: int) -> Iterator[float]:

@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Any, TypeVar
 
 from seqpar.errors import PlanError
@@ -46,17 +45,6 @@ class Workers:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Workers, (self.count,)
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """`[function(item) for item in items]`; function, items and results must pickle."""

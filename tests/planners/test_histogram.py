@@ -10,9 +10,11 @@ import pytest
 
 from seqpar.errors import PlanError
 from seqpar.planners import Cluster, Planner, preset
-from seqpar.planners.histogram import Estimate, LengthHistogram, devices_for, forecast
+from seqpar.planners.forecast import Estimate, forecast
+from seqpar.planners.histogram import LengthHistogram
 from seqpar.planners.plot import plot_plan, plot_simulation
 from seqpar.planners.simulate import batches_of, simulate
+from seqpar.planners.sizing import devices_for
 from tests.planners.test_plan import FLEXSP, SMALL, flexsp_problem
 
 SHORT = LengthHistogram((1, 100, 1000, 10_000), (60, 30, 10))

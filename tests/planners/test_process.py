@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def long_problem_of(cost: object) -> ScatterProblem:
 def test_the_other_process_gives_the_same_plan_and_its_time_is_not_ours() -> None:
     problem = flexsp_problem(1)
     planner = Planner(time_limit_ms=60, repeatable=True)
-    with PlannerProcess(planner) as planning:
+    with closing(PlannerProcess(planner)) as planning:
         assert planning.plan(problem) == planner.plan(problem)
         before = time.process_time()
         plans = [planning.plan(problem) for _ in range(5)]
@@ -54,6 +55,18 @@ def test_errors_come_back_and_a_process_that_died_is_named() -> None:
     worker.close()
     with pytest.raises(ProcessLookupError):
         os.kill(last, 0)
+
+
+def test_an_interrupted_call_leaves_no_answer_behind() -> None:
+    worker = Worker()
+    worker.call(os.getpid)
+    with pytest.raises(KeyboardInterrupt):
+        threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,)).start()
+        worker.call(time.sleep, 30)
+    with pytest.raises(AttributeError):
+        worker.call(lambda: None)
+    assert worker.call(len, "abc") == 3
+    worker.close()
 
 
 def test_the_process_ends_with_its_owner() -> None:
@@ -82,7 +95,7 @@ def test_the_planning_process_imports_no_torch() -> None:
 
 def test_workers_change_no_plan_and_no_bound() -> None:
     problem = many_micro_batches(3000, devices=16)
-    with Workers(2) as workers:
+    with closing(Workers(2)) as workers:
         serial = Planner(time_limit_ms=100, repeatable=True).plan(problem)
         shared = Planner(time_limit_ms=100, repeatable=True, workers=workers).plan(problem)
         assert shared == serial
