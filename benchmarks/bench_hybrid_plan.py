@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("hybrid_plan.json"))
     parser.add_argument("--tiny", action="store_true", help="a small model, on CPU ranks too")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=65.0, help="begin no step after that")
+    parser.add_argument("--seconds", type=float, default=55.0, help="begin no step after that")
     parser.add_argument("--layout", choices=["balanced", "zigzag"], default="balanced")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-machine", action="store_true", help="leave `seqpar calibrate` out")

@@ -1,6 +1,6 @@
 """Planner benchmark: certified gaps, speed, scale, other solvers, and FlexSP's published cells.
 
-    python benchmarks/bench_planner.py [--only quality scale peers cells] [--batches 3]
+    python benchmarks/bench_planner.py [--only quality scale background peers cells] [--batches 3]
 
 Prints tables and writes benchmarks/results/<hardware>/planner.json. Every figure is of this run.
 """
@@ -15,8 +15,10 @@ import platform
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from seqpar.planners.microbatch import blaster_cuts
 from seqpar.planners.milp import solve_exact
 from seqpar.planners.packing import makespan
 from seqpar.planners.presets import MEMORY_GIB
+from seqpar.planners.process import PlannerProcess
 
 HERE = Path(__file__).resolve().parent
 CONTEXTS = {"192K": 192 * 1024, "384K": 384 * 1024}
@@ -274,6 +277,46 @@ def cells(sources: Any, batches: int, models: Sequence[str]) -> dict[str, list[d
     return answers
 
 
+def background(sources: Any) -> dict[str, float]:
+    """What planning next to it does to a step that is busy in Python, as launching kernels is.
+
+    The step is a loop of about 30 ms; medians over 40, alone and with plans being made all the
+    while in a thread of its process, and in a process of their own.
+    """
+    _, _, problem = problems(sources, model="flexsp-7b", batches=1)[0]
+    planner = Planner(bound="none")
+    found = {"alone_ms": _busy_step_ms(None)}
+    found["planning_in_a_thread_ms"] = _busy_step_ms(lambda: planner.plan(problem))
+    with closing(PlannerProcess(planner)) as planning:
+        found["planning_in_a_process_ms"] = _busy_step_ms(lambda: planning.plan(problem))
+    found["load_average"] = os.getloadavg()[0]
+    show(found)
+    return found
+
+
+def _busy_step_ms(plan: Callable[[], Any] | None) -> float:
+    stop = threading.Event()
+
+    def keep_planning() -> None:
+        while plan is not None and not stop.is_set():
+            plan()
+
+    planner = threading.Thread(target=keep_planning)
+    planner.start()
+    time.sleep(0.5)  # a process has started by then
+    times = []
+    for _ in range(40):
+        start = time.perf_counter()
+        total = 0
+        for i in range(1_000_000):
+            total += i & 7
+        times.append((time.perf_counter() - start) * 1e3)
+        time.sleep(0.005)
+    stop.set()
+    planner.join()
+    return statistics.median(times)
+
+
 def show(row: dict[str, Any]) -> None:
     print("  ".join(f"{key}={_short(value)}" for key, value in row.items()), flush=True)
 
@@ -289,7 +332,7 @@ def _has_ortools(interpreter: Sequence[str]) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parts = ("quality", "scale", "peers", "cells")
+    parts = ("quality", "scale", "background", "peers", "cells")
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--batches", type=int, default=3)
     names = ("commoncrawl", "github", "wikipedia")
@@ -317,6 +360,8 @@ def main() -> None:
             results[part] = quality(sources, options.batches)
         elif part == "scale":
             results[part] = scale(sources)
+        elif part == "background":
+            results[part] = background(sources)
         elif part == "peers":
             cp_sat = interpreter if _has_ortools(interpreter) else None
             found = peers(sources, seconds=options.seconds, cp_sat=cp_sat)

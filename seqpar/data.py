@@ -144,6 +144,8 @@ class PlannedStep:
 class PlannedSteps(Iterator[PlannedStep]):
     """An endless iterator of planned steps; rank 0 plans ahead, the others receive.
 
+    The first steps are being planned as soon as it is made.
+
     Args:
         sampler: where documents come from; only rank 0's is drawn from.
         plan_documents: plans one step; called on rank 0 only, in a thread of its own, which should
@@ -173,6 +175,8 @@ class PlannedSteps(Iterator[PlannedStep]):
         self._is_source = comm.group_rank(group) == 0
         self._worker = ThreadPoolExecutor(1, "seqpar-planner") if self._is_source else None
         self._pending: list[Future[PlannedStep]] = []
+        if self._is_source:
+            self._plan_ahead()
 
     def __next__(self) -> PlannedStep:
         """The next step. What planning it raised on rank 0 is raised on every rank."""
@@ -197,11 +201,15 @@ class PlannedSteps(Iterator[PlannedStep]):
         if self._worker is not None:
             self._worker.shutdown(wait=True, cancel_futures=True)
 
-    def _next_planned(self) -> PlannedStep:
+    def _plan_ahead(self) -> None:
+        """Have the next steps planned, as many as are to be ready."""
         assert self._worker is not None
         while len(self._pending) <= self._lookahead:
             self._pending.append(self._worker.submit(self._plan, self._next_to_plan))
             self._next_to_plan += 1
+
+    def _next_planned(self) -> PlannedStep:
+        self._plan_ahead()
         start = time.perf_counter()
         planned = self._pending.pop(0).result()
         wait_ms = (time.perf_counter() - start) * 1e3
