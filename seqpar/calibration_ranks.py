@@ -7,14 +7,9 @@ for the model to be planned; for a model of your own, call `seqpar.calibration.c
 
 from __future__ import annotations
 
-import multiprocessing
-import pickle
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -24,9 +19,9 @@ from torch.distributed import ProcessGroup
 
 from seqpar import comm
 from seqpar.calibration import Calibration, calibrate_model
-from seqpar.errors import LaunchError, MeshError, SeqparError
 from seqpar.mesh import GroupPool
 from seqpar.models import Decoder, hybrid
+from seqpar.ranks import run_on_ranks
 from seqpar.training import PlanExecutor
 
 __all__ = ["CalibrationJob", "Collective", "MachineCalibration", "calibrate_machine"]
@@ -108,87 +103,37 @@ def calibrate_machine(job: CalibrationJob, *, timeout_s: float = 300.0) -> Machi
         MeshError: more ranks than CUDA devices, or fewer than one.
         LaunchError: a rank died or did not end in time.
     """
-    if job.ranks < 1:
-        raise MeshError(f"a calibration needs at least 1 rank, got {job.ranks}")
-    if job.device == "cuda" and job.ranks > torch.cuda.device_count():
-        raise MeshError(
-            f"{job.ranks} ranks need as many CUDA devices, found {torch.cuda.device_count()}: "
-            "ask for fewer ranks, or for the CPU"
-        )
     start = time.perf_counter()
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            context.Process(target=_rank_main, args=(rank, job, folder, timeout_s), daemon=True)
-            for rank in range(job.ranks)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(timeout_s)
-        for process in processes:
-            process.kill()
-            process.join()
-        results = [_result(Path(folder), rank) for rank in range(job.ranks)]
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
+    results = run_on_ranks(_measure, job, ranks=job.ranks, device=job.device, timeout_s=timeout_s)
     calibration, collectives = results[0]
     return MachineCalibration(calibration, collectives, time.perf_counter() - start)
 
 
-def _rank_main(rank: int, job: CalibrationJob, folder: str, timeout_s: float) -> None:
-    result: Any
-    try:
-        result = _measure(rank, job, folder, timeout_s)
-    except SeqparError as error:
-        result = error
-    except BaseException as error:
-        result = LaunchError(f"rank {rank} failed: {type(error).__name__}: {error}")
-    (Path(folder) / f"result-{rank}").write_bytes(pickle.dumps(result))
-
-
-def _measure(
-    rank: int, job: CalibrationJob, folder: str, timeout_s: float
-) -> tuple[Calibration, tuple[Collective, ...]]:
+def _measure(rank: int, job: CalibrationJob) -> tuple[Calibration, tuple[Collective, ...]]:
     cuda = job.device == "cuda"
-    torch.set_num_threads(1)
-    if cuda:
-        torch.cuda.set_device(rank)
-    dist.init_process_group(
-        "nccl" if cuda else "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=job.ranks,
-        timeout=timedelta(seconds=timeout_s),
-        device_id=torch.device("cuda", rank) if cuda else None,
-    )
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    torch.manual_seed(0)
+    model = Decoder(_decoder(job)).to(device)
     pool = GroupPool()
-    try:
-        device = torch.device("cuda", rank) if cuda else torch.device("cpu")
-        torch.manual_seed(0)
-        model = Decoder(_decoder(job)).to(device)
-        executor = PlanExecutor(
-            model,
-            pool,
-            world=dist.group.WORLD,
-            device=device,
-            autocast=torch.bfloat16 if job.precision == "bfloat16" else None,
-        )
-        calibration = calibrate_model(
-            executor,
-            degrees=job.degrees,
-            vocab_size=job.vocabulary,
-            longest_tokens=job.longest_tokens,
-        )
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        fixed = calibration.cost.memory_fixed_bytes + STATE_BYTES_PER_PARAMETER * parameters
-        cost = replace(calibration.cost, name=f"{job.device}", memory_fixed_bytes=fixed)
-        collectives = tuple(_collectives(rank, job, pool, device))
-        return replace(calibration, cost=cost), collectives
-    finally:
-        pool.close()
-        dist.destroy_process_group()
+    executor = PlanExecutor(
+        model,
+        pool,
+        world=dist.group.WORLD,
+        device=device,
+        autocast=torch.bfloat16 if job.precision == "bfloat16" else None,
+    )
+    calibration = calibrate_model(
+        executor,
+        degrees=job.degrees,
+        vocab_size=job.vocabulary,
+        longest_tokens=job.longest_tokens,
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    fixed = calibration.cost.memory_fixed_bytes + STATE_BYTES_PER_PARAMETER * parameters
+    cost = replace(calibration.cost, name=job.device, memory_fixed_bytes=fixed)
+    collectives = tuple(_collectives(rank, job, pool, device))
+    pool.close()
+    return replace(calibration, cost=cost), collectives
 
 
 def _decoder(job: CalibrationJob) -> Any:
@@ -238,10 +183,3 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _result(folder: Path, rank: int) -> Any:
-    path = folder / f"result-{rank}"
-    if not path.exists():
-        return LaunchError(f"rank {rank} died or did not end in time")
-    return pickle.loads(path.read_bytes())

@@ -8,14 +8,8 @@ named, not handed over: a family of Hugging Face models gives a tiny random one,
 from __future__ import annotations
 
 import importlib
-import multiprocessing
-import pickle
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,9 +18,10 @@ from torch import nn
 from seqpar.adapters.families import family_of
 from seqpar.adapters.tiny import tiny_model, tiny_stream
 from seqpar.batch import shard
-from seqpar.errors import LaunchError, MeshError, SeqparError, UnsupportedModelError
+from seqpar.errors import UnsupportedModelError
 from seqpar.ops.softmax_choice import Strategy
 from seqpar.parity import ParityReport, check_parity
+from seqpar.ranks import run_on_ranks
 from seqpar.wrap import parallelize
 
 __all__ = ["DEFAULT_LENGTHS", "ParityJob", "check_on_ranks"]
@@ -68,32 +63,15 @@ def check_on_ranks(job: ParityJob, *, timeout_s: float = 300.0) -> ParityReport:
         MeshError: more ranks than CUDA devices.
         LaunchError: a rank died or did not end in time.
     """
-    if job.device == "cuda" and job.ranks > torch.cuda.device_count():
-        raise MeshError(
-            f"{job.ranks} ranks need as many CUDA devices, found {torch.cuda.device_count()}: "
-            "ask for fewer ranks, or for the CPU"
-        )
     _check_name(job.model)
-    # Ranks fork from a server that has imported what all of them need, and no CUDA yet.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers.modeling_utils"])
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            context.Process(target=_rank_main, args=(rank, job, folder, timeout_s), daemon=True)
-            for rank in range(job.ranks)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(timeout_s)
-        for process in processes:
-            process.kill()
-            process.join()
-        results = [_result(Path(folder), rank) for rank in range(job.ranks)]
-    failures = [result for result in results if isinstance(result, BaseException)]
-    own = [failure for failure in failures if isinstance(failure, SeqparError)]
-    if failures:
-        raise (own or failures)[0]
+    results = run_on_ranks(
+        _check,
+        job,
+        ranks=job.ranks,
+        device=job.device,
+        timeout_s=timeout_s,
+        preload=("torch", "transformers.modeling_utils"),
+    )
     report: ParityReport = results[0]
     return report
 
@@ -121,47 +99,10 @@ def _check_name(name: str) -> None:
         ) from error
 
 
-def _rank_main(rank: int, job: ParityJob, folder: str, timeout_s: float) -> None:
-    result: Any
-    try:
-        result = _check(rank, job, folder, timeout_s)
-    except SeqparError as error:
-        result = error
-    except BaseException as error:
-        result = LaunchError(f"rank {rank} failed: {type(error).__name__}: {error}")
-    try:
-        payload = pickle.dumps(result)
-    except Exception:
-        payload = pickle.dumps(LaunchError(str(result)))
-    (Path(folder) / f"result-{rank}").write_bytes(payload)
-
-
-def _check(rank: int, job: ParityJob, folder: str, timeout_s: float) -> ParityReport:
-    cuda = job.device == "cuda"
-    torch.set_num_threads(1)
-    if cuda:
-        torch.cuda.set_device(rank)
-    dist.init_process_group(
-        "nccl" if cuda else "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=job.ranks,
-        timeout=timedelta(seconds=timeout_s),
-        device_id=torch.device("cuda", rank) if cuda else None,
-    )
-    try:
-        model = build_model(job.model).to(job.device, torch.float32)
-        group = dist.group.WORLD
-        parallelize(model, group, strategy=job.strategy, exchange=job.exchange)
-        stream = tiny_stream(model, job.lengths, seed=job.seed)
-        batch = shard(stream, group, layout=job.layout, device=job.device)  # type: ignore[arg-type]
-        return check_parity(model, batch)
-    finally:
-        dist.destroy_process_group()
-
-
-def _result(folder: Path, rank: int) -> Any:
-    path = folder / f"result-{rank}"
-    if not path.exists():
-        return LaunchError(f"rank {rank} died or did not end in time")
-    return pickle.loads(path.read_bytes())
+def _check(rank: int, job: ParityJob) -> ParityReport:
+    model = build_model(job.model).to(job.device, torch.float32)
+    group = dist.group.WORLD
+    parallelize(model, group, strategy=job.strategy, exchange=job.exchange)
+    stream = tiny_stream(model, job.lengths, seed=job.seed)
+    batch = shard(stream, group, layout=job.layout, device=job.device)  # type: ignore[arg-type]
+    return check_parity(model, batch)

@@ -30,7 +30,7 @@ ALLOWED = {
 TOP = {
     "errors", "layout", "balance", "comm", "peer_memory", "mesh", "kernels", "ops", "batch",
     "loss", "models", "adapters", "planners", "launch", "data", "training", "calibration",
-    "comparison", "feedback", "report", "report_html", "console", "wrap", "parity",
+    "comparison", "ranks", "feedback", "report", "report_html", "console", "wrap", "parity",
     "commands",
 }
 # fmt: on
