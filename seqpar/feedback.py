@@ -13,9 +13,12 @@ __all__ = ["CostFeedback"]
 Observation = tuple[int, tuple[int, ...], float]
 """(degree, lengths of the group's documents in tokens, measured ms)."""
 
+LATEST = 512
+"""Groups remembered: enough to tell every constant, few enough to follow a machine that drifts."""
+
 
 class CostFeedback:
-    """The calibrated cost model, corrected by every group that has run since.
+    """The calibrated cost model, corrected by the latest groups that have run.
 
     Plans that were made before a step ended (they are made ahead) do not know it yet.
 
@@ -26,8 +29,16 @@ class CostFeedback:
 
     def __init__(self, calibrated: CostModel, observations: Sequence[Observation] = ()) -> None:
         self.calibrated = calibrated
-        self.observations = [(d, tuple(lengths), ms) for d, lengths, ms in observations]
-        self.cost = self._corrected()
+        self.observations = [(d, tuple(lengths), ms) for d, lengths, ms in observations][-LATEST:]
+        self._corrected: CostModel | None = None
+
+    @property
+    def cost(self) -> CostModel:
+        """The constants as corrected so far; worked out when asked for, not by the step."""
+        if self._corrected is None:
+            seen = list(self.observations)
+            self._corrected = self.calibrated.corrected(seen) if seen else self.calibrated
+        return self._corrected
 
     def observe(self, planned: PlannedStep, result: StepResult, lengths: Sequence[int]) -> None:
         """Learn from one step; `lengths` are those of all documents, by index."""
@@ -35,9 +46,5 @@ class CostFeedback:
             for group, ms in zip(micro_batch.groups, times, strict=True):
                 held = tuple(lengths[planned.documents[i]] for i in group.sequences)
                 self.observations.append((group.degree, held, ms))
-        self.cost = self._corrected()
-
-    def _corrected(self) -> CostModel:
-        if not self.observations:
-            return self.calibrated
-        return self.calibrated.corrected(self.observations)
+        del self.observations[:-LATEST]
+        self._corrected = None

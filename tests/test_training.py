@@ -218,3 +218,6 @@ def test_feedback_learns_the_machine_from_the_steps_that_ran() -> None:
     assert feedback.cost.group_ms([61, 30], 1) == pytest.approx(measured[0][0], rel=0.05)
     resumed = CostFeedback(COST, feedback.observations)
     assert resumed.cost == feedback.cost
+    for step in range(200):
+        feedback.observe(PlannedStep(step, documents, plan, 0, 0.0, 0.0), result, lengths)
+    assert len(feedback.observations) == 512, "the latest alone count"
