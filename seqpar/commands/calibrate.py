@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -50,6 +52,8 @@ def command(
     chosen = device or ("cuda" if found else "cpu")
     if chosen not in ("cpu", "cuda"):
         raise PlanError(f"--device is cpu or cuda, got {device!r}")
+    if chosen == "cuda" and not found:
+        raise PlanError("there is no CUDA device here: leave --device out, or say --device cpu")
     if dim % heads:
         raise PlanError(f"--heads must divide --dim: {heads} does not divide {dim}")
     precision = precision or ("bfloat16" if chosen == "cuda" else "float32")
@@ -65,6 +69,8 @@ def command(
         longest_tokens=longest_tokens,
         precision=precision,
     )
+    if not os.access(Path(out).parent, os.W_OK):  # said before the measuring, not after
+        raise PlanError(f"cannot write the cost file {out}: no such folder, or no right to write")
     result = calibrate_machine(job)
     try:
         with open(out, "w", encoding="utf-8") as file:
@@ -96,6 +102,8 @@ def _print(result: MachineCalibration, out: str) -> None:
     for name, value in values.items():
         error = cost.errors.get(name)
         table.add_row(name, f"{value:.3g} ms", "-" if error is None else f"{error:.2g}")
+    table.add_row("memory a token", f"{cost.memory_bytes_per_token / 2**10:.1f} KiB", "-")
+    table.add_row("memory, fixed", f"{cost.memory_fixed_bytes / 2**30:.3f} GiB", "-")
     console.print(table)
     for row in result.collectives:
         console.print(
