@@ -56,8 +56,9 @@ def lm_head_loss_sum(
             takes Liger's where they fit and no `block_tokens` is asked for.
 
     Memory beyond its arguments: one block of logits and of their fp32 log-probabilities, and when
-    gradients are wanted one tensor like `hidden` and an fp32 one like `weight`. Under autocast the matrix products run in
-    its dtype. Gradients are fp32 sums over blocks, returned in the arguments' dtypes.
+    gradients are wanted one tensor like `hidden` and an fp32 one like `weight`. Under autocast the
+    matrix products run in its dtype. Gradients are fp32 sums over blocks, returned in the
+    arguments' dtypes.
 
     Raises:
         LayoutError: labels of another shape than the hidden states' tokens, or "liger" for a head
