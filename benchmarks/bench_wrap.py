@@ -9,7 +9,7 @@
 - scaling: tokens a second a GPU on all ranks, by strategy, against one GPU on the same stream
   (share = one GPU's time over ranks times ours) and against peers (wrap_peers.py).
 - hybrid: seven lightning layers to one softmax layer, with experts: share of ideal scaling.
-- longest, far: the longest stream that trains, ours and the peers' (wrap_longest.py).
+- longest: the longest stream that trains, ours and the peers' (wrap_longest.py).
 
 A section that would begin after the time limit is left out and said so. The file's other sections
 stay as they were, so that sections may be measured one by one; each carries its own command.
@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.wrap_head import head
-from benchmarks.wrap_longest import FAILURES, far, longest
+from benchmarks.wrap_longest import FAILURES, longest
 from benchmarks.wrap_peers import deepspeed_ulysses, torch_context_parallel
 from benchmarks.wrapped import LLAMA, MINIMAX, Machine
 from seqpar.adapters.tiny import tiny_model, tiny_stream
@@ -96,7 +96,7 @@ def scaling(machine: Machine) -> dict[str, Any]:
     }
 
     def peer(step: Callable[[int], Tensor]) -> dict[str, float]:
-        took, share = machine.time_ms(model, lambda: step(count), repeats=2)
+        took, share = machine.time_ms(model, lambda: step(count), repeats=1)
         loss = machine.total(float(share))
         return _rate(count, took, machine.ranks, found["one_gpu"]["ms"], loss)
 
@@ -106,7 +106,7 @@ def scaling(machine: Machine) -> dict[str, Any]:
 
     peers = {
         "torch_context_parallel": lambda: peer(lambda n: torch_context_parallel(machine, model, n)),
-        "deepspeed_ulysses_tiled_loss": ulysses,
+        "deepspeed_ulysses": ulysses,
     }
     for name, run in peers.items():
         try:
@@ -133,7 +133,7 @@ def _strategies(machine: Machine, model: nn.Module, count: int) -> dict[str, Any
     one, loss = took(None, "auto", "contiguous", 1)
     found: dict[str, Any] = {"one_gpu": _rate(count, one, 1, one, loss)}
     for strategy, layout in (("ring", "zigzag"), ("ulysses", "contiguous")):
-        split, loss = took(machine.mesh, strategy, layout, 2)
+        split, loss = took(machine.mesh, strategy, layout, 1)
         found[f"{strategy}_{layout}"] = _rate(count, split, machine.ranks, one, loss)
     return found
 
@@ -147,14 +147,14 @@ def _rate(count: int, took_ms: float, ranks: int, one_ms: float, loss: float) ->
     }
 
 
-SECTIONS = {f.__name__: f for f in (parity, overhead, head, scaling, hybrid, longest, far)}
+SECTIONS = {f.__name__: f for f in (parity, overhead, head, scaling, hybrid, longest)}
 
 
-def run(name: str, machine: Machine, *, began: float, limit_s: float) -> dict[str, Any]:
+def run(name: str, machine: Machine) -> dict[str, Any]:
     """A section's results, unless the time is up; what fails is recorded, not hidden."""
-    elapsed = machine.slowest(time.perf_counter() - began)
-    if elapsed > limit_s:
-        return {"left_out": f"would have begun after {elapsed:.0f} s"}
+    found = machine.left_out()
+    if found is not None:
+        return found
     try:
         found = SECTIONS[name](machine)
     except FAILURES as error:
@@ -170,7 +170,8 @@ def main() -> None:
     parser.add_argument("--time-limit-s", type=float, default=300.0)
     parser.add_argument("--sections", default=",".join(SECTIONS))
     options = parser.parse_args()
-    began, machine, out = time.perf_counter(), Machine(tiny=options.tiny), Path(options.out)
+    machine = Machine(tiny=options.tiny, time_limit_s=options.time_limit_s)
+    out = Path(options.out)
     results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     command = f"torchrun --nproc-per-node {machine.ranks} -m benchmarks.bench_wrap"
     measured = {
@@ -180,9 +181,12 @@ def main() -> None:
         **machine.hardware(),
     }
     for name in options.sections.split(","):
-        found = run(name, machine, began=began, limit_s=options.time_limit_s)
+        found = run(name, machine)
         if dist.get_rank() == 0:
-            print(f"[{time.perf_counter() - began:5.1f} s] {name}: {json.dumps(found)}", flush=True)
+            print(
+                f"[{time.perf_counter() - machine.began:5.1f} s] {name}: {json.dumps(found)}",
+                flush=True,
+            )
             if "left_out" not in found or name not in results:
                 results[name] = {"measured": measured, **found}
             out.write_text(json.dumps(results, indent=2) + "\n")

@@ -57,8 +57,9 @@ TINY = {
 class Machine:
     """One process's device and mesh; builds models and streams for it, times and frees."""
 
-    def __init__(self, *, tiny: bool) -> None:
-        self.tiny = tiny
+    def __init__(self, *, tiny: bool, time_limit_s: float) -> None:
+        self.tiny, self.time_limit_s = tiny, time_limit_s
+        self.began = time.perf_counter()
         self.mesh = init_mesh(sp=int(os.environ.get("WORLD_SIZE", "1")))["sp"]
         self.ranks = self.mesh.size()
         self.cuda = torch.cuda.is_available()
@@ -132,6 +133,13 @@ class Machine:
     def peak_gib(self) -> float:
         """Most memory that tensors have held since `free`, on the fullest rank."""
         return round(self.slowest(torch.cuda.max_memory_allocated() / 2**30), 3)
+
+    def left_out(self) -> dict[str, Any] | None:
+        """What stands in the results in place of something that would begin too late."""
+        elapsed = self.slowest(time.perf_counter() - self.began)
+        if elapsed <= self.time_limit_s:
+            return None
+        return {"left_out": f"would have begun after {elapsed:.0f} s"}
 
     def wait(self) -> None:
         if self.cuda:

@@ -55,9 +55,10 @@ def lm_head_loss_sum(
         implementation: "liger" asks for Liger's kernels, "seqpar" for the package's own; "auto"
             takes Liger's where they fit and no `block_tokens` is asked for.
 
-    Memory beyond its arguments: one block of fp32 logits, and when gradients are wanted one
-    tensor like `hidden` and an fp32 one like `weight`. Under autocast the matrix products run in
-    its dtype. Gradients are fp32 sums over blocks, returned in the arguments' dtypes.
+    Memory beyond its arguments: one block of logits and of their fp32 log-probabilities, and when
+    gradients are wanted one tensor like `hidden` and an fp32 one like `weight`. Under autocast the
+    matrix products run in its dtype. Gradients are fp32 sums over blocks, returned in the
+    arguments' dtypes.
 
     Raises:
         LayoutError: labels of another shape than the hidden states' tokens, or "liger" for a head
@@ -168,21 +169,20 @@ class _HeadLoss(torch.autograd.Function):
         if bias is not None and wanted[2]:
             d_bias = torch.zeros_like(bias, dtype=accumulate)
         for start in range(0, len(hidden), block_tokens):
-            part = hidden[start : start + block_tokens]
-            wanted_labels = labels[start : start + block_tokens]
-            logits = _block_logits(part, weight, bias, scale, softcap, accumulate)
-            slope = scale if softcap is None else scale * (1 - (logits / softcap).square())
-            nll, d_logits = _block_nll_and_gradient(logits, wanted_labels)
+            block = slice(start, start + block_tokens)
+            part, target = hidden[block], (labels[block] != IGNORE_INDEX)[:, None]
+            raw = part @ weight.T if bias is None else torch.addmm(bias, part, weight.T)
+            nll, d_logits = _block(raw, labels[block], scale, softcap, any(wanted))
             total += nll
-            if not any(wanted):
+            if d_logits is None:
                 continue
-            d_logits = d_logits.mul_(slope).to(hidden.dtype)
+            # Rows that are no target are zeroed in [T, E], which is smaller than [T, V].
             if d_hidden is not None:
-                torch.mm(d_logits, weight, out=d_hidden[start : start + block_tokens])
+                d_hidden[block] = torch.mm(d_logits, weight).mul_(target)
             if d_weight is not None:
-                d_weight += d_logits.T @ part
+                _add_product(d_weight, d_logits.T, part * target)
             if d_bias is not None:
-                d_bias += d_logits.sum(0, dtype=accumulate)
+                _add_product(d_bias[:, None], d_logits.T, target.to(d_logits.dtype))
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total
@@ -197,27 +197,41 @@ class _HeadLoss(torch.autograd.Function):
         return (*gradients, None, None, None, None, None)
 
 
-def _block_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    raw = hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)
-    logits = raw.to(dtype).mul_(scale)
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+def _block(
+    raw: Tensor, labels: Tensor, scale: float, softcap: float | None, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The sum over targets, and softmax - one-hot of every row in the logits' own memory.
+
+    Args:
+        raw: [T, V] hidden @ weight.T + bias, overwritten.
+        labels: [T].
+
+    The logits are read and written as few times as PyTorch's kernels allow: memory bounds this.
+    """
+    accumulate = torch.promote_types(raw.dtype, torch.float32)
+    logits, slope = raw, None
+    if scale != 1.0 or softcap is not None:
+        logits = raw.to(accumulate) * scale
+        slope = torch.full_like(logits[:, :1], scale)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+        slope = scale * (1 - (logits / softcap).square())
+    log_weights = torch.log_softmax(logits, -1, dtype=accumulate)
+    index = labels.clamp(min=0)[:, None]
+    chosen = log_weights.gather(-1, index)
+    nll = -torch.where(labels != IGNORE_INDEX, chosen[:, 0], 0).sum()
+    if not with_gradient:
+        return nll, None
+    if slope is None:
+        torch.exp(log_weights, out=raw)
+        return nll, raw.scatter_(-1, index, torch.expm1(chosen).to(raw.dtype))
+    gradient = log_weights.exp_().scatter_(-1, index, torch.expm1(chosen))
+    return nll, raw.copy_(gradient.mul_(slope))
 
 
-def _block_nll_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Both at once, in the logits' own memory: (sum over targets, softmax - one-hot [T, V])."""
-    index, target = labels.clamp(min=0), labels != IGNORE_INDEX
-    chosen = logits.gather(-1, index[:, None])[:, 0]
-    largest = logits.amax(-1, keepdim=True)
-    weights = logits.sub_(largest).exp_()
-    total = weights.sum(-1, keepdim=True)
-    nll = torch.where(target, (largest + total.log())[:, 0] - chosen, 0).sum()
-    gradient = weights.div_(total)
-    gradient[torch.arange(len(labels), device=labels.device), index] -= 1
-    return nll, gradient.masked_fill_(~target[:, None], 0)
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; on CUDA a 16-bit product is added before it is rounded."""
+    if total.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b

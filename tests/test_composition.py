@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from typing import Any
 
@@ -131,23 +130,28 @@ def test_every_way_to_train_gives_the_one_device_step() -> None:
 # -- adapters, autocast, compile ------------------------------------------------------------------
 
 
-def _with_lora(rank: int) -> dict[str, int]:
+def _lora(*, wrap_first: bool) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    torch.manual_seed(0)
+    model = tiny_model("llama")
+    if wrap_first:
+        parallelize(model, dist.group.WORLD)
+    adapted = get_peft_model(model, config)
+    if not wrap_first:
+        parallelize(adapted, dist.group.WORLD)
+    assert is_parallelized(adapted)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:  # peft starts it at zero, where half the gradients vanish
+            nn.init.normal_(parameter, std=0.1)
+    return adapted
+
+
+def _with_lora(rank: int) -> dict[str, int]:
     compared = {}
     for order in ("wrapped before", "wrapped after"):
-        torch.manual_seed(0)
-        model = tiny_model("llama")
-        if order == "wrapped before":
-            parallelize(model, dist.group.WORLD)
-        model = get_peft_model(model, config)
-        if order == "wrapped after":
-            parallelize(model, dist.group.WORLD)
-        assert is_parallelized(model)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # peft starts it at zero, where half the gradients vanish
-                nn.init.normal_(parameter, std=0.1)
+        model = _lora(wrap_first=order == "wrapped before")
         batch = shard(tiny_stream(model, (13, 1, 29, 7)), dist.group.WORLD)
         report = check_parity(model, batch)
         compared[order] = len(report.gradient_errors)
@@ -157,6 +161,31 @@ def _with_lora(rank: int) -> dict[str, int]:
 def test_lora_adapters_before_or_after() -> None:
     for compared in run_ranks(2, _with_lora):
         assert compared == {"wrapped before": 12, "wrapped after": 12}  # 2 layers x 3 x A and B
+
+
+def _lora_sharded(rank: int) -> dict[str, dict[str, Tensor]]:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("sp",))
+    found = {}
+    for way in ("replicated", "sharded"):
+        model = _lora(wrap_first=False).train()
+        batch = shard(tiny_stream(model, (13, 1, 29, 7)), mesh)
+        if way == "sharded":
+            for layer in model.get_base_model().model.layers:
+                tile_tokens(layer.mlp, tokens=5)
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        chunked_token_loss(model, batch).backward()
+        if way == "replicated":
+            reduce_gradients(model, mesh)
+        found[way] = {n: _full(p.grad) for n, p in model.named_parameters() if p.requires_grad}
+    return found
+
+
+def test_lora_adapters_train_alike_when_sharded_and_tiled() -> None:
+    for found in run_ranks(2, _lora_sharded):
+        assert found["sharded"].keys() == found["replicated"].keys()
+        for name, gradient in found["sharded"].items():
+            assert relative_error(gradient, found["replicated"][name]) < MODEL_GRADIENT, name
 
 
 # Every kind of mixer: softmax, lightning with experts, Mamba-2.
@@ -229,46 +258,6 @@ def test_layers_sharded_and_recomputed_agree(
         assert gradients.keys() == expected.keys()
         for name, gradient in gradients.items():
             assert relative_error(gradient, expected[name]) < MODEL_GRADIENT, name
-
-
-BREAKS = {
-    "llama": {"Wrapping.context", "_attend"},
-    "minimax": {"Wrapping.context", "_attend", "_lightning"},
-    "bamba": {"Wrapping.context", "_attend", "_convolution", "_state"},
-}
-"""Where a compiled call leaves its graphs: the call's layout, and each exchange."""
-
-GRAPHS = {"llama": 10, "minimax": 13, "bamba": 17}
-"""Whatever the layouts and the number of layers of a kind: layers share code."""
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("family", "chunked"), [*((family, False) for family in KINDS), ("llama", True)]
-)
-def test_compile_breaks_at_exchanges_and_not_for_new_layouts(family: str, chunked: bool) -> None:
-    """What is compiled is the same on any number of ranks: exchanges stay outside the graphs."""
-    from torch._dynamo.utils import counters
-
-    torch._dynamo.reset()
-    counters.clear()
-    model = parallelize(tiny_model(family), None)
-    eager = copy.deepcopy(model)
-    compiled = torch.compile(model, backend="eager", dynamic=True)
-    graphs = []
-    for lengths in (LENGTHS, (5, 6, 7, 8, 9)):
-        batch = shard(tiny_stream(model, lengths), None)
-        for called in (compiled, eager):
-            if chunked:
-                chunked_token_loss(called, batch).backward()
-            else:
-                token_loss(called(**batch.inputs).logits, batch).backward()
-        graphs.append(counters["stats"]["unique_graphs"])
-    for ours, plain in zip(model.parameters(), eager.parameters(), strict=True):
-        assert relative_error(ours.grad, plain.grad) < MODEL_GRADIENT
-    places = {reason.partition("<function ")[2].split()[0] for reason in counters["graph_break"]}
-    assert places == BREAKS[family] | ({"lm_head_loss_sum"} if chunked else set())
-    assert graphs == [GRAPHS[family] + chunked] * 2  # another layout is not another compilation
 
 
 def test_a_head_that_is_not_one_linear_layer_is_refused() -> None:

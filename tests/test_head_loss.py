@@ -20,13 +20,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, None), (0.7, 3.0)])
 @pytest.mark.parametrize("num_tokens", [0, 1, 23])
 def test_head_loss_equals_cross_entropy_of_its_logits(
     dtype: torch.dtype, scale: float, softcap: float | None, num_tokens: int
 ) -> None:
-    hidden, weight, bias, labels = loss_inputs(num_tokens, dtype)
+    hidden, weight, bias, labels = (x.to(DEVICE) for x in loss_inputs(num_tokens, dtype))
     arguments = [x.requires_grad_() for x in (hidden, weight, bias)]
     nll, count = lm_head_loss_sum(
         hidden, weight, labels, bias=bias, scale=scale, softcap=softcap, block_tokens=5

@@ -59,13 +59,21 @@ def _classifier() -> nn.Module:
     return LlamaForSequenceClassification(tiny_model("llama").config)
 
 
-class _WithRecurrence(nn.Module):
-    def __init__(self) -> None:
+class _With(nn.Module):
+    def __init__(self, mixer: nn.Module) -> None:
         super().__init__()
-        self.mixer = nn.GRU(4, 4)
+        self.mixer = mixer
 
     def forward(self, ids: Tensor, positions: Tensor, *, layout: Any, group: Any) -> Tensor:
         return self.mixer(ids)[0]
+
+
+def _with_rope(rope_type: str) -> Callable[[], nn.Module]:
+    factors = (
+        {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if rope_type == "longrope" else {}
+    )
+    rope = {"rope_type": rope_type, "factor": 2.0, "rope_theta": 1e4, **factors}
+    return lambda: tiny_model("llama", rope_parameters=rope)
 
 
 @pytest.mark.parametrize(
@@ -82,21 +90,18 @@ class _WithRecurrence(nn.Module):
             "every degree",
         ),
         (lambda: tiny_model("minimax", output_router_logits=True), "router_logits", "two means"),
-        (
-            lambda: tiny_model(
-                "llama",
-                rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
-            ),
-            "rope_type 'dynamic'",
-            "longest position",
-        ),
+        (_with_rope("dynamic"), "rope_type 'dynamic'", "longest position"),
+        (_with_rope("longrope"), "rope_type 'longrope'", "longest position"),
         (_hugging_face("mamba", state_size=4), "layers.0.mixer", "Mamba-1"),
         (_hugging_face("stablelm"), "StableLmForCausalLM", "'stablelm' to be exact"),
         (_bert_with_pooler, "pooler", "first token"),
         (lambda: tiny_model("t5", dropout_rate=0.1), "dropout_rate", "every degree"),
         (_classifier, "LlamaForSequenceClassification", "one place of each row"),
         (lambda: nn.Linear(3, 3), "Linear", "no group and no layout"),
-        (_WithRecurrence, "mixer (GRU)", "mixes tokens"),
+        (lambda: _With(nn.GRU(4, 4)), "mixer (GRU)", "mixes tokens"),
+        (lambda: _With(nn.LSTM(4, 4)), "mixer (LSTM)", "mixes tokens"),
+        (lambda: _With(nn.BatchNorm1d(4)), "mixer (BatchNorm1d)", "mixes tokens"),
+        (lambda: _With(nn.Conv1d(4, 4, 3)), "mixer (Conv1d)", "mixes tokens"),
     ],
 )
 def test_what_cannot_be_exact_is_refused_by_name(
