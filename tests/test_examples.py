@@ -7,10 +7,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.launch.hosts import ray_hosts
 
 ROOT = Path(__file__).parent.parent
 JOB = ROOT / "examples" / "hybrid_lm" / "job.yaml"
@@ -21,10 +24,12 @@ SMALL = [
 ]
 
 
-def _launch(folder: Path, *options: str, args: list[str] = SMALL) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "seqpar.cli", "launch", *options, str(JOB)]
-    command += ["--set", f"args={json.dumps(args)}", "--set", f"run_dir={folder / 'run'}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def _launch(
+    folder: Path, *options: str, prefix: Sequence[str] = (), environment: Mapping[str, str] = {}
+) -> subprocess.CompletedProcess:
+    command = [*prefix, sys.executable, "-m", "seqpar.cli", "launch", *options, str(JOB)]
+    command += ["--set", f"args={json.dumps(SMALL)}", "--set", f"run_dir={folder / 'run'}"]
+    environment = {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=170
     )
@@ -75,3 +80,17 @@ def test_the_demo_runs_on_an_embedded_ray(tmp_path: Path) -> None:
     done = _launch(tmp_path, "--engine", "ray")
     assert done.returncode == 0, done.stdout + done.stderr
     _check_report(tmp_path / "run", steps=4)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_demo_runs_on_a_ray_cluster_over_three_hosts(tmp_path: Path) -> None:
+    """Hosts with addresses of their own, of which none holds all 4 ranks."""
+    pytest.importorskip("ray")
+    with ray_hosts([1, 2, 2]) as cluster:
+        options = ("--engine", "ray", "--set", f"address={cluster.address}")
+        head = cluster.hosts[0].prefix
+        done = _launch(tmp_path, *options, prefix=head, environment=cluster.environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    _check_report(tmp_path / "run", steps=4)
+    assert "parity of 4 ranks" in done.stdout

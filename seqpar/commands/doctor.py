@@ -7,17 +7,25 @@ from typing import Annotated, Any
 
 import typer
 
+from seqpar.errors import JobSpecError
+
 
 def command(
     cluster: Annotated[
         str | None, typer.Option(help="Also ask every node of the Ray cluster at this address.")
     ] = None,
+    cost: Annotated[
+        str | None,
+        typer.Option(help="With --cluster: put the measured links into this cost file."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show versions, devices and engines, and what is missing with the command that installs it."""
     if cluster is not None:
-        probe(cluster, as_json)
+        probe(cluster, cost, as_json)
         return
+    if cost is not None:
+        raise JobSpecError("--cost takes what --cluster measures: give --cluster ADDRESS too")
     from seqpar.launch.machine import inspect_machine
 
     machine = inspect_machine()
@@ -29,11 +37,17 @@ def command(
         raise typer.Exit(1)
 
 
-def probe(address: str, as_json: bool) -> None:
+def probe(address: str, cost: str | None, as_json: bool) -> None:
     """Ask every node of a cluster; exit code 1 if something would keep a job from running."""
+    from seqpar.launch.cluster_links import links_of, write_links
     from seqpar.launch.cluster_probe import probe_cluster
+    from seqpar.planners.cost import CostModel
 
+    if cost is not None:
+        CostModel.load(cost)  # a bad file is told before anything is measured
     report = probe_cluster(address)
+    if cost is not None:
+        write_links(cost, links_of(report.transfers))
     if as_json:
         print(json.dumps(report.as_dict()))
     else:
@@ -60,6 +74,11 @@ def show_cluster(report: Any) -> None:
     for pair in report.pairs:
         rate = pair["bandwidth_bytes_per_s"] / 1e9
         table.add_row(f"{pair['a']}-{pair['b']}", f"{pair['latency_ms']} ms", f"{rate:.2f} GB/s")
+    console.print(table)
+    table = Table("degree", "ms, small and large message", title="All-to-all, a rank on each node")
+    for degree in sorted({degree for _, degree, _ in report.transfers}):
+        times = [f"{ms:.2f}" for _, found, ms in report.transfers if found == degree]
+        table.add_row(str(degree), ", ".join(times))
     console.print(table)
     for fault in report.faults:
         console.print(fault, style="red", markup=False)

@@ -129,7 +129,8 @@ def show(description: dict[str, Any], as_json: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("what", "value", title="Would start (nothing was started)")
+    table = Table("what", title="Would start (nothing was started)")
+    table.add_column("value", overflow="fold")
     for key, value in description.items():
         if key == "ranks":
             value = ", ".join(f"{rank['rank']} on {rank['device']}" for rank in value)
@@ -137,5 +138,5 @@ def show(description: dict[str, Any], as_json: bool) -> None:
             value = " ".join(value)
         elif key == "environment":
             value = "\n".join(f"{name}={text}" for name, text in value.items())
-        table.add_row(key, escape(str(value)))
+        table.add_row(key, "none" if value is None else escape(str(value)))
     Console().print(table)

@@ -20,6 +20,7 @@ from seqpar.launch.security import enable_token_auth, token_path
 __all__ = ["ClusterReport", "probe_cluster"]
 
 PROBE_BYTES = 4 << 20
+SMALL_BYTES = 4 << 10
 REPETITIONS = 3
 CLOCK_LIMIT_S = 1.0
 
@@ -27,7 +28,7 @@ CLOCK_LIMIT_S = 1.0
 @dataclass(frozen=True)
 class ClusterReport:
     """`nodes` as each tells, `pairs` with their latency and bandwidth, `transfers` as rows of
-    (bytes that each device sends, degree, ms) for `seqpar.planners.calibrate.fit`, and `faults`:
+    (bytes that each device sends, degree, ms) for `seqpar.launch.cluster_links`, and `faults`:
     what would keep a job from running, each with what to change."""
 
     nodes: list[dict[str, Any]]
@@ -173,11 +174,7 @@ def probe_links(rank: int, world: int, host: str, port: int, timeout_s: float) -
             link = {"latency_ms": round(small_s * 1e3, 3), "bandwidth_bytes_per_s": round(rate)}
             pairs += [{"a": a, "b": b, **link}] if rank == a else []
     degrees = [2**i for i in range(1, world.bit_length()) if 2**i <= world]
-    transfers = [
-        (PROBE_BYTES, degree, ms)
-        for degree in degrees
-        if (ms := _all_to_all_ms(payload, rank, degree)) is not None
-    ]
+    transfers = [row for degree in degrees for row in _all_to_all_ms(payload, rank, degree)]
     dist.barrier()
     clock = time.time()
     dist.destroy_process_group()
@@ -201,19 +198,24 @@ def _ping(payload: Any, first: bool, peer: int) -> float:
     return min(times)
 
 
-def _all_to_all_ms(payload: Any, rank: int, degree: int) -> float | None:
-    """Milliseconds of an all-to-all of the first `degree` nodes; None for those outside."""
+def _all_to_all_ms(payload: Any, rank: int, degree: int) -> list[tuple[int, int, float]]:
+    """(bytes that each sends, degree, ms) of all-to-alls of the first `degree` nodes, small and
+    large; nothing for those outside."""
     import torch
     import torch.distributed as dist
 
     group = dist.new_group(list(range(degree)))
     if rank >= degree:
-        return None
-    sent = payload[: payload.numel() // degree * degree]
-    times = []
-    for _ in range(REPETITIONS + 1):
-        dist.barrier(group)
-        started = time.perf_counter()
-        dist.all_to_all_single(torch.empty_like(sent), sent, group=group)
-        times.append((time.perf_counter() - started) * 1e3)
-    return round(min(times), 3)
+        return []
+    rows = []
+    for size in (SMALL_BYTES, PROBE_BYTES):
+        block = payload[: size // degree * degree]
+        times = []
+        for _ in range(REPETITIONS + 1):
+            dist.barrier(group)
+            started = time.perf_counter()
+            dist.all_to_all_single(torch.empty_like(block), block, group=group)
+            times.append((time.perf_counter() - started) * 1e3)
+        sent = block.numel() // degree * (degree - 1)  # a rank's own part stays where it is
+        rows.append((sent, degree, round(min(times), 4)))
+    return rows

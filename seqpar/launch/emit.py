@@ -112,7 +112,8 @@ def slurm_script(spec: JobSpec, *, nodes: int) -> str:
         '(umask 077; od -An -N32 -tx1 /dev/urandom | tr -d " \\n" > "$RAY_AUTH_TOKEN_PATH")',
         "trap 'rm -f \"$RAY_AUTH_TOKEN_PATH\"' EXIT",
         "",
-        'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)  # not head(1)',
+        # head(1) would close the pipe, which ends the script when there are many nodes.
+        'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)',
         'address=$(srun --nodes=1 --ntasks=1 -w "$head" hostname --ip-address | cut -d " " -f 1)',
         "port=$((20000 + SLURM_JOB_ID % 10000))  # below the ephemeral ports",
         f'ray_options="--num-cpus={cpus} --disable-usage-stats --block"',

@@ -44,6 +44,9 @@ def run_job(placement: Placement, *, resume: bool = False) -> dict[str, Any]:
 def _begin(run_dir: RunDir, placement: Placement, started: float) -> None:
     """Make the run's folder and say in it that the job runs."""
     try:
+        folder = placement.spec.checkpoint_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        folder = run_dir.path
         run_dir.prepare()
         run_dir.write_state(
             run_id=placement.run_id,
@@ -59,8 +62,8 @@ def _begin(run_dir: RunDir, placement: Placement, started: float) -> None:
         )
     except OSError as error:
         raise LaunchError(
-            f"the run's folder {run_dir.path} cannot be written ({error.strerror}): "
-            "free space there, or set run_dir to another folder"
+            f"{folder} cannot be written ({error.strerror}): free space there, or set run_dir or "
+            "checkpoint_dir to another folder"
         ) from None
 
 

@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ class Placement:
                 {"rank": rank, "device": f"cuda:{rank}" if self.device == "cuda" else "cpu"}
                 for rank in range(self.num_ranks)
             ],
+            "placement": self._placement_words(),
             "degrees": list(self.spec.degrees),
             "command": self.worker_command(),
             "environment": self.environment(),
@@ -81,9 +82,12 @@ class Placement:
             "timeout_s": self.spec.timeout_s,
         }
 
-    def with_ranks(self, num_ranks: int) -> Placement:
-        """The same job on fewer ranks."""
-        return replace(self, num_ranks=num_ranks)
+    def _placement_words(self) -> str:
+        if self.spec.engine == "local":
+            return "all ranks on this host"
+        where = f"the nodes of {self.spec.address}" if self.spec.address else "an embedded Ray here"
+        resources = self.spec.resources
+        return f"{resources.placement} over {where}, {resources.cpus_per_rank:g} CPUs a rank"
 
 
 def rank_command(script: list[str]) -> list[str]:

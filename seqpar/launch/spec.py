@@ -87,6 +87,8 @@ class JobSpec(BaseModel):
             )
         if (self.script is None) == (self.module is None):
             raise ValueError("give either script or module: one of them, not both")
+        if fault := self._fault_of_address():
+            raise ValueError(fault)
         if self.sp is not None and self.nproc != self.sp * (self.dp or self.nproc // self.sp):
             raise ValueError(
                 f"nproc {self.nproc} is not dp {self.dp or 'any'} x sp {self.sp}: "
@@ -100,6 +102,18 @@ class JobSpec(BaseModel):
         if self.min_nproc > self.nproc:
             raise ValueError(f"min_nproc {self.min_nproc} is over nproc {self.nproc}")
         return self
+
+    def _fault_of_address(self) -> str | None:
+        if self.address is None:
+            return None
+        if "//" in self.address:
+            return (
+                f"address {self.address} is a dashboard's: give it to --address to submit the job, "
+                "or set address to where Ray itself listens, as head:6379"
+            )
+        if self.engine != "ray":
+            return f"address {self.address} is for the ray engine: set engine to ray, or drop it"
+        return None
 
     def allows(self, num_ranks: int) -> bool:
         """Whether the job's geometry can be formed by `num_ranks` ranks."""

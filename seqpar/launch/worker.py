@@ -27,7 +27,7 @@ import time
 import traceback
 from itertools import islice
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 
 BEAT_INTERVAL_S = 1.0
 IDLE_SHARE = 0.001
@@ -173,12 +173,22 @@ def record_failure(error: BaseException) -> None:
     if not path:
         return
     ended = isinstance(error, SystemExit)  # sys.exit(7) says all in its code
+    error = error.with_traceback(of_the_script(error.__traceback__))
     trace = "" if ended else "".join(traceback.format_exception(error))
     info = {"py_callstack": trace, "timestamp": str(int(time.time()))}
     message = {"message": f"{type(error).__name__}: {error}", "extraInfo": info}
     with contextlib.suppress(OSError):
         content = {"message": message, "time": time.time(), "rank": int(os.environ["RANK"])}
         write_atomically(Path(path), content)
+
+
+def of_the_script(trace: TracebackType | None) -> TracebackType | None:
+    """A traceback from the script's first frame on, without this file's and runpy's; whole if the
+    script has none in it."""
+    found = trace
+    while found and found.tb_frame.f_code.co_filename in (__file__, "<frozen runpy>"):
+        found = found.tb_next
+    return found or trace
 
 
 def leave_within(seconds: float) -> None:

@@ -129,12 +129,14 @@ def soak(engine: str, count: int, seed: int, limit: int | None) -> dict[str, Any
     kept = json.loads(path.read_text()) if path.exists() else {}
     same = (kept.get("seed"), kept.get("faults")) == (seed, count)
     rounds: list[list[dict[str, Any]]] = kept["rounds"] if same else []
+    loads: list[float] = kept["loads"] if same else []
     planned = rounds_of(engine, count, seed)
     expected = unfaulted()
     for blows in planned[len(rounds) :][:limit]:
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as name, prepared_job(Path(name), engine) as job:
             rounds.append([asdict(recovery) for recovery in run_round(job, blows, expected)])
+        loads.append(round(os.getloadavg()[2], 1))
         print(f"round {len(rounds)} of {len(planned)}: {time.monotonic() - started:.0f} s")
         done = [Recovery(**recovery) for each in rounds for recovery in each]
         settings = {
@@ -143,7 +145,8 @@ def soak(engine: str, count: int, seed: int, limit: int | None) -> dict[str, Any
             "faults": count,
             "hang_timeout_s": HANG_S[engine],
         }
-        kept = {**settings, "done": len(done), "recovery": table_of(done), "rounds": rounds}
+        kept = {**settings, "done": len(done), "recovery": table_of(done)}
+        kept |= {"loads": loads, "rounds": rounds}
         path.write_text(json.dumps(kept, indent=2) + "\n")
     return kept
 

@@ -46,4 +46,6 @@ def test_a_failed_rank_ends_the_job_with_its_name_and_code(
     state = json.loads((tmp_path / "runs" / "train" / "run.json").read_text())
     assert (state["state"], state["failed_rank"]) == ("failed", 2 if code == 137 else 1)
     if code == 1:
-        assert "in <module>" in outcome.stderr  # the traceback, whole, before the last line
+        trace = outcome.stderr.rpartition("Traceback (most recent call last):\n")[2]
+        assert trace.startswith(f'  File "{script}", line')  # whole, before the last line
+        assert "in <module>" in trace

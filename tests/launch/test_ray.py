@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from seqpar.planners.cost import CostModel, LayerCost, Link
 from tests.launch.faults import check_history, suffer
 from tests.launch.hosts import DASHBOARD, RayHosts, ray_hosts
 from tests.launch.job import REPOSITORY, Job
@@ -91,8 +92,14 @@ def test_a_submitted_job_brings_its_output_and_exit_code_back(head, tmp_path):
     assert not any(token in text for text in [outcome.stdout, outcome.stderr, *texts])
 
 
-def test_doctor_asks_every_node_and_times_every_link(cluster, tmp_path):
-    outcome = on_head(cluster, tmp_path, "doctor", "--cluster", cluster.address, "--json")
+def test_doctor_asks_every_node_and_hands_what_it_timed_to_the_planner(cluster, tmp_path):
+    old = Link(degree=2, nodes=2, gib_per_s=1e-9)
+    near = Link(degree=2, gib_per_s=3.0)
+    layers = (LayerCost(kind="all", linear_ms=1.0),)
+    model = CostModel(name="here", layers=layers, links=(near, old), memory_bytes_per_token=1.0)
+    (tmp_path / "cost.json").write_text(json.dumps(model.to_json()))
+    options = ("--cluster", cluster.address, "--cost", "cost.json", "--json")
+    outcome = on_head(cluster, tmp_path, "doctor", *options)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     found = json.loads(outcome.stdout)
     addresses = {host.address for host in cluster.hosts}
@@ -102,9 +109,12 @@ def test_doctor_asks_every_node_and_times_every_link(cluster, tmp_path):
     (pair,) = found["pairs"]
     assert 0 < pair["latency_ms"] < 1000
     assert pair["bandwidth_bytes_per_s"] > 1e6
-    ((sent, degree, ms),) = found["transfers"]
-    assert degree == 2
-    assert sent / ms > 1e3
+    assert [degree for _, degree, _ in found["transfers"]] == [2, 2]
+    assert all(ms > 0 for _, _, ms in found["transfers"])
+    kept, across = CostModel.load(str(tmp_path / "cost.json")).links
+    assert kept == near
+    assert (across.degree, across.nodes) == (2, 2)
+    assert 1e-3 < across.gib_per_s < 1e3
 
 
 def test_a_cluster_that_loses_a_rank_and_then_a_host_trains_the_same(cluster, tmp_path):

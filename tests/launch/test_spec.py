@@ -57,6 +57,8 @@ def test_overrides_win_and_reach_inside(job):
         ("script: train.py\nname: a/b\n", "cannot name a folder"),
         ("script: train.py\nrestarts: -1\n", "restarts = -1"),
         ("script: train.py\ntimeout_s: 0\n", "timeout_s = 0"),
+        ("script: train.py\naddress: head:6379\n", "is for the ray engine: set engine to ray"),
+        ("script: train.py\nengine: ray\naddress: http://head:8265\n", "give it to --address"),
         ("script: train.py\nmin_nproc: 2\n", "min_nproc 2 is over nproc 1"),
         ("script: train.py\nmodule: a.b\n", "either script or module"),
         ("nproc: 1\n", "either script or module"),
