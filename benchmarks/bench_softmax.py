@@ -1,6 +1,6 @@
 """Softmax sequence parallelism against one device and against torch's context parallelism.
 
-    torchrun --nproc-per-node 2 benchmarks/bench_softmax.py --output benchmarks/results/h200-x2
+    torchrun --nproc-per-node 2 -m benchmarks.bench_softmax --output benchmarks/results/h200-x2
 
 One process a GPU. Efficiency is one GPU's time with its best backend over (W x time), both
 measured here; forward and forward + backward, bfloat16, H = 32 heads of D = 128. Writes
@@ -23,11 +23,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
-from rank_timing import Recorder, Row
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.rank_timing import Recorder, Row
 from seqpar.balance import balanced_layout, imbalance
 from seqpar.layout import SequenceLayout
 from seqpar.mesh import init_mesh

@@ -132,7 +132,7 @@ def _post_block(
         return comm.Pending((), lambda: [k, v])
     sends = [(step.send_to, take_ranges(x, step.send_keys)) for x in (k, v)]
     recvs = [(step.recv_from, room_for(step.num_recv, x)) for x in (k, v)]
-    return comm.exchange(sends, recvs, group)
+    return comm.exchange(sends, recvs, group, head_start=True)
 
 
 def _block(arriving: comm.Pending[list[Tensor]]) -> Block:

@@ -22,7 +22,7 @@ Source: Jacobs et al., DeepSpeed-Ulysses, arXiv 2309.14509; Fang and Zhao, USP, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -201,16 +201,14 @@ def _to_heads(
 ) -> list[Tensor]:
     """A query-like tensor and any key/value ones, [B, T, heads, D] -> [B, S, share, D]."""
     sends, recvs = [], []
-    for i, x in enumerate(tensors):
-        place, heads = places[i > 0], shares.keys if i else shares.queries
+    for x, place, heads in _dealt(tensors, places, shares):
         width = heads[place.index][1] - heads[place.index][0]
         for member, (start, stop), count in zip(place.members, heads, place.tokens, strict=True):
             sends.append((member, x[:, :, start:stop]))
             recvs.append((member, x.new_empty(x.shape[0], count, width, x.shape[3])))
     arrived = comm.exchange(sends, recvs, group).wait()
     merged = []
-    for i, _ in enumerate(tensors):
-        place = places[i > 0]
+    for i, (_, place, _) in enumerate(_dealt(tensors, places, shares)):
         blocks = arrived[i * len(place.members) : (i + 1) * len(place.members)]
         pieces = [blocks[member][:, start:stop] for member, start, stop in place.pieces]
         merged.append(torch.cat([blocks[0][:, :0], *pieces], 1))
@@ -226,17 +224,15 @@ def _to_tokens(
 ) -> list[Tensor]:
     """The transpose of `_to_heads`: [B, S, share, D] -> [B, T, heads, D], shared heads summed."""
     sends, recvs = [], []
-    for i, x in enumerate(tensors):
-        place, heads = places[i > 0], shares.keys if i else shares.queries
-        for member, block in zip(place.members, _by_member(x, place), strict=True):
-            start, stop = heads[place.members.index(member)]
+    for x, place, heads in _dealt(tensors, places, shares):
+        by_member = _by_member(x, place)
+        for member, (start, stop), block in zip(place.members, heads, by_member, strict=True):
             shape = (x.shape[0], place.tokens[place.index], stop - start, x.shape[3])
             sends.append((member, block))
             recvs.append((member, x.new_empty(shape)))
     arrived = comm.exchange(sends, recvs, group).wait()
     totals = []
-    for i, x in enumerate(tensors):
-        place, heads = places[i > 0], shares.keys if i else shares.queries
+    for i, (x, place, heads) in enumerate(_dealt(tensors, places, shares)):
         blocks = arrived[i * len(place.members) : (i + 1) * len(place.members)]
         like = x.new_empty(x.shape[0], place.tokens[place.index], num_heads[i], x.shape[3])
         total = RowSum(like)
@@ -244,6 +240,14 @@ def _to_tokens(
             total.add(block, head_start=start)
         totals.append(total.result())
     return totals
+
+
+def _dealt(
+    tensors: Sequence[Tensor], places: tuple[Subgroup, Subgroup], shares: HeadShares
+) -> Iterator[tuple[Tensor, Subgroup, tuple[tuple[int, int], ...]]]:
+    """Each tensor, its place, its heads by member: the first is query-like, the others are not."""
+    for i, x in enumerate(tensors):
+        yield x, places[i > 0], shares.keys if i else shares.queries
 
 
 def _by_member(x: Tensor, place: Subgroup) -> list[Tensor]:

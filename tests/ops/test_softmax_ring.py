@@ -15,6 +15,7 @@ from seqpar.ops.ring import ring_backward, ring_forward
 from seqpar.ops.ring_schedule import ring_schedule
 from seqpar.ops.softmax_operands import Operands
 from seqpar.ops.softmax_tiles import Mask
+from seqpar.ops.token_ranges import num_tokens
 from tests.ops.softmax_cases import Case, assert_exact, layouts, run_case, run_cases
 from tests.ranks import run_ranks
 
@@ -48,6 +49,24 @@ def test_ring_equals_one_device(world_size: int) -> None:
 @pytest.mark.parametrize("case", _cases(1), ids=str)
 def test_one_rank_needs_no_group(case: Case) -> None:
     assert_exact(case, [run_case(0, case)])
+
+
+@pytest.mark.parametrize("mask", [Mask(), Mask(window=9), Mask(causal=False)], ids=str)
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_steps_of_the_ranks_match(world_size: int, mask: Mask) -> None:
+    """What a rank receives at a step is what its owner sends; backward fetches one block less."""
+    for layout in layouts(DOCUMENTS, world_size):
+        ranks = tuple(range(world_size))
+        schedules = [ring_schedule(layout, layout, rank, mask, ranks) for rank in ranks]
+        for rank, schedule in enumerate(schedules):
+            assert schedule.backward[0] == schedule.forward[-1]
+            assert schedule.backward[-1] == schedule.forward[0]
+            for i, step in enumerate(schedule.forward[1:], 1):
+                owner = schedules[step.recv_from]
+                sent = owner.forward[i] if len(owner.forward) > 1 else None
+                assert step.num_recv == (num_tokens(sent.send_keys) if sent else 0)
+                assert sent is None or sent.send_to == rank
+                assert len(schedule.backward) == len(schedule.forward)
 
 
 def _traffic(rank: int, case: Case) -> tuple[int, int]:
