@@ -25,7 +25,7 @@ from torch import Tensor
 
 from seqpar.kernels.launch import Launch
 from seqpar.kernels.lightning.decays import Decays, prepare_decays
-from seqpar.kernels.lightning.launch_output import output_pass
+from seqpar.kernels.lightning.launch_output import empty_parts, output_pass
 from seqpar.kernels.lightning.plan import Cut, Plan
 from seqpar.kernels.lightning.state_pass import enter_segments, segment_states
 from seqpar.kernels.lightning.tuning import with_gradient
@@ -47,7 +47,7 @@ def _inner_product(p_a, p_b, KV, BLOCK: tl.constexpr):
 @triton.jit
 def decay_gradient_kernel(
     p_from_q, p_from_v, p_entries, p_grads, p_final, p_exit_grad, p_out, p_bounds, p_sequence,
-    p_first, H, N, KV, TILES_Q: tl.constexpr, TILES_V: tl.constexpr, BLOCK: tl.constexpr,
+    p_first, H, N, KV, PARTS_Q: tl.constexpr, PARTS_V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[t, h] = <S, E> at the segment's end + the sum, from t to there, of from_q - from_v.
 
@@ -68,10 +68,10 @@ def decay_gradient_kernel(
     o_row = start + tl.arange(0, BLOCK)
     m_row = o_row < stop
     b_dreach = tl.zeros([BLOCK], tl.float32)
-    for i in tl.static_range(TILES_Q):
+    for i in tl.static_range(PARTS_Q):
         p_part = p_from_q + (i * H + i_h).to(tl.int64) * N
         b_dreach += tl.load(p_part + o_row, mask=m_row, other=0.0)
-    for i in tl.static_range(TILES_V):
+    for i in tl.static_range(PARTS_V):
         p_part = p_from_v + (i * H + i_h).to(tl.int64) * N
         b_dreach -= tl.load(p_part + o_row, mask=m_row, other=0.0)
     b_out = crossing + tl.cumsum(b_dreach, 0, reverse=True)
@@ -94,15 +94,13 @@ def backward_with_decay(
     enter_segments(
         states, decays, cut, initial=entry_state, entries=states, final=final, reverse=False
     )
+    dq, from_q = _pass_with_gradient(plan, decays, (do, v, k), q, states, reverse=False)
+    from_q = from_q.sum(0, keepdim=True)  # makes room before the other states are made
     grads = segment_states(q, do, decays, cut, config, reverse=True, every=False)
     enter_segments(grads, decays, cut, initial=exit_state_grad, entries=grads, reverse=True)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    entry_grad = plan.new_state()
-    from_q = _pass_with_gradient(
-        plan, decays, (do, v, k), dq, q, states, reverse=False, transposed=True
-    )
-    from_v = _pass_with_gradient(
-        plan, decays, (k, q, do), dv, v, grads, reverse=True, transposed=False, final=entry_grad
+    entry_grad, dk = plan.new_state(), torch.empty_like(k, memory_format=torch.contiguous_format)
+    dv, from_v = _pass_with_gradient(
+        plan, decays, (k, q, do), v, grads, final=entry_grad, reverse=True
     )
     output_pass(
         (v, do, q), dk, decays, cut, plan.transposed_config,
@@ -125,8 +123,8 @@ def _gradient_launch(
     _, heads, key_dim, value_dim = states.shape
     fixed: dict[str, Any] = {
         "p_bounds": segments.bounds, "p_sequence": segments.sequence, "p_first": segments.first,
-        "H": heads, "N": from_q.shape[2], "KV": key_dim * value_dim, "TILES_Q": from_q.shape[0],
-        "TILES_V": from_v.shape[0], "BLOCK": max(16, triton.next_power_of_2(segments.longest)),
+        "H": heads, "N": from_q.shape[2], "KV": key_dim * value_dim, "PARTS_Q": from_q.shape[0],
+        "PARTS_V": from_v.shape[0], "BLOCK": max(16, triton.next_power_of_2(segments.longest)),
     }  # fmt: skip
     if not has_ends:
         fixed |= {"p_final": None, "p_exit_grad": None}
@@ -137,32 +135,18 @@ def _pass_with_gradient(
     plan: Plan,
     decays: Decays,
     roles: tuple[Tensor, Tensor, Tensor],
-    out: Tensor,
     of: Tensor,
     states: Tensor,
     *,
     final: Tensor | None = None,
     reverse: bool,
-    transposed: bool,
-) -> Tensor:
-    """Run one output pass that also gives the gradient of G: [tiles, H, N] float32."""
-    x, _, z = roles
-    config = with_gradient(plan.transposed_config if transposed else plan.config)
-    tiles = triton.cdiv(z.shape[3], config.value_tile)
-    shape = (tiles, x.shape[2], x.shape[0] * x.shape[1])
-    dreach = torch.empty(shape, dtype=torch.float32, device=x.device)
+) -> tuple[Tensor, Tensor]:
+    """The gradient of `of`, q or in reverse v, and parts of the gradient of G to be summed."""
+    config = with_gradient(plan.config if reverse else plan.transposed_config)
+    out = torch.empty_like(of, memory_format=torch.contiguous_format)
+    dreach = empty_parts(out, out.shape[3], config, reverse=reverse)
     output_pass(
-        roles,
-        out,
-        decays,
-        plan.fine_cut,
-        config,
-        states=states,
-        scanned=True,
-        final=final,
-        reverse=reverse,
-        transposed=transposed,
-        of=of,
-        dreach=dreach,
-    )
-    return dreach
+        roles, out, decays, plan.fine_cut, config, states=states, scanned=True, final=final,
+        reverse=reverse, transposed=not reverse, of=of, dreach=dreach,
+    )  # fmt: skip
+    return out, dreach
