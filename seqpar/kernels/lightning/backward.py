@@ -65,7 +65,7 @@ def backward_triton(
     if grad_states is None:
         grad_states, _ = summarize(plan, q, do, log_decay, reverse=True, final=False)
     dentry = plan.new_state() if entry_grad else None
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     _pass(plan, (do, v, k), dq, states, entry_state, reverse=False, transposed=True)
     _pass(
         plan, (k, q, do), dv, grad_states, exit_state_grad,

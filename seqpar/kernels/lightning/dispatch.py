@@ -77,7 +77,7 @@ def attend(
     if states is not None:
         from seqpar.kernels.lightning.forward import attend_triton
 
-        return attend_triton(plan, q, k, v, states, entry_state)[0]
+        return attend_triton(plan, q, k, v, states, entry_state)
     return chunked.attend_chunked(
         q, k, v, log_decay=log_decay, cu_seqlens=cu_seqlens, entry_state=entry_state
     )[0]

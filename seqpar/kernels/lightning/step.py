@@ -62,9 +62,8 @@ def step_triton(
     launch = plan.step_launch
     if launch is None:
         launch = plan.step_launch = _step_launch(plan)
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    new_state = torch.empty(state.shape, dtype=torch.float32, device=v.device)
     q, k, v, state = dense(q), dense(k), dense(v), dense(state, torch.float32)
+    out, new_state = torch.empty_like(v), torch.empty_like(state)
     if log_decay is None:
         launch(q, k, v, state, out, new_state)
     else:
