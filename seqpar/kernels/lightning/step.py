@@ -74,7 +74,7 @@ def step_triton(
 def _step_launch(plan: Plan) -> Launch:
     batch, tokens, heads, key_dim, value_dim = plan.problem[:5]
     decay = {0: 0, 1: 1, 3: 2}[plan.problem.decay_dims]
-    tile = min(padded(value_dim), 16 if batch * heads < 512 else 32)
+    tile = min(padded(value_dim), 16 if batch * heads < 512 else 64)
     fixed: dict[str, Any] = {
         "T": tokens, "H": heads, "K": key_dim, "V": value_dim, "DECAY": decay,
         "BK": padded(key_dim), "BV": tile,
