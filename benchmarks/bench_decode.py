@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bench_lightning import ROOT, copy_tb_per_s, graph_of, hardware, median_ms
+from benchmarks.gpu_timing import ROOT, copy_tb_per_s, graph_of, hardware, host_us, median_ms
 from seqpar.kernels.lightning import lightning_step
 
 HEADS, DIM = 64, 128
@@ -54,6 +54,7 @@ def main() -> None:
             eager, graph = (1e3 * median_ms(x, 20.0) for x in (run, graph_of(run)))
             rows.append(
                 {"name": name, "batch": batch, "eager_us": eager, "graph_us": graph}
+                | {"host_us": host_us(run)}
                 | {"floor_us": floor_us, "graph_share": floor_us / graph}
             )
             print(

@@ -45,15 +45,15 @@ def backward_triton(
     entry_state: Tensor | None,
     exit_state_grad: Tensor | None,
     *,
-    states: SegmentStates,
+    states: SegmentStates | None,
     grad_states: SegmentStates | None,
     decay_grad: bool,
     entry_grad: bool,
 ) -> Gradients:
     """Gradients of q, k, v and what else is asked for.
 
-    `inputs` are q, k, v, do; `states` are those of (k, v), `grad_states` those of (q, do), if the
-    caller has them.
+    `inputs` are q, k, v, do; `states` are those of (k, v), `grad_states` those of (q, do). What the
+    caller does not have is made; with `decay_grad` of decays per token neither is used.
     """
     q, k, v, do = (plan.aligned(x) for x in inputs)
     entry_state, exit_state_grad = plan.state(entry_state), plan.state(exit_state_grad)
@@ -62,17 +62,24 @@ def backward_triton(
             plan, (q, k, v, do), plan.decay(log_decay), entry_state, exit_state_grad
         )
         return _trimmed(plan, *found)
+    if states is None:
+        states, _ = summarize(plan, k, v, log_decay, reverse=False, final=False)
+    dq = _empty(q)  # before anything else, so that the device starts early
+    _pass(plan, (do, v, k), dq, states, entry_state, reverse=False, transposed=True)
     if grad_states is None:
         grad_states, _ = summarize(plan, q, do, log_decay, reverse=True, final=False)
     dentry = plan.new_state() if entry_grad else None
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    _pass(plan, (do, v, k), dq, states, entry_state, reverse=False, transposed=True)
+    dv, dk = _empty(v), _empty(k)
     _pass(
         plan, (k, q, do), dv, grad_states, exit_state_grad,
         final=dentry, reverse=True, transposed=False,
     )  # fmt: skip
     _pass(plan, (v, do, q), dk, grad_states, exit_state_grad, reverse=True, transposed=True)
     return _trimmed(plan, dq, dk, dv, None, dentry)
+
+
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _pass(

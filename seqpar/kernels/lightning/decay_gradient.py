@@ -25,7 +25,7 @@ from torch import Tensor
 
 from seqpar.kernels.launch import Launch
 from seqpar.kernels.lightning.decays import Decays, prepare_decays
-from seqpar.kernels.lightning.launch_output import output_pass
+from seqpar.kernels.lightning.launch_output import empty_parts, output_pass
 from seqpar.kernels.lightning.plan import Cut, Plan
 from seqpar.kernels.lightning.state_pass import enter_segments, segment_states
 from seqpar.kernels.lightning.tuning import with_gradient
@@ -45,17 +45,15 @@ def _inner_product(p_a, p_b, KV, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def decay_gradient_kernel(
-    p_from_q, p_from_v, p_entries, p_grads, p_final, p_exit_grad, p_out, p_bounds, p_sequence,
-    p_first, H, N, KV, TILES_Q: tl.constexpr, TILES_V: tl.constexpr, BLOCK: tl.constexpr,
+def crossing_kernel(
+    p_entries, p_grads, p_final, p_exit_grad, p_out, p_sequence, p_first, H, KV,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[t, h] = <S, E> at the segment's end + the sum, from t to there, of from_q - from_v.
+    """out[m, h] = <S, E> with S the state that leaves segment m, and E its gradient. Grid: (M, H).
 
-    E is the gradient of the state S that leaves the segment: what enters the next one, or the
-    sequence's exit state. Grid: (M, H). BLOCK holds a segment.
+    What leaves enters the next segment, or is the sequence's exit state; 0 without a gradient.
     """
     i_m, i_h = tl.program_id(0), tl.program_id(1)
-    start, stop = tl.load(p_bounds + i_m), tl.load(p_bounds + i_m + 1)
     i_s = tl.load(p_sequence + i_m)
     o_state = (i_m * H + i_h).to(tl.int64) * KV
     crossing = 0.0
@@ -65,16 +63,26 @@ def decay_gradient_kernel(
     elif p_final is not None:
         o_sequence = (i_s * H + i_h).to(tl.int64) * KV
         crossing = _inner_product(p_final + o_sequence, p_exit_grad + o_sequence, KV, BLOCK)
+    tl.store(p_out + i_m * H + i_h, crossing)
+
+
+@triton.jit
+def decay_gradient_kernel(
+    p_from_q, p_from_v, p_crossing, p_out, p_bounds, H, N, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out[t, h] = crossing[m, h] + the sum, from t to its segment's end, of from_q - from_v.
+
+    `from_v` comes in parts to be summed. Grid: (M, H). BLOCK holds a segment.
+    """
+    i_m, i_h = tl.program_id(0), tl.program_id(1)
+    start, stop = tl.load(p_bounds + i_m), tl.load(p_bounds + i_m + 1)
     o_row = start + tl.arange(0, BLOCK)
     m_row = o_row < stop
-    b_dreach = tl.zeros([BLOCK], tl.float32)
-    for i in tl.static_range(TILES_Q):
-        p_part = p_from_q + (i * H + i_h).to(tl.int64) * N
-        b_dreach += tl.load(p_part + o_row, mask=m_row, other=0.0)
-    for i in tl.static_range(TILES_V):
+    b_dreach = tl.load(p_from_q + i_h.to(tl.int64) * N + o_row, mask=m_row, other=0.0)
+    for i in tl.static_range(PARTS):
         p_part = p_from_v + (i * H + i_h).to(tl.int64) * N
         b_dreach -= tl.load(p_part + o_row, mask=m_row, other=0.0)
-    b_out = crossing + tl.cumsum(b_dreach, 0, reverse=True)
+    b_out = tl.load(p_crossing + i_m * H + i_h) + tl.cumsum(b_dreach, 0, reverse=True)
     tl.store(p_out + o_row.to(tl.int64) * H + i_h, b_out, mask=m_row)
 
 
@@ -94,75 +102,79 @@ def backward_with_decay(
     enter_segments(
         states, decays, cut, initial=entry_state, entries=states, final=final, reverse=False
     )
+    dq, from_q = _pass_with_gradient(plan, decays, (do, v, k), q, states, reverse=False)
+    from_q = from_q.sum(0)  # makes room before the other states are made
     grads = segment_states(q, do, decays, cut, config, reverse=True, every=False)
     enter_segments(grads, decays, cut, initial=exit_state_grad, entries=grads, reverse=True)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    entry_grad = plan.new_state()
-    from_q = _pass_with_gradient(
-        plan, decays, (do, v, k), dq, q, states, reverse=False, transposed=True
-    )
-    from_v = _pass_with_gradient(
-        plan, decays, (k, q, do), dv, v, grads, reverse=True, transposed=False, final=entry_grad
+    crossing = _crossing(cut, states, grads, final, exit_state_grad)
+    del states
+    entry_grad, dk = plan.new_state(), torch.empty_like(k, memory_format=torch.contiguous_format)
+    dv, from_v = _pass_with_gradient(
+        plan, decays, (k, q, do), v, grads, final=entry_grad, reverse=True
     )
     output_pass(
         (v, do, q), dk, decays, cut, plan.transposed_config,
         states=grads, scanned=True, reverse=True, transposed=True,
     )  # fmt: skip
     out = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    ends = () if final is None or exit_state_grad is None else (final, exit_state_grad)
-    key = ("decay gradient", len(ends))
-    launch = cut.launches.get(key)
+    launch = cut.launches.get("decay gradient")
     if launch is None:
-        launch = cut.launches[key] = _gradient_launch(cut, from_q, from_v, states, bool(ends))
-    launch(from_q, from_v, states, grads, *ends, out)
+        launch = cut.launches["decay gradient"] = _gradient_launch(cut, from_v)
+    launch(from_q, from_v, crossing, out)
     return dq, dk, dv, out, entry_grad
 
 
-def _gradient_launch(
-    cut: Cut, from_q: Tensor, from_v: Tensor, states: Tensor, has_ends: bool
-) -> Launch:
-    segments = cut.segments
-    _, heads, key_dim, value_dim = states.shape
+def _crossing(
+    cut: Cut,
+    entries: Tensor,
+    grads: Tensor,
+    final: Tensor | None,
+    exit_state_grad: Tensor | None,
+) -> Tensor:
+    """[M, H]: <state that leaves a segment, its gradient>."""
+    _, heads, key_dim, value_dim = entries.shape
+    out = torch.empty(entries.shape[:2], dtype=torch.float32, device=entries.device)
+    ends = () if final is None or exit_state_grad is None else (final, exit_state_grad)
+    key = ("crossing", len(ends))
+    launch = cut.launches.get(key)
+    if launch is None:
+        fixed: dict[str, Any] = {
+            "p_sequence": cut.segments.sequence, "p_first": cut.segments.first,
+            "H": heads, "KV": key_dim * value_dim, "BLOCK": 1024,
+        }  # fmt: skip
+        if not ends:
+            fixed |= {"p_final": None, "p_exit_grad": None}
+        launch = Launch(crossing_kernel, (cut.segments.count, heads), fixed=fixed)
+        cut.launches[key] = launch
+    launch(entries, grads, *ends, out)
+    return out
+
+
+def _gradient_launch(cut: Cut, from_v: Tensor) -> Launch:
+    parts, heads, rows = from_v.shape
     fixed: dict[str, Any] = {
-        "p_bounds": segments.bounds, "p_sequence": segments.sequence, "p_first": segments.first,
-        "H": heads, "N": from_q.shape[2], "KV": key_dim * value_dim, "TILES_Q": from_q.shape[0],
-        "TILES_V": from_v.shape[0], "BLOCK": max(16, triton.next_power_of_2(segments.longest)),
+        "p_bounds": cut.segments.bounds, "H": heads, "N": rows, "PARTS": parts,
+        "BLOCK": max(16, triton.next_power_of_2(cut.segments.longest)),
     }  # fmt: skip
-    if not has_ends:
-        fixed |= {"p_final": None, "p_exit_grad": None}
-    return Launch(decay_gradient_kernel, (segments.count, heads), fixed=fixed)
+    return Launch(decay_gradient_kernel, (cut.segments.count, heads), fixed=fixed)
 
 
 def _pass_with_gradient(
     plan: Plan,
     decays: Decays,
     roles: tuple[Tensor, Tensor, Tensor],
-    out: Tensor,
     of: Tensor,
     states: Tensor,
     *,
     final: Tensor | None = None,
     reverse: bool,
-    transposed: bool,
-) -> Tensor:
-    """Run one output pass that also gives the gradient of G: [tiles, H, N] float32."""
-    x, _, z = roles
-    config = with_gradient(plan.transposed_config if transposed else plan.config)
-    tiles = triton.cdiv(z.shape[3], config.value_tile)
-    shape = (tiles, x.shape[2], x.shape[0] * x.shape[1])
-    dreach = torch.empty(shape, dtype=torch.float32, device=x.device)
+) -> tuple[Tensor, Tensor]:
+    """The gradient of `of`, q or in reverse v, and parts of the gradient of G to be summed."""
+    config = with_gradient(plan.config if reverse else plan.transposed_config)
+    out = torch.empty_like(of, memory_format=torch.contiguous_format)
+    dreach = empty_parts(out, out.shape[3], config, reverse=reverse)
     output_pass(
-        roles,
-        out,
-        decays,
-        plan.fine_cut,
-        config,
-        states=states,
-        scanned=True,
-        final=final,
-        reverse=reverse,
-        transposed=transposed,
-        of=of,
-        dreach=dreach,
-    )
-    return dreach
+        roles, out, decays, plan.fine_cut, config, states=states, scanned=True, final=final,
+        reverse=reverse, transposed=not reverse, of=of, dreach=dreach,
+    )  # fmt: skip
+    return out, dreach

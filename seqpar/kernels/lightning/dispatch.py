@@ -74,10 +74,10 @@ def attend(
     states: LocalStates | None,
 ) -> Tensor:
     """Outputs from entry states, with the segments' states of `summary` if it ran on Triton."""
-    if states is not None:
+    if plan.on_triton and states is not None:
         from seqpar.kernels.lightning.forward import attend_triton
 
-        return attend_triton(plan, q, k, v, states, entry_state)[0]
+        return attend_triton(plan, q, k, v, states, entry_state)
     return chunked.attend_chunked(
         q, k, v, log_decay=log_decay, cu_seqlens=cu_seqlens, entry_state=entry_state
     )[0]
@@ -100,7 +100,7 @@ def backward(
 
     `inputs` are q, k, v, do. The last two come if they are asked for, or if they cost nothing.
     """
-    if states is not None:
+    if plan.on_triton:
         from seqpar.kernels.lightning.backward import backward_triton
 
         return backward_triton(

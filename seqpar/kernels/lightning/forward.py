@@ -91,9 +91,9 @@ def forward_triton(
     return_final: bool,
 ) -> tuple[Tensor, Tensor | None, SegmentStates]:
     """o [B, T, H, V], the exit states [S, H, K, V] if asked for, and what backward uses again."""
-    k, v = plan.aligned(k), plan.aligned(v)
+    q, k, v = plan.aligned(q), plan.aligned(k), plan.aligned(v)
     states, _ = summarize(plan, k, v, log_decay, reverse=False, final=False)
-    o, final = attend_triton(plan, q, k, v, states, initial, return_final=return_final)
+    o, final = _outputs(plan, q, k, v, states, plan.state(initial), return_final)
     return o, final, states
 
 
@@ -104,13 +104,22 @@ def attend_triton(
     v: Tensor,
     states: SegmentStates,
     entry_state: Tensor | None,
-    *,
-    return_final: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Outputs [B, T, H, V] and, if asked for, the exit states [S, H, K, V]."""
+) -> Tensor:
+    """Outputs [B, T, H, V] from the states of `summary_triton`."""
     q, k, v = plan.aligned(q), plan.aligned(k), plan.aligned(v)
-    entry_state = plan.state(entry_state)
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    return _outputs(plan, q, k, v, states, plan.state(entry_state), False)[0]
+
+
+def _outputs(
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    states: SegmentStates,
+    entry_state: Tensor | None,
+    return_final: bool,
+) -> tuple[Tensor, Tensor | None]:
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
     final = plan.new_state() if return_final else None
     local_states, scanned = states.into(entry_state, reverse=False)
     output_pass(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from seqpar.kernels.lightning.plan import Cut
 from seqpar.kernels.lightning.state_pass import can_be_flat, precision
 from seqpar.kernels.lightning.tuning import Config, padded
 
-__all__ = ["output_pass"]
+__all__ = ["empty_parts", "output_pass"]
 
 
 def output_pass(
@@ -40,8 +41,8 @@ def output_pass(
 
     `states` [M, H, K, V] is what each segment adds to a passing state, or, if `scanned`, what
     enters it. `transposed` says that states lie in memory as [DZ, DX] rather than [DX, DZ]. With
-    `dreach` [tiles of DZ, H, B * T] it also gets each tile's part of the gradient of the running
-    log decays, for which `of` is the tensor whose gradient w is.
+    `dreach`, made by `empty_parts`, it also gets the gradient of the running log decays, for which
+    `of` is the tensor whose gradient w is.
     """
     x, y, z = roles
     optional = (of, dreach, states, initial, final)
@@ -64,6 +65,14 @@ def output_pass(
         dreach, states, initial, final,
     )  # fmt: skip
     launch(*[tensor for tensor in given if tensor is not None])
+
+
+def empty_parts(x: Tensor, dim_z: int, config: Config, *, reverse: bool) -> Tensor:
+    """Room for the gradient of the running log decays of x's tokens: [parts, H, B * T], to sum."""
+    batch, tokens, heads, _ = x.shape
+    parts = config.value_tile // 16 + (0 if reverse else config.chunk // 16 + 2)
+    shape = (triton.cdiv(dim_z, config.value_tile) * parts, heads, batch * tokens)
+    return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
 def _output_launch(

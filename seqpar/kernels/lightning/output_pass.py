@@ -43,18 +43,19 @@ def _entry_product(b_S, b_x, PRECISION: tl.constexpr):
 
 @triton.jit
 def _pairs(
-    b_x, b_y, b_z, b_u, b_reach, H,
+    b_x, b_y, b_z, b_u, b_reach, p_parts, stride_parts, num_tokens, H,
     REVERSE: tl.constexpr, GRAD: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P [j, i] = (y_j . x_i) times the decay between j and i, 0 where j is not before i; and what
-    pairs add to the gradient of G.
+    """P [j, i] = (y_j . x_i) times the decay between j and i, 0 where j is not before i.
+
+    With GRAD it also stores what the pairs add to the gradient of G: a row sum minus a column sum
+    of the same numbers, which cancel exactly for pairs that cross no token.
 
     The branch is always taken. Triton gives a product that another product uses all warps along
     its rows: of 64 rows each half of 8 warps would compute everything. It does not follow P out
     of the branch, and divides the product among the warps.
     """
     b_P = tl.zeros([C, C], b_z.dtype)
-    b_dreach = tl.zeros([C], tl.float32)
     if H > 0:
         o_c = tl.arange(0, C)
         if REVERSE:
@@ -66,23 +67,34 @@ def _pairs(
         b_pairs = tl.dot(b_y, tl.trans(b_x), input_precision=PRECISION)
         b_pairs *= tl.exp2(tl.where(m_pair, b_gap, -float("inf")))
         b_P = b_pairs.to(b_z.dtype)
-        if GRAD:
-            if not REVERSE:
-                b_pairs *= tl.dot(b_z, tl.trans(b_u), input_precision=PRECISION)
-                b_dreach = tl.sum(b_pairs, 0) - tl.sum(b_pairs, 1)
-    return b_P, b_dreach
+        if GRAD and not REVERSE:
+            b_pairs *= tl.dot(b_z, tl.trans(b_u), input_precision=PRECISION)
+            b_rows = tl.sum(tl.reshape(b_pairs, [C, 2, C // 2]), 2)
+            p_rows = p_parts + tl.arange(0, 2)[None, :] * stride_parts + o_c[:, None]
+            tl.store(p_rows, -b_rows, mask=(o_c < num_tokens)[:, None])
+            _store_sums(b_pairs, p_parts + 2 * stride_parts, stride_parts, num_tokens, C, C)
+    return b_P
+
+
+@triton.jit
+def _store_sums(b_x, p_parts, stride_parts, num_tokens, ROWS: tl.constexpr, C: tl.constexpr):
+    """Store the sum of b_x [ROWS, C] over each 16 rows: what one warp holds, so none waits."""
+    o_c = tl.arange(0, C)[None, :]
+    b_sums = tl.sum(tl.reshape(b_x, [ROWS // 16, 16, C]), 1)
+    p_sums = p_parts + tl.arange(0, ROWS // 16)[:, None] * stride_parts + o_c
+    tl.store(p_sums, b_sums, mask=o_c < num_tokens)
 
 
 @triton.jit
 def _chunk(
-    b_S, b_x, b_y, b_z, b_u, num_tokens, b_reach, b_back, b_ahead, last, H,
+    b_S, b_x, b_y, b_z, b_u, num_tokens, b_reach, b_back, b_ahead, last, p_parts, stride_parts, H,
     REVERSE: tl.constexpr, TAIL: tl.constexpr, GRAD: tl.constexpr,
-    C: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, BZ: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk: wᵀ [DZ, C], the state behind it, and the gradient of G if GRAD; all float32.
+    """One chunk: wᵀ [DZ, C] and the state behind it, in float32.
 
-    With GRAD, u [C, DZ] is the tensor whose gradient w is. Pairs within the chunk add a row sum
-    minus a column sum of the same numbers, which cancel exactly for pairs that cross no token.
+    With GRAD, u [C, DZ] is the tensor whose gradient w is, and the gradient of G is stored in
+    parts, to be summed: of the pairs (`_pairs`; not in reverse), and of u times what entered.
     """
     o_c = tl.arange(0, C)
     if TAIL:
@@ -91,11 +103,16 @@ def _chunk(
         b_z = tl.where(m_row, b_z, 0.0).to(b_z.dtype)
         if GRAD:
             b_u = tl.where(m_row, b_u, 0.0).to(b_u.dtype)
-    b_P, b_dreach = _pairs(b_x, b_y, b_z, b_u, b_reach, H, REVERSE, GRAD, C, PRECISION)
+    b_P = _pairs(
+        b_x, b_y, b_z, b_u, b_reach, p_parts, stride_parts, num_tokens, H,
+        REVERSE, GRAD, C, PRECISION,
+    )  # fmt: skip
     b_w = _entry_product(b_S, b_x, PRECISION)
     b_w = b_w * (b_ahead if REVERSE else b_back)[None, :]
     if GRAD:
-        b_dreach += tl.sum(b_w * tl.trans(b_u).to(tl.float32), 0)
+        first = 0 if REVERSE else 2 + C // 16
+        b_products = b_w * tl.trans(b_u).to(tl.float32)
+        _store_sums(b_products, p_parts + first * stride_parts, stride_parts, num_tokens, BZ, C)
     b_w = tl.dot(tl.trans(b_z), b_P, b_w, input_precision=PRECISION)
     b_S = b_S * tl.exp2(last)
     b_factor = b_back if REVERSE else b_ahead
@@ -103,7 +120,21 @@ def _chunk(
         b_factor = tl.where(o_c < num_tokens, b_factor, 0.0)
     b_y = decayed(b_y, b_factor)
     b_S = tl.dot(tl.trans(b_z), b_y, b_S, input_precision=PRECISION)
-    return b_w, b_S, b_dreach
+    return b_w, b_S
+
+
+@triton.jit
+def _parts_at(
+    p_dreach, row, i_h, i_z, H, N,
+    REVERSE: tl.constexpr, GRAD: tl.constexpr, C: tl.constexpr, BZ: tl.constexpr,
+):  # fmt: skip
+    """Where the parts of G's gradient of a chunk go, [parts, H, N], and how far apart they lie."""
+    p_parts = row  # not used without GRAD
+    stride_parts = N * tl.cast(H, tl.int64)
+    if GRAD:
+        parts = BZ // 16 if REVERSE else BZ // 16 + C // 16 + 2
+        p_parts = p_dreach + i_z * parts * stride_parts + i_h.to(tl.int64) * N + row
+    return p_parts, stride_parts
 
 
 @triton.jit
@@ -125,17 +156,15 @@ def _run_tail(
     last = (stop - row) * log2_decay
     if DECAY == 2:
         last = load_last(p_reach, slot, i_h, stride_reach, C, DECAY)
-    b_w, b_S, b_dreach = _chunk(
-        b_S, b_x, b_y, b_z, b_u, stop - row, b_reach, b_back, b_ahead, last, H,
-        REVERSE, True, GRAD, C, PRECISION,
+    p_parts, stride_parts = _parts_at(p_dreach, row, i_h, i_z, H, N, REVERSE, GRAD, C, BZ)
+    b_w, b_S = _chunk(
+        b_S, b_x, b_y, b_z, b_u, stop - row, b_reach, b_back, b_ahead, last,
+        p_parts, stride_parts, H, REVERSE, True, GRAD, C, BZ, PRECISION,
     )  # fmt: skip
     o_row = row + tl.arange(0, C)
     o_z = i_z * BZ + tl.arange(0, BZ)[None, :]
     p_out = p_w + (o_row.to(tl.int64) * H + i_h)[:, None] * DZ + o_z
     tl.store(p_out, tl.trans(b_w.to(b_x.dtype)), mask=(o_row < stop)[:, None] & (o_z < DZ))
-    if GRAD:
-        o_dreach = (i_z * H + i_h).to(tl.int64) * N + o_row
-        tl.store(p_dreach + o_dreach, b_dreach, mask=o_row < stop)
     return b_S
 
 
@@ -180,18 +209,16 @@ def _run_segment(
             last = next_last
             next_chunk = tl.maximum(i_c - 1, 0) if REVERSE else i_c + 1
             next_last = load_last(p_reach, first_slot + next_chunk, i_h, stride_reach, C, DECAY)
-        b_w, b_S, b_dreach = _chunk(
-            b_S, b_x, b_y, b_z, b_u, C, b_reach, b_back, b_ahead, last, H,
-            REVERSE, False, GRAD, C, PRECISION,
+        p_parts, stride_parts = _parts_at(p_dreach, row, i_h, i_z, H, N, REVERSE, GRAD, C, BZ)
+        b_w, b_S = _chunk(
+            b_S, b_x, b_y, b_z, b_u, C, b_reach, b_back, b_ahead, last, p_parts, stride_parts, H,
+            REVERSE, False, GRAD, C, BZ, PRECISION,
         )  # fmt: skip
         b_out = tl.trans(b_w.to(b_x.dtype))
         if FLAT:
             d_w.store([row, i_h * DZ + i_z * BZ], b_out)
         else:
             d_w.store([row, i_h, i_z * BZ], b_out.reshape(C, 1, BZ))
-        if GRAD:
-            o_dreach = (i_z * H + i_h).to(tl.int64) * N + row + tl.arange(0, C)
-            tl.store(p_dreach + o_dreach, b_dreach)
     if not REVERSE:
         if row_tail < stop:
             b_S = _run_tail(

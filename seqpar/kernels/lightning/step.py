@@ -62,9 +62,8 @@ def step_triton(
     launch = plan.step_launch
     if launch is None:
         launch = plan.step_launch = _step_launch(plan)
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    new_state = torch.empty(state.shape, dtype=torch.float32, device=v.device)
     q, k, v, state = dense(q), dense(k), dense(v), dense(state, torch.float32)
+    out, new_state = torch.empty_like(v), torch.empty_like(state)
     if log_decay is None:
         launch(q, k, v, state, out, new_state)
     else:
@@ -75,7 +74,7 @@ def step_triton(
 def _step_launch(plan: Plan) -> Launch:
     batch, tokens, heads, key_dim, value_dim = plan.problem[:5]
     decay = {0: 0, 1: 1, 3: 2}[plan.problem.decay_dims]
-    tile = min(padded(value_dim), 16 if batch * heads < 512 else 32)
+    tile = min(padded(value_dim), 16 if batch * heads < 512 else 64)
     fixed: dict[str, Any] = {
         "T": tokens, "H": heads, "K": key_dim, "V": value_dim, "DECAY": decay,
         "BK": padded(key_dim), "BV": tile,

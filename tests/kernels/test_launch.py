@@ -1,0 +1,90 @@
+"""Plans and launches: what a call shares with others of its shape, and what Triton compiles."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from seqpar.errors import KernelInputError
+from seqpar.kernels.lightning import key_value_summary
+from seqpar.kernels.lightning.plan import plan_of
+from tests.kernels.test_lightning import make_inputs, packed
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from seqpar.kernels.direct_launch import _checked_sizes
+from seqpar.kernels.lightning.state_pass import segment_states_kernel as kernel
+
+constants = {
+    "d_reach": None, "p_reach": None, "p_by_segment": None, "stride_reach": 0, "DECAY": 1,
+    "REVERSE": False, "FLAT": True, "C": 64, "BK": 64, "BV": 64, "STAGES": 2, "PRECISION": "tf32",
+}
+kinds = {"d": "tensordesc<bf16[64,64]>", "p": "*fp32"}
+signature = {
+    name: "constexpr" if name in constants else kinds.get(name.split("_")[0], "i32")
+    for name in kernel.arg_names
+}
+signature |= {"p_list": "*i32", "p_bounds": "*i32"}
+compiled = compile(ASTSource(kernel, signature, constants, {}), target=GPUTarget("cuda", 90, 32))
+print(_checked_sizes(compiled))
+"""
+DESCRIPTOR = (128, 4, 4, 8, 8)
+"""A tensor map, two numbers of rows and columns, two strides."""
+
+
+def test_parameters_lie_as_direct_launches_expect_them() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILE],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    scratch = (8, 8)
+    expected = (*DESCRIPTOR, *DESCRIPTOR, *[8] * 4, *[4] * 4, *scratch)
+    assert done.stdout.strip() == str(expected)
+
+
+def test_calls_of_one_shape_share_a_plan() -> None:
+    one, other = (make_inputs(decay="fixed", seed=seed) for seed in (0, 1))
+    plans = [
+        plan_of(x["k"], x["v"], log_decay=x["log_decay"], cu_seqlens=None) for x in (one, other)
+    ]
+    assert plans[0] is plans[1]
+    longer = make_inputs(decay="fixed", tokens=151)
+    plan = plan_of(longer["k"], longer["v"], log_decay=longer["log_decay"], cu_seqlens=None)
+    assert plan is not plans[0]
+
+
+def test_bounds_are_looked_at_in_every_call() -> None:
+    x = make_inputs(decay="none", batch=1, tokens=100)
+    bounds = packed((60, 40))
+    plan = plan_of(x["k"], x["v"], log_decay=None, cu_seqlens=bounds)
+    assert plan.state_shape[0] == 2
+    bounds[1] = 70  # in place: the same tensor, another packing
+    assert plan_of(x["k"], x["v"], log_decay=None, cu_seqlens=bounds).bounds == (0, 70, 100)
+    bounds[1] = 0
+    with pytest.raises(KernelInputError, match="must increase"):
+        plan_of(x["k"], x["v"], log_decay=None, cu_seqlens=bounds)
+
+
+@pytest.mark.parametrize("decay", ["none", "fixed", "token"])
+@pytest.mark.parametrize("lengths", [None, (3, 100, 47)])
+def test_transitions_are_the_sums_of_log_decays(
+    decay: str, lengths: tuple[int, ...] | None
+) -> None:
+    x = make_inputs(decay=decay, batch=2 if lengths is None else 1)
+    cu_seqlens = None if lengths is None else packed(lengths)
+    summary = key_value_summary(x["k"], x["v"], log_decay=x["log_decay"], cu_seqlens=cu_seqlens)
+    per_token = torch.zeros(x["k"].shape[:3], dtype=torch.float64)
+    if x["log_decay"] is not None:
+        per_token += x["log_decay"]
+    documents = list(per_token) if lengths is None else torch.split(per_token[0], lengths)
+    expected = torch.stack([document.sum(0) for document in documents])
+    torch.testing.assert_close(summary.log_transition.double(), expected)
