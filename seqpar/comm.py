@@ -70,6 +70,8 @@ _GATHER: Callable[..., Any] = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 )
 
+_BACKENDS: MutableMapping[ProcessGroup, str] = weakref.WeakKeyDictionary()
+"""What `backend_of` has found out; torch takes longer to say it than to start a message."""
 _SHARED: MutableMapping[ProcessGroup, PeerMemory | None] = weakref.WeakKeyDictionary()
 """Memory shared by `share_memory`, for as long as the group lives."""
 
@@ -109,17 +111,22 @@ def group_rank(group: ProcessGroup | None) -> int:
     """
     if group is None:
         return 0
-    rank = group.rank() if isinstance(group, ProcessGroup) else -1
-    if rank < 0:
-        raise MeshError(f"global rank {dist.get_rank()} is not in the group it was handed")
-    return rank
+    try:
+        return group.rank()
+    except AttributeError:  # torch's stand-in for a group that this process is not in
+        rank = dist.get_rank()
+        raise MeshError(f"global rank {rank} is not in the group it was handed") from None
 
 
 def backend_of(group: ProcessGroup | None) -> str:
     """ "nccl" if the group moves CUDA tensors itself, else "gloo"; "none" for None."""
     if group is None:
         return "none"
-    return "nccl" if "nccl" in dist.get_backend(group) else "gloo"
+    name = _BACKENDS.get(group)
+    if name is None:
+        name = "nccl" if "nccl" in dist.get_backend(group) else "gloo"
+        _BACKENDS[group] = name
+    return name
 
 
 # -- collectives ------------------------------------------------------------------------------

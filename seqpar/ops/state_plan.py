@@ -113,6 +113,18 @@ class RankPlan:
         """Whether the gradients are computed while gradients of states travel."""
         return self.overlap and (self.adds_later or not self.places.gives)
 
+    @cached_property
+    def is_simple(self) -> bool:
+        """Whether this rank is one run, each rank at most one giving link, no head is cut off, no
+        transition travels, and everything is waited for: what `state_lean` takes."""
+        scans = (self.forward_scan, self.backward_scan)
+        return (
+            self.places.num_runs == 1
+            and all(scan.chain.most_givers == 1 for scan in scans)
+            and all(scan.far_heads is None and not scan.carries for scan in scans)
+            and not (self.computes_beside_forward or self.computes_beside_backward)
+        )
+
 
 def _reaches_few(log_decay: tuple[float, ...], num_tokens: int) -> bool:
     """Whether a state reaches so few tokens, over all heads, that they can be added to later."""

@@ -29,8 +29,6 @@ def take_tensors(value: Any, found: list[Tensor]) -> Any:
             return value
         found.append(value)
         return _Slot(len(found) - 1)
-    if not is_dataclass(value) or isinstance(value, type):
-        return value
     changed = {}
     for name in _names(type(value)):
         part = getattr(value, name)
@@ -43,8 +41,6 @@ def put_tensors(value: Any, tensors: tuple[Tensor, ...]) -> Any:
     """The inverse of `take_tensors`."""
     if isinstance(value, _Slot):
         return tensors[value.index]
-    if not is_dataclass(value) or isinstance(value, type):
-        return value
     changed = {}
     for name in _names(type(value)):
         part = getattr(value, name)
@@ -53,6 +49,7 @@ def put_tensors(value: Any, tensors: tuple[Tensor, ...]) -> Any:
     return replace(value, **changed) if changed else value
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _names(kind: type) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(kind))
+    """Fields of a dataclass; none of anything else."""
+    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()

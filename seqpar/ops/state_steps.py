@@ -10,6 +10,7 @@ from torch import Tensor
 from seqpar.ops.state_exchange import EXCHANGES
 from seqpar.ops.state_heads import backward_by_heads, forward_by_heads
 from seqpar.ops.state_job import Forward, Kept, StateJob
+from seqpar.ops.state_lean import lean_backward, lean_forward
 from seqpar.ops.state_mixer import Inputs
 from seqpar.ops.steps import AllReduceSum, Beside, Steps
 
@@ -18,6 +19,8 @@ __all__ = ["backward_steps", "forward_steps"]
 
 def forward_steps(job: StateJob, inputs: Inputs, initial_state: Tensor | None) -> Steps[Forward]:
     """Outputs of the local tokens. `initial_state` is [B, *state_shape]."""
+    if job.is_lean and initial_state is None:
+        return (yield from lean_forward(job, inputs))
     part = job.part
     if job.exchange == "all_to_all":
         return (yield from forward_by_heads(job, inputs, initial_state))
@@ -54,6 +57,8 @@ def backward_steps(
         dfinals = yield AllReduceSum(dfinals)
     if job.exchange == "all_to_all":
         return (yield from backward_by_heads(job, kept, do, dfinals))
+    if dfinals is None and not wants_initial_grad and job.is_lean:
+        return (yield from lean_backward(job, kept, do)), None
     part, inputs = job.part, kept.inputs
     grad_summary = part.summarize_grad(inputs, do, kept.summary, kept.entries)
     steps = EXCHANGES[job.exchange](part.backward_scan(inputs, grad_summary, dfinals))
