@@ -3,8 +3,8 @@
 Legend: B batch, T tokens on this rank.
 
 What `state_steps` and `state_local` do for any layout and exchange, these do for a rank whose
-tokens belong to one document and are one span, with no state in or out. They ask for the same messages as the general
-steps, so ranks of one group may take either.
+tokens belong to one document and are one span, with no state in or out. They ask for the same
+messages as the general steps, so ranks of one group may take either.
 """
 
 from __future__ import annotations

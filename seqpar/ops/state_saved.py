@@ -6,6 +6,7 @@ checkpointing and lives on.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -30,7 +31,7 @@ def take_tensors(value: Any, found: list[Tensor]) -> Any:
         found.append(value)
         return _Slot(len(found) - 1)
     changed = {}
-    for name in _names(type(value)):
+    for name in _names(value.__class__):
         part = getattr(value, name)
         if part is not None and (emptied := take_tensors(part, found)) is not part:
             changed[name] = emptied
@@ -42,7 +43,7 @@ def put_tensors(value: Any, tensors: tuple[Tensor, ...]) -> Any:
     if isinstance(value, _Slot):
         return tensors[value.index]
     changed = {}
-    for name in _names(type(value)):
+    for name in _names(value.__class__):
         part = getattr(value, name)
         if part is not None and (filled := put_tensors(part, tensors)) is not part:
             changed[name] = filled
@@ -50,6 +51,6 @@ def put_tensors(value: Any, tensors: tuple[Tensor, ...]) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _names(kind: type) -> tuple[str, ...]:
+def _names(kind: Hashable) -> tuple[str, ...]:
     """Fields of a dataclass; none of anything else."""
     return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
