@@ -62,6 +62,7 @@ __all__ = [
     "group_size",
     "report_saved",
     "share_memory",
+    "shares_memory",
 ]
 
 T = TypeVar("T")
@@ -162,6 +163,11 @@ def share_memory(group: ProcessGroup | None, *, max_bytes: int = 8 * 2**20) -> b
 
         _SHARED[group] = PeerMemory.open(group, max_bytes)
     return _SHARED[group] is not None
+
+
+def shares_memory(group: ProcessGroup | None) -> bool:
+    """Whether `share_memory` is in force for the group."""
+    return bool(_SHARED) and group is not None and _SHARED.get(group) is not None
 
 
 def all_gather_async(x: Tensor, group: ProcessGroup | None) -> Pending[Tensor]:
