@@ -97,21 +97,15 @@ class RankPlan:
 
     @cached_property
     def adds_later(self) -> bool:
-        """Whether states may arrive after the local work, and be added then."""
+        """Whether the local work is done while states travel, and they are added then.
+
+        Without adding, no rank computes beside an exchange, not even one that nothing enters:
+        kernels that fill the device and the exchange hold each other back.
+        """
         decay = self.kind.host_log_decay
         if not (self.overlap and self.kind.adds_later) or decay is None:
             return False
         return all(_reaches_few(decay, tokens) for tokens in self.places.link_tokens)
-
-    @cached_property
-    def computes_beside_forward(self) -> bool:
-        """Whether the outputs are computed while states travel."""
-        return self.overlap and (self.adds_later or not self.places.takes)
-
-    @cached_property
-    def computes_beside_backward(self) -> bool:
-        """Whether the gradients are computed while gradients of states travel."""
-        return self.overlap and (self.adds_later or not self.places.gives)
 
     @cached_property
     def is_simple(self) -> bool:
@@ -122,7 +116,7 @@ class RankPlan:
             self.places.num_runs == 1
             and all(scan.chain.most_givers == 1 for scan in scans)
             and all(scan.far_heads is None and not scan.carries for scan in scans)
-            and not (self.computes_beside_forward or self.computes_beside_backward)
+            and not self.adds_later
         )
 
 

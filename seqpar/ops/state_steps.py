@@ -26,7 +26,7 @@ def forward_steps(job: StateJob, inputs: Inputs, initial_state: Tensor | None) -
         return (yield from forward_by_heads(job, inputs, initial_state))
     summary = part.summarize(inputs)
     steps = EXCHANGES[job.exchange](part.forward_scan(inputs, summary, initial_state))
-    if part.plan.computes_beside_forward:
+    if part.plan.adds_later:
         here = part.entries({}, initial_state)
         received, o = yield Beside(steps, lambda: part.output(inputs, summary, here))
         part.add_entries(o, inputs, received)
@@ -63,7 +63,7 @@ def backward_steps(
     grad_summary = part.summarize_grad(inputs, do, kept.summary, kept.entries)
     steps = EXCHANGES[job.exchange](part.backward_scan(inputs, grad_summary, dfinals))
     local = (inputs, do, kept.summary, grad_summary, kept.entries)
-    if part.plan.computes_beside_backward:
+    if part.plan.adds_later:
         received, dinputs = yield Beside(steps, lambda: part.backward(*local, {}, dfinals))
         exit_grads = part.exit_grads(received)
         part.add_exit_grads(dinputs, inputs, exit_grads)
