@@ -13,19 +13,16 @@ Legend: T tokens of one rank, W ranks, H heads, D key and value dim.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
-import statistics
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from state_lasp import lasp_forms
+from state_timing import Setup, Times, forward_backward, graphed, take_turns
 from torch import Tensor
 
 from seqpar import comm
@@ -39,45 +36,8 @@ from seqpar.ops.state_local import RankPart
 from seqpar.ops.state_mixer import Summary
 from seqpar.ops.steps import run_steps
 
-SAMPLE_MS = 12.0
-"""A sample is as many calls back to back as take about this long."""
-
 TOLERANCE = 8e-3
 """Relative error of bfloat16 results, as in the tests."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Where and what is measured."""
-
-    group: Any
-    nccl_group: Any
-    """The same ranks, without memory that peers read."""
-    rank: int
-    world_size: int
-    device: torch.device
-    dtype: torch.dtype
-    heads: int
-    dim: int
-    rounds: int
-
-    def say(self, text: str) -> None:
-        if self.rank == 0:
-            print(text, flush=True)
-
-    def stream(self, tokens: int, count: int = 4) -> list[Tensor]:
-        """The same [1, tokens, H, D] tensors on every rank, scaled like normalised features."""
-        generator = torch.Generator(self.device).manual_seed(7)
-        shape = (1, tokens, self.heads, self.dim)
-        options = {"generator": generator, "device": self.device}
-        return [
-            (torch.randn(shape, **options) * self.dim**-0.25).to(self.dtype) for _ in range(count)
-        ]
-
-    def slopes(self) -> Tensor:
-        """log decay of each head: the ALiBi slopes that lightning models use, negative."""
-        steps = torch.arange(1, self.heads + 1, device=self.device)
-        return -torch.exp2(-8.0 * steps / self.heads)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -251,15 +211,16 @@ def time_exchanges(setup: Setup, every_heads: list[int]) -> list[dict[str, Any]]
         part = RankPart.of(LightningMixer(), layout, setup.rank, (tokens,) * 3)
         state = torch.randn(1, heads, setup.dim, setup.dim, device=setup.device)
         forms = {
-            name: _exchange_form(part, (tokens,) * 3, Summary(state, None), name, setup.group)
+            name: _exchange_form(part, (tokens,) * 3, Summary(state, None), name, setup.nccl_group)
             for name in sorted(EXCHANGES)
         }
-        forms["all_gather, NCCL"] = _exchange_form(
-            part, (tokens,) * 3, Summary(state, None), "all_gather", setup.nccl_group
-        )
-        eager = {name: t.ms for name, t in _take_turns(setup, forms).items()}
-        graphs = _graphed(setup, forms)
-        device = {name: t.ms for name, t in _take_turns(setup, graphs).items()}
+        if comm.shares_memory(setup.group):
+            forms["all_gather, peers"] = _exchange_form(
+                part, (tokens,) * 3, Summary(state, None), "all_gather", setup.group
+            )
+        eager = {name: t.ms for name, t in take_turns(setup, forms).items()}
+        graphs = graphed(setup, forms)
+        device = {name: t.ms for name, t in take_turns(setup, graphs).items()}
         rows.append({"state_bytes": state.numel() * 4, **eager, **device, "eager_ms": eager})
         setup.say(
             f"exchange of {state.numel() / 2**18:6.1f} MiB a rank, ms (in a graph): "
@@ -312,21 +273,21 @@ def time_layer(
         "all_to_all": scattered("all_to_all", check=False),
         "gather, then compute": _gather_then_compute(setup, leaves, decay),
     }
-    forms = {name: _forward_backward(output, leaves, do) for name, output in outputs.items()}
+    forms = {name: forward_backward(output, leaves, do) for name, output in outputs.items()}
     if only is not None:
         forms = {name: form for name, form in forms.items() if name in ("local kernel", *only)}
     if lasp is not None and decay is not None:
         forms = {name: forms[name] for name in ("local kernel", "auto", "gather, then compute")}
-        forms |= _lasp_forms(setup, lasp, leaves, do, decay)
+        forms |= lasp_forms(setup, lasp, leaves, do, decay)
     setup.say(
         f"\n{tokens} tokens a rank, {setup.world_size} ranks, decay: {decay_name}; "
         f"forward and backward, ms (ratio to the local kernel)"
     )
     setup.say(str(explain_exchange(q, k, v, log_decay=decay, layout=layout, group=setup.group)))
-    times = _take_turns(setup, forms)
+    times = take_turns(setup, forms)
     setup.say("  eager: " + ", ".join(f"{name} {t.ms:.3f}" for name, t in times.items()))
-    graphs = _graphed(setup, forms) if lasp is None else {}
-    graph_times = _take_turns(setup, graphs) if graphs else {}
+    graphs = graphed(setup, forms) if lasp is None else {}
+    graph_times = take_turns(setup, graphs) if graphs else {}
     rows = []
     for name, time_ in times.items():
         with comm.count_traffic() as traffic:
@@ -366,15 +327,6 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
-def _forward_backward(
-    output: Callable[[], Tensor], leaves: list[Tensor], do: Tensor
-) -> Callable[[], None]:
-    def run() -> None:
-        torch.autograd.grad(output(), leaves, do)
-
-    return run
-
-
 class _GatherTokens(torch.autograd.Function):
     """[1, T, H, D] of every rank to [1, N, H, D]; backward sums over ranks and takes its own."""
 
@@ -402,138 +354,6 @@ def _gather_then_compute(
         return o.chunk(setup.world_size, 1)[setup.rank]
 
     return run
-
-
-def _lasp_forms(
-    setup: Setup, checkout: Path, leaves: list[Tensor], do: Tensor, decay: Tensor
-) -> dict[str, Callable[[], None]]:
-    """The public LASP kernels' rings, those that run here; its layout is [B, H, T, D]."""
-    if str(checkout) not in sys.path:
-        sys.path.insert(0, str(checkout))
-    try:
-        import lasp
-        from lasp.utils import initialize_lasp, sequence_parallel_is_initialized
-
-        if not sequence_parallel_is_initialized():
-            initialize_lasp(1, setup.world_size)
-    except Exception as error:
-        setup.say(f"LASP cannot be loaded: {error!r}")
-        return {}
-    q, k, v, do_ = (x.detach().transpose(1, 2).contiguous() for x in (*leaves, do))
-    heads_first = [x.requires_grad_() for x in (q, k, v)]
-    slopes = -decay.view(-1, 1, 1)
-    state = (1, setup.heads, setup.dim, setup.dim)
-
-    def form(name: str) -> Callable[[], None]:
-        function = getattr(lasp, name)
-
-        def output() -> Tensor:
-            buffers = [torch.empty(state, device=setup.device) for _ in range(2)]
-            return function(*heads_first, slopes, *buffers)
-
-        return _forward_backward(output, heads_first, do_)
-
-    found = {}
-    for name in ("lasp_fuse", "lasp_fuse_parallel"):
-        if _lasp_runs(setup, name, (*heads_first, slopes, do_)):
-            found[f"{name} (OpenNLPLab)"] = form(name)
-    return found
-
-
-def _lasp_runs(setup: Setup, name: str, tensors: tuple[Tensor, ...]) -> bool:
-    """Whether its kernels run on every rank, tried without its ring: a failure there would hang."""
-    q, k, v, slopes, do = (x.detach() for x in tensors)
-    problem = ""
-    try:
-        module = importlib.import_module(f"lasp.{name}")
-        state = torch.zeros(1, setup.heads, setup.dim, setup.dim, device=setup.device)
-        if name == "lasp_fuse":
-            module.lasp_forward(q, k, v, slopes, state)
-            module.lasp_backward(q, k, v, slopes, do, state, state.clone())
-        else:
-            _, blocks, _ = module.lasp_forward(q, k, v, slopes, state, 256, 64)
-            module.lasp_backward(q, k, v, slopes, do, blocks, state, state.clone(), 256, 64)
-        _synchronize(setup)
-    except Exception as error:
-        problem = f"{type(error).__name__}: {str(error)[:300]}"
-    failed = torch.tensor([bool(problem)], device=setup.device)
-    if not comm.all_gather(failed, setup.group).any():
-        return True
-    setup.say(f"{name} does not run here: {problem!r}")
-    return False
-
-
-# -- timing -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Times:
-    """Medians of one form, of the slowest rank."""
-
-    ms: float
-    """From a common start to the device's end."""
-    host_ms: float
-    """Until the host had queued it; near `ms`, the host is what limits."""
-
-
-def _take_turns(setup: Setup, forms: dict[str, Callable[[], None]]) -> dict[str, Times]:
-    """Times of one call of each form, over rounds in which the forms take turns."""
-    inner = {}
-    for name, form in forms.items():
-        for _ in range(2):
-            form()
-        once = torch.tensor([_timed(setup, form, 1)[0]], device=setup.device)
-        slowest = float(comm.all_gather(once, setup.group).max())
-        inner[name] = max(1, min(20, round(SAMPLE_MS / slowest)))
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
-    for _ in range(setup.rounds):
-        for name, form in forms.items():
-            samples[name].append(_timed(setup, form, inner[name]))
-    medians = [
-        [statistics.median(column) for column in zip(*samples[name], strict=True)] for name in forms
-    ]
-    mine = torch.tensor(medians, device=setup.device)
-    slowest_rank = comm.all_gather(mine, setup.group).amax(0).tolist()
-    return {name: Times(*pair) for name, pair in zip(forms, slowest_rank, strict=True)}
-
-
-def _graphed(setup: Setup, forms: dict[str, Callable[[], None]]) -> dict[str, Callable[[], None]]:
-    """Each form as a CUDA graph, so that its time is the device's; those that can be captured."""
-    found: dict[str, Callable[[], None]] = {}
-    if setup.device.type != "cuda":
-        return found
-    for name, form in forms.items():
-        graph, problem = torch.cuda.CUDAGraph(), ""
-        try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                form()
-        except Exception as error:
-            problem = f"{type(error).__name__}: {str(error)[:200]}"
-        _synchronize(setup)
-        failed = torch.tensor([bool(problem)], device=setup.device)
-        if comm.all_gather(failed, setup.group).any():
-            setup.say(f"  {name} cannot be captured in a graph: {problem!r}")
-        else:
-            found[name] = graph.replay
-    return found
-
-
-def _timed(setup: Setup, form: Callable[[], None], inner: int) -> tuple[float, float]:
-    """(ms, host ms) of one call: `inner` calls back to back, from a common start."""
-    dist.barrier(setup.group)
-    _synchronize(setup)
-    start = time.perf_counter()
-    for _ in range(inner):
-        form()
-    queued = time.perf_counter()
-    _synchronize(setup)
-    stop = time.perf_counter()
-    return (stop - start) * 1e3 / inner, (queued - start) * 1e3 / inner
-
-
-def _synchronize(setup: Setup) -> None:
-    if setup.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

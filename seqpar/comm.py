@@ -62,6 +62,7 @@ __all__ = [
     "group_size",
     "report_saved",
     "share_memory",
+    "shares_memory",
 ]
 
 T = TypeVar("T")
@@ -71,6 +72,8 @@ _GATHER: Callable[..., Any] = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 )
 
+_BACKENDS: MutableMapping[ProcessGroup, str] = weakref.WeakKeyDictionary()
+"""What `backend_of` has found out; torch takes longer to say it than to start a message."""
 _SHARED: MutableMapping[ProcessGroup, PeerMemory | None] = weakref.WeakKeyDictionary()
 """Memory shared by `share_memory`, for as long as the group lives."""
 
@@ -110,17 +113,22 @@ def group_rank(group: ProcessGroup | None) -> int:
     """
     if group is None:
         return 0
-    rank = group.rank() if isinstance(group, ProcessGroup) else -1
-    if rank < 0:
-        raise MeshError(f"global rank {dist.get_rank()} is not in the group it was handed")
-    return rank
+    try:
+        return group.rank()
+    except AttributeError:  # torch's stand-in for a group that this process is not in
+        rank = dist.get_rank()
+        raise MeshError(f"global rank {rank} is not in the group it was handed") from None
 
 
 def backend_of(group: ProcessGroup | None) -> str:
     """ "nccl" if the group moves CUDA tensors itself, else "gloo"; "none" for None."""
     if group is None:
         return "none"
-    return "nccl" if "nccl" in dist.get_backend(group) else "gloo"
+    name = _BACKENDS.get(group)
+    if name is None:
+        name = "nccl" if "nccl" in dist.get_backend(group) else "gloo"
+        _BACKENDS[group] = name
+    return name
 
 
 # -- collectives ------------------------------------------------------------------------------
@@ -156,6 +164,11 @@ def share_memory(group: ProcessGroup | None, *, max_bytes: int = 8 * 2**20) -> b
 
         _SHARED[group] = PeerMemory.open(group, max_bytes)
     return _SHARED[group] is not None
+
+
+def shares_memory(group: ProcessGroup | None) -> bool:
+    """Whether `share_memory` is in force for the group."""
+    return bool(_SHARED) and group is not None and _SHARED.get(group) is not None
 
 
 def all_gather_async(x: Tensor, group: ProcessGroup | None) -> Pending[Tensor]:

@@ -16,12 +16,15 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from seqpar import comm
 from seqpar.errors import MeshError
 
 __all__ = ["GroupPool", "init_mesh"]
 
 
-def init_mesh(*, dp: int = 1, sp: int = 1, timeout: timedelta | None = None) -> DeviceMesh:
+def init_mesh(
+    *, dp: int = 1, sp: int = 1, timeout: timedelta | None = None, share_memory: bool = False
+) -> DeviceMesh:
     """A mesh with the axes "dp" (whole streams) and "sp" (parts of one stream).
 
     Neighbouring global ranks share an "sp" group. If nobody has initialised torch.distributed, it
@@ -32,6 +35,8 @@ def init_mesh(*, dp: int = 1, sp: int = 1, timeout: timedelta | None = None) -> 
         dp: how many streams are worked on at once.
         sp: how many ranks one stream is scattered over.
         timeout: how long a collective may wait, if torch.distributed is initialised here.
+        share_memory: let the CUDA ranks of an "sp" group read each other's memory where they can;
+            small all_gathers then take half the time. See `seqpar.comm.share_memory`.
 
     Raises:
         MeshError: dp * sp is not the world size, or is not positive.
@@ -44,7 +49,10 @@ def init_mesh(*, dp: int = 1, sp: int = 1, timeout: timedelta | None = None) -> 
         _initialise(has_cuda, timeout)
     _check_size(dp, sp, dist.get_world_size())
     device_type = "cuda" if "nccl" in dist.get_backend() else "cpu"
-    return init_device_mesh(device_type, (dp, sp), mesh_dim_names=("dp", "sp"))
+    mesh = init_device_mesh(device_type, (dp, sp), mesh_dim_names=("dp", "sp"))
+    if share_memory:
+        comm.share_memory(mesh["sp"].get_group())
+    return mesh
 
 
 def _check_size(dp: int, sp: int, world_size: int) -> None:
@@ -73,11 +81,12 @@ class GroupPool:
     """Process groups of the world, by their global ranks; each is made once and reused.
 
     Example: with 4 ranks, `pool.prepare([(0, 1), (2, 3), (0, 1, 2, 3)])` on all of them, and then
-    `pool.group((0, 1))` on ranks 0 and 1.
+    `pool.group((0, 1))` on ranks 0 and 1. `share_memory` is that of `init_mesh`, for each group.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, share_memory: bool = False) -> None:
         self._groups: dict[tuple[int, ...], ProcessGroup | None] = {}
+        self._share_memory = share_memory
 
     def prepare(self, groups: Sequence[tuple[int, ...]]) -> None:
         """Make the groups that do not exist yet. Collective: the same argument on every rank.
@@ -92,7 +101,9 @@ class GroupPool:
             _check_ranks(tuple(ranks), world_size)
         for ranks in groups:
             if tuple(ranks) not in self._groups:
-                self._groups[tuple(ranks)] = _new_group(tuple(ranks))
+                group = self._groups[tuple(ranks)] = _new_group(tuple(ranks))
+                if self._share_memory:
+                    comm.share_memory(group)
 
     def group(self, ranks: Sequence[int]) -> ProcessGroup | None:
         """The group of these global ranks; None for one rank alone.

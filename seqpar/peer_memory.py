@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import socket
-from functools import partial
 from typing import Any
 
 import torch
@@ -95,6 +94,7 @@ class PeerMemory:
         launch(message, gathered)
 
     def _launch(self, words: int, slot: int) -> Any:
+        from seqpar.kernels.launch import Launch
         from seqpar.kernels.peer_gather_kernel import peer_gather_kernel
 
         fixed = {
@@ -109,5 +109,4 @@ class PeerMemory:
             "TILE": _TILE_WORDS,
         }
         grid = (min(_MAX_BLOCKS, -(-words // _TILE_WORDS)),)
-        kernel: Any = peer_gather_kernel
-        return partial(kernel[grid], **fixed, num_warps=8)
+        return Launch(peer_gather_kernel, grid, fixed=fixed, num_warps=8)

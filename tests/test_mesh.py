@@ -13,7 +13,8 @@ from tests.ranks import run_ranks
 
 
 def _mesh(rank: int) -> tuple[list[int], list[int]]:
-    mesh = init_mesh(dp=2, sp=2)
+    mesh = init_mesh(dp=2, sp=2, share_memory=True)
+    assert not comm.shares_memory(mesh["sp"].get_group()), "no CUDA device, nothing to share"
     members = []
     for axis in ("dp", "sp"):
         group = mesh[axis].get_group()
@@ -29,7 +30,7 @@ def test_neighbouring_ranks_share_a_stream() -> None:
 
 
 def _pool(rank: int) -> None:
-    pool = GroupPool()
+    pool = GroupPool(share_memory=True)
     pool.prepare([(0, 1), (2, 3), (0, 1, 2, 3), (1,), (0, 1)])
     pair = (0, 1) if rank < 2 else (2, 3)
     group = pool.group(pair)

@@ -226,8 +226,8 @@ class _ScatteredMixer(torch.autograd.Function):
         entries = dict(zip(ctx.links, saved[ctx.num_inputs :], strict=False))
         kept = Kept(inputs, put_tensors(ctx.summary, saved), entries)
         wanted = ctx.needs_input_grad[2]
+        steps = backward_steps(ctx.job, kept, do, dfinals, wants_initial_grad=wanted)
         with comm.count_into(ctx.traffic):
-            steps = backward_steps(ctx.job, kept, do, dfinals, wants_initial_grad=wanted)
             dinputs, dinitial = run_steps(steps, ctx.group)
         if not wanted:
             return None, None, None, *dinputs

@@ -17,6 +17,7 @@ from seqpar.planners.exchange import (
     ETHERNET_LOOPBACK,
     INFINIBAND_NDR,
     NVLINK_H200,
+    PEERS_H200,
     ExchangeChoice,
     ExchangeProblem,
     Link,
@@ -32,6 +33,8 @@ def default_link(group: ProcessGroup | None) -> Link:
     """Figures for a group by its backend and size: loopback, NVLink in a host, else InfiniBand."""
     if comm.backend_of(group) != "nccl":
         return ETHERNET_LOOPBACK
+    if comm.shares_memory(group):
+        return PEERS_H200
     return NVLINK_H200 if comm.group_size(group) <= GPUS_PER_HOST else INFINIBAND_NDR
 
 

@@ -16,7 +16,7 @@ from seqpar.ops.state_chain import decayed
 from seqpar.ops.state_scan import Entries, Scan, ScanPlan
 from seqpar.ops.steps import AllGather, Steps, Swap, Together
 
-__all__ = ["all_gather_states"]
+__all__ = ["all_gather_states", "entry_of"]
 
 
 def all_gather_states(scan: Scan) -> Steps[Entries]:
@@ -91,6 +91,17 @@ def _prefixes(scan: Scan, gathered: Tensor) -> Entries:
         )
         return dict(zip(plan.takers, sums.unbind(0), strict=True))
     return {link: _prefix(scan, link, messages) for link in plan.takers}
+
+
+def entry_of(plan: ScanPlan, gathered: Tensor, log_decay: Tensor | None) -> Tensor | None:
+    """What enters this rank's only link, from states gathered one a rank; None: nothing does."""
+    if not plan.takers:
+        return None
+    (link,) = plan.takers
+    if plan.has_one_source:
+        entry = gathered[plan.chain.slots[link - 1]]
+        return entry.clone() if len(gathered) > 2 else entry
+    return _prefixes(Scan(plan, {}, log_decay), gathered)[link]
 
 
 def _prefix(scan: Scan, link: int, messages: Tensor) -> Tensor:

@@ -24,6 +24,12 @@ class StateJob:
     exchange: str
     return_final_state: bool
 
+    @property
+    def is_lean(self) -> bool:
+        """Whether `state_lean` does, unless an initial state is given."""
+        plain = self.exchange == "all_gather" and not self.return_final_state
+        return plain and self.part.plan.is_simple
+
 
 @dataclass(frozen=True)
 class Kept:

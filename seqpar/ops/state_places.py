@@ -40,16 +40,6 @@ class RankPlaces:
         """Tokens of each of the rank's links."""
         return [self.chain.links[link].num_tokens for link in self.links]
 
-    @cached_property
-    def takes(self) -> bool:
-        """Whether a state enters any of the rank's links."""
-        return any(self.chain.links[link].takes for link in self.links)
-
-    @cached_property
-    def gives(self) -> bool:
-        """Whether a state leaves any of the rank's links."""
-        return any(self.chain.links[link].gives for link in self.links)
-
     def mirror(self, link: int) -> int:
         """The link's index in the reversed chain, and back."""
         return len(self.chain.links) - 1 - link

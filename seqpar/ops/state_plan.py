@@ -97,21 +97,27 @@ class RankPlan:
 
     @cached_property
     def adds_later(self) -> bool:
-        """Whether states may arrive after the local work, and be added then."""
+        """Whether the local work is done while states travel, and they are added then.
+
+        Without adding, no rank computes beside an exchange, not even one that nothing enters:
+        kernels that fill the device and the exchange hold each other back.
+        """
         decay = self.kind.host_log_decay
         if not (self.overlap and self.kind.adds_later) or decay is None:
             return False
         return all(_reaches_few(decay, tokens) for tokens in self.places.link_tokens)
 
     @cached_property
-    def computes_beside_forward(self) -> bool:
-        """Whether the outputs are computed while states travel."""
-        return self.overlap and (self.adds_later or not self.places.takes)
-
-    @cached_property
-    def computes_beside_backward(self) -> bool:
-        """Whether the gradients are computed while gradients of states travel."""
-        return self.overlap and (self.adds_later or not self.places.gives)
+    def is_simple(self) -> bool:
+        """Whether this rank is one run, each rank at most one giving link, no head is cut off, no
+        transition travels, and everything is waited for: what `state_lean` takes."""
+        scans = (self.forward_scan, self.backward_scan)
+        return (
+            self.places.num_runs == 1
+            and all(scan.chain.most_givers == 1 for scan in scans)
+            and all(scan.far_heads is None and not scan.carries for scan in scans)
+            and not self.adds_later
+        )
 
 
 def _reaches_few(log_decay: tuple[float, ...], num_tokens: int) -> bool:

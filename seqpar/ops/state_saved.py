@@ -6,6 +6,7 @@ checkpointing and lives on.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -29,10 +30,8 @@ def take_tensors(value: Any, found: list[Tensor]) -> Any:
             return value
         found.append(value)
         return _Slot(len(found) - 1)
-    if not is_dataclass(value) or isinstance(value, type):
-        return value
     changed = {}
-    for name in _names(type(value)):
+    for name in _names(value.__class__):
         part = getattr(value, name)
         if part is not None and (emptied := take_tensors(part, found)) is not part:
             changed[name] = emptied
@@ -43,16 +42,15 @@ def put_tensors(value: Any, tensors: tuple[Tensor, ...]) -> Any:
     """The inverse of `take_tensors`."""
     if isinstance(value, _Slot):
         return tensors[value.index]
-    if not is_dataclass(value) or isinstance(value, type):
-        return value
     changed = {}
-    for name in _names(type(value)):
+    for name in _names(value.__class__):
         part = getattr(value, name)
         if part is not None and (filled := put_tensors(part, tensors)) is not part:
             changed[name] = filled
     return replace(value, **changed) if changed else value
 
 
-@lru_cache(maxsize=64)
-def _names(kind: type) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(kind))
+@lru_cache(maxsize=256)
+def _names(kind: Hashable) -> tuple[str, ...]:
+    """Fields of a dataclass; none of anything else."""
+    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()

@@ -10,6 +10,7 @@ from torch import Tensor
 from seqpar.ops.state_exchange import EXCHANGES
 from seqpar.ops.state_heads import backward_by_heads, forward_by_heads
 from seqpar.ops.state_job import Forward, Kept, StateJob
+from seqpar.ops.state_lean import lean_backward, lean_forward
 from seqpar.ops.state_mixer import Inputs
 from seqpar.ops.steps import AllReduceSum, Beside, Steps
 
@@ -18,12 +19,14 @@ __all__ = ["backward_steps", "forward_steps"]
 
 def forward_steps(job: StateJob, inputs: Inputs, initial_state: Tensor | None) -> Steps[Forward]:
     """Outputs of the local tokens. `initial_state` is [B, *state_shape]."""
+    if job.is_lean and initial_state is None:
+        return (yield from lean_forward(job, inputs))
     part = job.part
     if job.exchange == "all_to_all":
         return (yield from forward_by_heads(job, inputs, initial_state))
     summary = part.summarize(inputs)
     steps = EXCHANGES[job.exchange](part.forward_scan(inputs, summary, initial_state))
-    if part.plan.computes_beside_forward:
+    if part.plan.adds_later:
         here = part.entries({}, initial_state)
         received, o = yield Beside(steps, lambda: part.output(inputs, summary, here))
         part.add_entries(o, inputs, received)
@@ -54,11 +57,13 @@ def backward_steps(
         dfinals = yield AllReduceSum(dfinals)
     if job.exchange == "all_to_all":
         return (yield from backward_by_heads(job, kept, do, dfinals))
+    if dfinals is None and not wants_initial_grad and job.is_lean:
+        return (yield from lean_backward(job, kept, do)), None
     part, inputs = job.part, kept.inputs
     grad_summary = part.summarize_grad(inputs, do, kept.summary, kept.entries)
     steps = EXCHANGES[job.exchange](part.backward_scan(inputs, grad_summary, dfinals))
     local = (inputs, do, kept.summary, grad_summary, kept.entries)
-    if part.plan.computes_beside_backward:
+    if part.plan.adds_later:
         received, dinputs = yield Beside(steps, lambda: part.backward(*local, {}, dfinals))
         exit_grads = part.exit_grads(received)
         part.add_exit_grads(dinputs, inputs, exit_grads)

@@ -24,6 +24,7 @@ __all__ = [
     "ETHERNET_LOOPBACK",
     "INFINIBAND_NDR",
     "NVLINK_H200",
+    "PEERS_H200",
     "ExchangeChoice",
     "ExchangeProblem",
     "Link",
@@ -45,16 +46,22 @@ class Link:
     """η: what each further rank adds to a collective's latency."""
     gigabytes_per_s: float
     """β: one way, each rank."""
+    message_host_us: float = 0.0
+    """How much longer than a collective the host takes to queue a message; choices count it."""
 
     def transfer_ms(self, num_bytes: float) -> float:
         """Bytes over bandwidth."""
         return num_bytes / (self.gigabytes_per_s * 1e6)
 
 
-NVLINK_H200 = Link("NVLink, 2 H200 (NV18)", 60.0, 40.0, 3.0, 270.0)
-"""Two H200s, NCCL 2.28.9, torch 2.11: fits p2p and all-gathers of 2 to 256 MiB; η is assumed."""
+NVLINK_H200 = Link("NVLink, 2 H200 (NV18)", 12.0, 25.0, 3.0, 264.0, message_host_us=50.0)
+"""Two H200s, NCCL 2.28.9, torch 2.11, in CUDA graphs: all-gathers of 2 to 256 MiB within a quarter;
+messages of 2 MiB exactly, of 32 MiB by a quarter too long. η is assumed."""
 
-INFINIBAND_NDR = Link("InfiniBand NDR, 400 Gb/s a GPU", 25.0, 40.0, 8.0, 45.0)
+PEERS_H200 = Link("memory of peers, 2 H200 (NV18)", 12.0, 6.5, 2.0, 264.0, message_host_us=100.0)
+"""The same with `comm.share_memory`: all-gathers of a few MiB by one launch."""
+
+INFINIBAND_NDR = Link("InfiniBand NDR, 400 Gb/s a GPU", 25.0, 40.0, 8.0, 45.0, message_host_us=50.0)
 """Datasheet bandwidth less a tenth, and latencies assumed; measure your own cluster."""
 
 ETHERNET_LOOPBACK = Link("gloo over loopback", 300.0, 400.0, 100.0, 1.0)
@@ -122,7 +129,9 @@ class ExchangeChoice:
 def choose_exchange(problem: ExchangeProblem, link: Link) -> ExchangeChoice:
     """The exchange with the least estimate; of equals, the first in the table above."""
     names = [name for name in NAMES if problem.heads_apart or name != "all_to_all"]
-    estimates = {name: exchange_ms(name, problem, link) for name in names}
+    estimates = {
+        name: exchange_ms(name, problem, link) + _host_ms(name, problem, link) for name in names
+    }
     return ExchangeChoice(min(estimates, key=estimates.__getitem__), estimates, problem, link)
 
 
@@ -146,6 +155,19 @@ def exchange_ms(exchange: str, problem: ExchangeProblem, link: Link) -> float:
         "pipelined_chain": _pipelined_ms,
         "log_step": _log_step_ms,
     }[exchange](problem, link)
+
+
+def _host_ms(exchange: str, problem: ExchangeProblem, link: Link) -> float:
+    """What a rank's host takes longer than with one collective."""
+    if problem.reach == 0 or problem.world_size == 1:
+        return 0.0
+    rounds = {"chain": 1, "pipelined_chain": problem.slices, "log_step": _rounds(problem)}
+    return rounds.get(exchange, 0) * link.message_host_us / 1e3
+
+
+def _rounds(problem: ExchangeProblem) -> int:
+    """Of log_step."""
+    return math.ceil(math.log2(problem.reach + 1)) if _far_share(problem) > 0 else 1
 
 
 def _far_share(problem: ExchangeProblem) -> float:
@@ -187,9 +209,8 @@ def _pipelined_ms(problem: ExchangeProblem, link: Link) -> float:
 
 def _log_step_ms(problem: ExchangeProblem, link: Link) -> float:
     far, hop = _far_share(problem), link.message_us / 1e3
-    rounds = math.ceil(math.log2(problem.reach + 1)) if far > 0 else 1
     sent = problem.state_bytes * problem.links_per_rank
-    later = (rounds - 1) * (hop + link.transfer_ms(far * sent))
+    later = (_rounds(problem) - 1) * (hop + link.transfer_ms(far * sent))
     return hop + link.transfer_ms(sent) + later
 
 

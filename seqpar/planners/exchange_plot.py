@@ -16,6 +16,7 @@ from seqpar.planners.exchange import (
     INFINIBAND_NDR,
     NAMES,
     NVLINK_H200,
+    PEERS_H200,
     ExchangeProblem,
     Link,
     exchange_ms,
@@ -24,6 +25,8 @@ from seqpar.planners.exchange import (
 __all__ = ["plot_exchanges"]
 
 HEADS, DIM = 32, 128
+PEERS = "all_gather, peers"
+"""Of benchmarks/bench_state.py: `comm.share_memory` in force. Drawn dashed, up to 8 ranks."""
 LAYER = ExchangeProblem(
     world_size=2,
     reach=1,
@@ -68,11 +71,17 @@ def _by_ranks(panel: Any, link: Link, points: list[dict[str, Any]]) -> None:
     for name in NAMES:
         times = [exchange_ms(name, replace(LAYER, world_size=w, reach=w - 1), link) for w in ranks]
         panel.plot(ranks, times, label=name, color=COLOURS[name])
+    if link is NVLINK_H200:
+        layers = [replace(LAYER, world_size=w, reach=w - 1) for w in ranks[:3]]
+        times = [exchange_ms("all_gather", layer, PEERS_H200) for layer in layers]
+        panel.plot(ranks[:3], times, "--", label=PEERS, color=COLOURS["all_gather"])
     for point in points:
         if point["state_bytes"] == LAYER.state_bytes:
             for name in NAMES:
                 if name in point:
                     panel.plot([2], [point[name]], "o", color=COLOURS[name])
+            if PEERS in point:
+                panel.plot([2], [point[PEERS]], "s", mfc="none", color=COLOURS["all_gather"])
     _dress(panel, f"{link.name}: 2 MiB of state, 8,192 tokens a rank", "ranks")
 
 

@@ -27,6 +27,36 @@ from tests.tolerances import assert_close
 NAMES = [*sorted(EXCHANGES), "all_to_all"]
 
 
+def _lean(stream: Stream, layout: SequenceLayout) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """o and the gradients where no state goes in or out."""
+    mixer, ranks = LightningMixer(stream.log_decay), range(layout.world_size)
+    inputs = [tuple(layout.shard(x, rank) for x in stream.tensors) for rank in ranks]
+    parts = [RankPart.of(mixer, layout, r, inputs[r], overlap=False) for r in ranks]
+    jobs = [StateJob(part, "all_gather", False) for part in parts]
+    assert all(job.is_lean == (len(layout.runs(r)) == 1) for r, job in enumerate(jobs))
+    done = simulate([forward_steps(jobs[r], inputs[r], None) for r in ranks])
+    backward = [
+        backward_steps(
+            jobs[r], done[r].kept, layout.shard(stream.do, r), None, wants_initial_grad=False
+        )
+        for r in ranks
+    ]
+    grads = [grads for grads, _ in simulate(backward)]
+    whole = tuple(layout.unshard(list(parts)) for parts in zip(*grads, strict=True))
+    return layout.unshard([item.o for item in done]), whole
+
+
+@pytest.mark.parametrize("decay", ["none", "fixed"])
+@pytest.mark.parametrize("bounds", [(0, 41), (0, 11, 41), (0, 3, 41), (0, 10, 20, 41)])
+def test_a_rank_with_one_run_goes_straight_through(bounds: tuple[int, ...], decay: str) -> None:
+    stream = make_stream(bounds, decay, batch=2)
+    stream = replace(stream, dfinals=torch.zeros_like(stream.dfinals))
+    expected = truth(stream, bounds)
+    for world_size in range(1, 9):
+        o, grads = _lean(stream, SequenceLayout.contiguous(bounds, world_size))
+        _check(Truth(o, expected.finals, grads, None), expected, f"W={world_size}")
+
+
 def _simulated(
     stream: Stream, layout: SequenceLayout, exchange: str, *, truncate: bool = False
 ) -> Truth:

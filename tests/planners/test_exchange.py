@@ -25,11 +25,11 @@ PROBLEM = ExchangeProblem(
 
 
 def test_measured_all_gathers_of_two_h200s_are_met() -> None:
-    """16 and 256 MiB a rank took 114 and 1069 us (NCCL 2.28.9)."""
-    for mib, measured_us in ((16, 114), (256, 1069)):
+    """2 to 256 MiB a rank, NCCL 2.28.9."""
+    for mib, measured_us in ((2, 31), (16, 114), (32, 162), (256, 1069)):
         problem = replace(PROBLEM, world_size=2, reach=1, state_bytes=mib * MIB)
         estimate = exchange_ms("all_gather", problem, NVLINK_H200) * 1e3
-        assert estimate == pytest.approx(measured_us, rel=0.15)
+        assert estimate == pytest.approx(measured_us, rel=0.25)
 
 
 def test_time_grows_with_ranks_as_each_exchange_does() -> None:
