@@ -39,8 +39,8 @@ def command(
 
 def probe(address: str, cost: str | None, as_json: bool) -> None:
     """Ask every node of a cluster; exit code 1 if something would keep a job from running."""
-    from seqpar.launch.cluster_links import links_of, write_links
     from seqpar.launch.cluster_probe import probe_cluster
+    from seqpar.planners.cluster_links import links_of, write_links
     from seqpar.planners.cost import CostModel
 
     if cost is not None:

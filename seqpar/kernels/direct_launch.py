@@ -194,7 +194,7 @@ def _checked_sizes(compiled: Any) -> tuple[int, ...]:
 @lru_cache(maxsize=256)
 def _declared_sizes(ptx: str) -> tuple[int, ...]:
     entry = ptx[ptx.index(".entry") :]
-    found = re.findall(r"\.param\s+(?:\.align \d+\s+)?\.([bu])(\d+)[^,)]*", entry.split("{")[0])
+    found = re.findall(r"\.param\s+(?:\.align \d+\s+)?\.([ub])(\d+)[^,)]*", entry.split("{")[0])
     arrays = iter(re.findall(r"\.b8 \w+\[(\d+)\]", entry.split("{")[0]))
     return tuple(
         int(next(arrays)) if (kind, bits) == ("b", "8") else int(bits) // 8 for kind, bits in found

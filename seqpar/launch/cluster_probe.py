@@ -28,7 +28,7 @@ CLOCK_LIMIT_S = 1.0
 @dataclass(frozen=True)
 class ClusterReport:
     """`nodes` as each tells, `pairs` with their latency and bandwidth, `transfers` as rows of
-    (bytes that each device sends, degree, ms) for `seqpar.launch.cluster_links`, and `faults`:
+    (bytes that each device sends, degree, ms) for `seqpar.planners.cluster_links`, and `faults`:
     what would keep a job from running, each with what to change."""
 
     nodes: list[dict[str, Any]]

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from seqpar.errors import PlanError
-from seqpar.launch.cluster_links import links_of, write_links
+from seqpar.planners.cluster_links import links_of, write_links
 from seqpar.planners.cost import GIB, CostModel, LayerCost, Link
 
 

@@ -10,12 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from seqpar.errors import PlanError
-
-if TYPE_CHECKING:
-    from seqpar.planners.cost import Link
+from seqpar.planners.cost import GIB, CostModel, Link
 
 __all__ = ["links_of", "write_links"]
 
@@ -26,8 +23,6 @@ def links_of(transfers: Iterable[tuple[int, int, float]]) -> list[Link]:
     Bandwidth is the slope between the smallest and the largest message, latency what is left of
     the small one; a slope that noise has turned counts the large message's time alone.
     """
-    from seqpar.planners.cost import GIB, Link
-
     rows: dict[int, list[tuple[int, float]]] = {}
     for sent, degree, ms in transfers:
         rows.setdefault(degree, []).append((sent, ms))
@@ -48,8 +43,6 @@ def write_links(path: str, links: Iterable[Link]) -> None:
     Raises:
         PlanError: the file is no cost file, or cannot be written.
     """
-    from seqpar.planners.cost import CostModel
-
     cost = CostModel.load(path)
     by_place = {(link.degree, link.nodes): link for link in (*cost.links, *links)}
     kept = tuple(by_place[place] for place in sorted(by_place))
