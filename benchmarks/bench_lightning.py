@@ -6,7 +6,8 @@
 
 Prints each row and writes benchmarks/results/<hardware>/lightning.json as the rows come. Peers are
 measured in the same run if they are installed: fla-core (chunk_simple_gla, chunks of 64 and 128)
-and lightning_attn (OpenNLPLab). They tune themselves, so they come after our own rows.
+and lightning_attn (OpenNLPLab). They tune themselves, so they come after our own rows. With a decay
+per token only fla's forward is: it refuses to run its backward on Hopper below Triton 3.7.1.
 
 Floor: every input read once and every output written once, 4 tensors forward and 7 backward, at
 the bandwidth of a device copy measured in the same run. Times are medians of CUDA events with the
@@ -38,7 +39,7 @@ SMALL = (1, 8192, 32)
 LONG = (1, 1048576, 16)
 HEADS = 32
 """Of the other parts: peers tune themselves anew for each number of heads."""
-PARTS = ("shapes", "packed", "long", "memory", "error", "lengths", "cold")
+PARTS = ("shapes", "lengths", "memory", "error", "packed", "long", "cold")
 Row = dict[str, Any]
 Who = dict[str, Function]
 
@@ -52,21 +53,23 @@ def measure(
     batch, tokens, heads, _ = inputs[0].shape
     decay = decay_of(kind, batch, tokens, heads)
     forward, backward = forward_backward(run, inputs, decay, **more)
-    slow = name == "OpenNLPLab"
+    slow, gated_peer = name == "OpenNLPLab", name != "seqpar" and kind == "token"
     budget = 1.0 if slow else 40.0
     row: Row = {"name": name, "shape": [batch, tokens, heads], "decay": kind}
     for way, call, tensors in (("forward", forward, 4), ("backward", backward, 7)):
+        if gated_peer and way == "backward":
+            continue
         floor = tensors * batch * tokens * heads * DIM * 2 / tb_per_s / 1e9
         row[f"{way}_ms"] = median_ms(call, budget)
         row[f"{way}_share"] = floor / row[f"{way}_ms"]
         if tokens * batch <= SMALL[1] and not slow and way == "forward":
             row["forward_graph_ms"] = median_ms(graph_of(call), budget)
             row["forward_graph_share"] = floor / row["forward_graph_ms"]
-    if kind == "token":
+    if kind == "token" and not gated_peer:
         row["backward_without_decay_ms"] = median_ms(
             forward_backward(run, inputs, decay, learn_decay=False, **more)[1], budget
         )
-    if (batch, tokens, heads) == SMALL and not slow:
+    if (batch, tokens, heads) == SMALL and not slow and not gated_peer:
         row |= host_times(run, inputs, decay)
     return row
 
@@ -126,13 +129,13 @@ def describe(row: Row) -> str:
 
 
 def part_shapes(tb_per_s: float, who: Who) -> Iterator[Row]:
+    takes = {"lightning": set(who), "token": {"seqpar", "fla C=64"}}
     for shape in (*LARGE, SMALL):
         inputs = make_inputs(*shape)
         for kind in ("lightning", "none", "mean", "token"):
-            for name, run in who.items():
-                peer_without = name != "seqpar" and kind in ("none", "mean")
-                if not peer_without and (name != "OpenNLPLab" or kind == "lightning"):
-                    yield measure(name, run, inputs, kind, tb_per_s)
+            for name in who:
+                if name in takes.get(kind, {"seqpar"}):
+                    yield measure(name, who[name], inputs, kind, tb_per_s)
 
 
 def part_packed(tb_per_s: float, who: Who) -> Iterator[Row]:
@@ -162,7 +165,7 @@ def part_long(tb_per_s: float, who: Who) -> Iterator[Row]:
 def part_memory(tb_per_s: float, who: Who) -> Iterator[Row]:
     for kind in ("lightning", "token"):
         for name, run in who.items():
-            if kind == "lightning" or name != "OpenNLPLab":
+            if kind == "lightning" or name == "seqpar":
                 row = {"name": name, "shape": list(LARGE[1]), "decay": kind}
                 yield row | {"extra_share": extra_memory(run, kind)}
 
@@ -193,10 +196,13 @@ def part_error(tb_per_s: float, who: Who) -> Iterator[Row]:
             decay = (decay * torch.rand(1, 1024, HEADS, device="cuda") * 2.0).clamp(min=-0.6931)
         reference = gradients(exact_function, tuple(x.double() for x in inputs), decay.double())
         for name, run in who.items():
-            if kind == "token" and name == "OpenNLPLab":
+            if kind == "token" and name not in ("seqpar", "fla C=64"):
                 continue
-            found = gradients(run, inputs, decay)
-            errors = {n: relative(found[n], reference[n]) for n in reference}
+            if kind == "token" and name != "seqpar":
+                found = {"o": run(*inputs[:3], decay)}
+            else:
+                found = gradients(run, inputs, decay)
+            errors = {n: relative(found[n], reference[n]) for n in found}
             yield {"name": name, "decay": kind, "errors": errors}
 
 
