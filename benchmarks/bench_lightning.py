@@ -309,7 +309,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.plot:
         path = options.output or ROOT / "benchmarks/results/h200/lightning.json"
-        plot(json.loads(path.read_text()), ROOT / "docs/plots/lightning.svg")
+        plot(json.loads(path.read_text()), ROOT / "docs/lightning.svg")
         return
     folder, about = hardware()
     path = options.output or ROOT / f"benchmarks/results/{folder}/lightning.json"

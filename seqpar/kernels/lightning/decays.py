@@ -5,8 +5,9 @@
 Legend: M segments, H heads, C tokens of a chunk, L chunk slots: chunk c of segment m has slot
 bounds[m] // C + m + c, so that every chunk of every cut has its own.
 
-Decays per token are read once, [B, T, H], and written as running sums within their chunk,
-[H, L * C]: a chunk of one head is then one aligned load, and the passes need no scan of their own.
+Decays per token are read once, [B, T, H], and written as running sums within their chunk and two
+powers of them, [H, L * 3 * C]: a chunk of one head is then three aligned loads, and the passes need
+no scan and few exponentials of their own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from seqpar.kernels.launch import Launch
 from seqpar.kernels.lightning.plan import Cut
 
-__all__ = ["Decays", "head_decay", "load_decays", "load_last", "load_reach", "prepare_decays"]
+__all__ = ["Decays", "head_decay", "load_decays", "load_last", "load_row", "prepare_decays"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST_LOG_DECAY = tl.constexpr(-100.0)
@@ -33,7 +34,8 @@ class Decays(NamedTuple):
     per_head: Tensor | None
     """[H] natural log decays, fixed."""
     reach: Tensor | None = None
-    """[H, L * C] log2 decay from the beginning of a token's chunk through the token."""
+    """[H, L * 3 * C]: of each chunk the log2 decay from its beginning through a token, the decay
+    itself, and the decay from there to the chunk's end."""
     by_segment: Tensor | None = None
     """[3, M, H]: log2 decay of each segment; then how many full chunks before its end, and how many
     from its beginning, are not decayed below 2^-32."""
@@ -54,26 +56,28 @@ def head_decay(p_decay, i_h, DECAY: tl.constexpr):
 
 
 @triton.jit
-def load_reach(d_reach, slot, i_h, C: tl.constexpr):
-    """[C] running log2 decays of the chunk at `slot`.
+def load_row(d_reach, slot, row, i_h, C: tl.constexpr):
+    """[C] of a chunk's row: 0 log2 decay through a token, 1 the decay itself, 2 from it to the end.
 
     A bulk copy: every layout of use then reads shared memory, where a plain load of so few
     numbers would be repeated for each layout.
     """
-    return d_reach.load([i_h, slot * C]).reshape(C)
+    return d_reach.load([i_h, (slot * 3 + row) * C]).reshape(C)
 
 
 @triton.jit
 def load_decays(d_reach, slot, i_h, log2_decay, num_tokens, C: tl.constexpr, DECAY: tl.constexpr):
     """Of a chunk, [C] each: log2 decay through a token, that decay, and the decay behind it."""
     if DECAY == 2:
-        b_reach = load_reach(d_reach, slot, i_h, C)
-        b_ahead = tl.exp2(tl.min(b_reach, 0) - b_reach)
+        b_reach = load_row(d_reach, slot, 0, i_h, C)
+        b_back = load_row(d_reach, slot, 1, i_h, C)
+        b_ahead = load_row(d_reach, slot, 2, i_h, C)
     else:
         o_c = tl.arange(0, C)
         b_reach = (o_c + 1).to(tl.float32) * log2_decay
+        b_back = tl.exp2(b_reach)
         b_ahead = tl.exp2(tl.maximum(num_tokens - 1 - o_c, 0).to(tl.float32) * log2_decay)
-    return b_reach, tl.exp2(b_reach), b_ahead
+    return b_reach, b_back, b_ahead
 
 
 @triton.jit
@@ -81,7 +85,7 @@ def load_last(p_reach, slot, i_h, stride_reach, C: tl.constexpr, DECAY: tl.const
     """The log2 decay of the whole chunk at `slot`; 0 unless per token."""
     last = 0.0
     if DECAY == 2:
-        last = tl.load(p_reach + i_h.to(tl.int64) * stride_reach + slot * C + C - 1)
+        last = tl.load(p_reach + i_h.to(tl.int64) * stride_reach + slot * 3 * C + C - 1)
     return last
 
 
@@ -89,7 +93,7 @@ def load_last(p_reach, slot, i_h, stride_reach, C: tl.constexpr, DECAY: tl.const
 def chunk_decays_kernel(
     p_decay, p_reach, p_bounds, H, stride_reach, C: tl.constexpr, BH: tl.constexpr
 ):
-    """Running sums of one chunk; they stay level behind the end of a segment.
+    """The three rows of one chunk (`load_row`); sums stay level behind the end of a segment.
 
     Grid: (chunks of the longest segment, M, head tiles).
     """
@@ -103,9 +107,13 @@ def chunk_decays_kernel(
         p_block = p_decay + (row + o_c).to(tl.int64)[:, None] * H + o_h[None, :]
         b_decay = tl.load(p_block, mask=m_block, other=0.0).to(tl.float32)
         b_reach = tl.cumsum(tl.maximum(b_decay, LOWEST_LOG_DECAY) * LOG2E, 0)
-        o_slot = (start // C + i_m + i_c) * C + o_c
+        b_last = tl.min(b_reach, 0)
+        o_slot = (start // C + i_m + i_c) * 3 * C + o_c
         p_out = p_reach + o_h.to(tl.int64)[None, :] * stride_reach + o_slot[:, None]
-        tl.store(p_out, b_reach, mask=(o_h < H)[None, :])
+        m_head = (o_h < H)[None, :]
+        tl.store(p_out, b_reach, mask=m_head)
+        tl.store(p_out + C, tl.exp2(b_reach), mask=m_head)
+        tl.store(p_out + 2 * C, tl.exp2(b_last[None, :] - b_reach), mask=m_head)
 
 
 @triton.jit
@@ -117,18 +125,18 @@ def segment_decays_kernel(
     start, stop = tl.load(p_bounds + i_m), tl.load(p_bounds + i_m + 1)
     num_chunks = tl.cdiv(stop - start, C)
     num_full = (stop - start) // C
-    p_segment = p_reach + i_h.to(tl.int64) * stride_reach + (start // C + i_m) * C + C - 1
+    p_segment = p_reach + i_h.to(tl.int64) * stride_reach + (start // C + i_m) * 3 * C + C - 1
     total, back = 0.0, 0
     for i in range(0, num_chunks, BLOCK):
         o_c = i + tl.arange(0, BLOCK)
-        b_sum = tl.load(p_segment + o_c * C, mask=o_c < num_chunks, other=0.0)
+        b_sum = tl.load(p_segment + o_c * 3 * C, mask=o_c < num_chunks, other=0.0)
         b_before = total + tl.cumsum(b_sum, 0) - b_sum
         back += tl.sum(((b_before >= -REACH_BITS) & (o_c < num_full)).to(tl.int32), 0)
         total += tl.sum(b_sum, 0)
     behind, ahead = 0.0, 0
     for i in range(0, num_chunks, BLOCK):
         o_c = i + tl.arange(0, BLOCK)
-        b_sum = tl.load(p_segment + o_c * C, mask=o_c < num_chunks, other=0.0)
+        b_sum = tl.load(p_segment + o_c * 3 * C, mask=o_c < num_chunks, other=0.0)
         b_after = total - behind - tl.cumsum(b_sum, 0)
         ahead += tl.sum(((b_after >= -REACH_BITS) & (o_c < num_full)).to(tl.int32), 0)
         behind += tl.sum(b_sum, 0)
@@ -145,11 +153,11 @@ def prepare_decays(log_decay: Tensor, cut: Cut, chunk: int) -> Decays:
     batch, tokens, heads = log_decay.shape
     count = cut.segments.count
     num_slots = batch * tokens // chunk + count + 1
-    reach = log_decay.new_empty(heads, num_slots * chunk)
+    reach = log_decay.new_empty(heads, num_slots * 3 * chunk)
     by_segment = log_decay.new_empty(3, count, heads)
     launches = cut.launches.get("decays")
     if launches is None:
-        launches = cut.launches["decays"] = _launches(cut, heads, num_slots * chunk, chunk)
+        launches = cut.launches["decays"] = _launches(cut, heads, num_slots * 3 * chunk, chunk)
     launches[0](log_decay, reach)
     launches[1](reach, by_segment)
     return Decays(None, reach, by_segment)

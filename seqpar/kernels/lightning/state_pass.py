@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from seqpar.kernels.launch import Launch, Window
-from seqpar.kernels.lightning.decays import Decays, head_decay, load_last, load_reach
+from seqpar.kernels.lightning.decays import Decays, head_decay, load_last, load_row
 from seqpar.kernels.lightning.plan import Cut
 from seqpar.kernels.lightning.tuning import Config, padded
 
@@ -73,8 +73,7 @@ def _factors(d_reach, slot, num_tokens, distance, log2_decay, i_h,
     """
     o_c = tl.arange(0, C)
     if DECAY == 2:
-        b_reach = load_reach(d_reach, slot, i_h, C)
-        b_factor = tl.exp2(distance + (b_reach if REVERSE else tl.min(b_reach, 0) - b_reach))
+        b_factor = load_row(d_reach, slot, 1 if REVERSE else 2, i_h, C) * tl.exp2(distance)
     else:
         b_steps = o_c + 1 if REVERSE else num_tokens - 1 - o_c
         b_factor = tl.exp2(distance + tl.maximum(b_steps, 0).to(tl.float32) * log2_decay)
