@@ -12,6 +12,9 @@ With G the running sum of log decays, and a sequence's exit state S_T with gradi
 rounding errors of pairs that do not cross t would drown the rest. So a token's sum ends with its
 segment, of at most 2048 tokens, where <state, gradient of the state> is known from the states
 themselves; and within a chunk the passes take row sums minus column sums of the same numbers.
+
+Floor of it all: q, k, v, do read once, dq, dk, dv written once, 7 tensors (1.77 ms at
+(4, 32768, 32, 128) on an H200); it moves 18 and takes 6.0 ms.
 """
 
 from __future__ import annotations

@@ -18,6 +18,9 @@ the state that leaves it. Every exponent that is used is <= 0.
 The transposed form zᵀ (...) is what fits the matrix units: the state stays in the accumulator
 registers of 128 x 128 products, is rounded there to the left operand of (state)ᵀ xᵀ, and never
 passes through shared memory.
+
+Floor: x, y and z read once, w written once. At (4, 32768, 32, 128) in bfloat16 that is 1.01 ms on
+an H200; a pass takes 1.06 ms with fixed decays, 1.28 per token, 1.7 and 2.0 with GRAD.
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@ dim; `y` and `z` are the two inputs of an outer product, k and v or, backward in
 
 with G the running sum of log decays. Under a fixed decay only tokens that are not decayed below
 2^-32 are read: what lies further back is lost in float32 anyway.
+
+Floor: what is read of y and z, once: at (1, 131072, 32, 128) three quarters of both without decay
+(0.38 ms on an H200, takes 0.40), 0.02 ms where a state lasts for some hundred tokens.
 """
 
 # ruff: noqa: SIM102

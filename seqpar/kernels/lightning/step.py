@@ -3,6 +3,9 @@
 """Decoding on Triton: a few recurrent steps, the state read once and written once.
 
 Legend: B batch, T tokens, H heads, K key dim, V value dim.
+
+Floor: the state read once and written once. On an H200 with 64 heads of 128 x 128: 0.24 of it at
+batch 1 (8 us, a launch), 0.81 at 16, 0.93 at 64, 0.97 at 256.
 """
 
 from __future__ import annotations
