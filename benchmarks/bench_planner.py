@@ -193,7 +193,7 @@ def peers(sources: Any, *, seconds: float, cp_sat: Sequence[str] | None) -> dict
                 totals[solver] = totals.get(solver, 0.0) + ms
             rows.append({"sequences": len(members)} | _flat(found))
             show(rows[-1])
-        whole = Planner().plan(problem)
+        whole = Planner(repeatable=True).plan(problem)
         step = {"seqpar_joint_ms": whole.makespan_ms} | {
             solver: ms if math.isfinite(ms) else None for solver, ms in totals.items()
         }
@@ -254,7 +254,7 @@ def cells(sources: Any, batches: int, models: Sequence[str]) -> dict[str, list[d
         rows = answers.setdefault(model, [])
         grouped: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
         for name, context, problem in problems(sources, model=model, batches=batches):
-            plan = Planner(bound="none").plan(problem)
+            plan = Planner(bound="none", repeatable=True).plan(problem)
             all_devices = fixed_degree(problem, 64).makespan_ms
             one_degree = plan.baselines["best_degree_per_batch"]
             times = (plan.makespan_ms, all_devices, one_degree)

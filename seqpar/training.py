@@ -63,6 +63,9 @@ class Parity:
 class PlanExecutor:
     """Runs planned steps of a model whose forward is `model(**batch.inputs)`.
 
+    That is a seqpar model, or one that `parallelize` has wrapped; it returns logits, or something
+    that has them.
+
     Args:
         model: identical parameters on every rank.
         pool: process groups by ranks; the plan's groups are prepared before it runs.
@@ -178,7 +181,8 @@ class PlanExecutor:
     def _loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed loss of the batch's targets on this rank, and their number."""
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            return token_loss_sum(self.model(**batch.inputs), batch.labels)
+            output = self.model(**batch.inputs)
+            return token_loss_sum(getattr(output, "logits", output), batch.labels)
 
     def _sum_gradients(self) -> None:
         """One all-reduce of every gradient, flattened; ranks that had no work add zeros."""

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from seqpar.adapters.families import family_of
+from seqpar.adapters.tiny import tiny_model
 from seqpar.calibration import calibrate_model
 from seqpar.calibration_memory import saved_bytes_per_token
 from seqpar.comparison import FixedDegreeRival
@@ -26,6 +28,7 @@ from seqpar.planners import (
     ScatterProblem,
 )
 from seqpar.training import Parity, PlanExecutor, StepResult
+from seqpar.wrap import parallelize
 from tests.ranks import run_ranks
 
 LENGTHS = [61, 1, 9, 30, 2, 17, 1, 44]
@@ -102,6 +105,17 @@ def test_a_mixed_plan_equals_one_process() -> None:
         assert parity == results[0][0], "every rank is told the same"
         # The same documents each on one rank: the same mean over targets.
         assert abs(loss - heldout) < 1e-5 * heldout
+
+
+def _wrapped_parity(rank: int) -> Parity:
+    torch.manual_seed(0)
+    model = parallelize(tiny_model(family_of("llama")), None)
+    executor = PlanExecutor(model, GroupPool(), world=dist.group.WORLD, device=torch.device("cpu"))
+    return executor.check_parity(MIXED, _documents())
+
+
+def test_a_wrapped_model_runs_plans() -> None:
+    assert run_ranks(4, _wrapped_parity)[0].relative_error < 1e-5
 
 
 @pytest.mark.parametrize("planted", ["lost document", "wrong weight"])

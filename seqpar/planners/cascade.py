@@ -25,12 +25,12 @@ from seqpar.planners.batch import SortedBatch
 from seqpar.planners.clock import Clock
 from seqpar.planners.degrees import search_degrees
 from seqpar.planners.improve import improve
-from seqpar.planners.packing import Packed, Packing, Waiting, pack_most
+from seqpar.planners.packing import Packed, Packing
+from seqpar.planners.target import least_target
 
-__all__ = ["CascadeSearch", "least_target", "pack_micro_batch"]
+__all__ = ["CascadeSearch", "pack_micro_batch"]
 
 SHARES = (0.97, 1.0, 0.92)
-TARGET_PRECISION = 0.006
 MAX_CHANGES = 100_000
 LARGEST_LEAST_LINE = 3
 CASCADE_STEPS = 25
@@ -157,67 +157,6 @@ class CascadeSearch:
                 self._last_ms[m] = found.makespan_ms
             self._prefixes[key] = found
         return self._prefixes[key]
-
-
-def least_target(
-    batch: SortedBatch,
-    members: list[int],
-    least_end: list[float],
-    max_left_tokens: float,
-    *,
-    least_line: int = 0,
-    guess_ms: float = 0.0,
-) -> tuple[Packed | None, int]:
-    """The packing of about the least target that leaves no more tokens over, and its steps.
-
-    The first of `members` (the longest) is never left over. None if no target in reach succeeds,
-    which means memory: sequences that do not fit together however long the micro-batch takes.
-    `guess_ms` is where to look first.
-    """
-    low = least_end[members[0]] * (1 + 1e-9)
-    capacity = batch.devices * batch.device_token_capacity
-    if sum(batch.tokens[k] for k in members) - capacity > max_left_tokens:
-        return None, 1
-    steps, waiting = 0, Waiting(batch, members)
-
-    def attempt(target_ms: float) -> Packed | None:
-        nonlocal steps
-        packed = pack_most(
-            batch, waiting, target_ms, max_left_tokens=max_left_tokens, least_line=least_line
-        )
-        steps += packed.steps
-        if not packed.complete or (packed.left_over and packed.left_over[0] == members[0]):
-            return None
-        return packed
-
-    best = attempt(low)
-    if best is not None:
-        return best, steps
-    limit, step = low * 64, 1.06
-    high = max(guess_ms * 1.003, low * step)
-    best = attempt(high)
-    while best is None:
-        if high > limit:
-            return None, steps
-        low, high = high, high * step
-        step *= step
-        best = attempt(high)
-    high, step = best.makespan_ms, 0.97
-    while high * step > low:
-        packed = attempt(high * step)
-        if packed is None:
-            low = high * step
-            break
-        best, high = packed, packed.makespan_ms
-        step *= step
-    while high > low * (1 + TARGET_PRECISION):
-        middle = (low * high) ** 0.5
-        packed = attempt(middle)
-        if packed is None:
-            low = middle
-        else:
-            best, high = packed, packed.makespan_ms
-    return best, steps
 
 
 def pack_micro_batch(
