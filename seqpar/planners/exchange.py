@@ -58,8 +58,8 @@ NVLINK_H200 = Link("NVLink, 2 H200 (NV18)", 12.0, 25.0, 3.0, 264.0, message_host
 """Two H200s, NCCL 2.28.9, torch 2.11, in CUDA graphs: all-gathers of 2 to 256 MiB within a quarter;
 messages of 2 MiB exactly, of 32 MiB by a quarter too long. η is assumed."""
 
-PEERS_H200 = Link("memory of peers, 2 H200 (NV18)", 12.0, 6.5, 2.0, 264.0, message_host_us=100.0)
-"""The same with `comm.share_memory`: all-gathers of a few MiB by one launch."""
+PEERS_H200 = Link("memory of peers, 2 H200 (NV18)", 12.0, 8.5, 2.0, 264.0, message_host_us=100.0)
+"""The same with `comm.share_memory`: an all-gather of 2 MiB by one launch took 16.5 us."""
 
 INFINIBAND_NDR = Link("InfiniBand NDR, 400 Gb/s a GPU", 25.0, 40.0, 8.0, 45.0, message_host_us=50.0)
 """Datasheet bandwidth less a tenth, and latencies assumed; measure your own cluster."""
