@@ -82,7 +82,7 @@ def kill_raylet(job: Job, rank: int) -> None:
 
 
 def cut_host_off(job: Job, rank: int) -> None:
-    """Take a host's interface down: nothing reaches it, and nobody is told."""
+    """Cut a host's wire: nothing reaches it, and nobody is told."""
     assert job.cluster is not None
     job.cluster.cut_off_last()
 

@@ -6,6 +6,7 @@ Where namespaces are not permitted, the hosts are Ray nodes that share this mach
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -22,16 +23,18 @@ from seqpar.launch.emit import HEALTH_CHECKS
 from seqpar.launch.security import ensure_token
 
 DASHBOARD = 8265 + os.getpid() % 500
+SERIAL = itertools.count()
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
 @dataclass
 class Host:
-    """One host: its address, the words that run a command on it, and its raylet."""
+    """One host: its address, the words that run a command on it, and this side of its wire."""
 
     name: str
     address: str
     prefix: tuple[str, ...] = ()
+    wire: str | None = None
 
     def run(self, *words: str, environment: dict[str, str]) -> None:
         """Run a command on the host to its end."""
@@ -76,16 +79,17 @@ class RayHosts:
         psutil.Process(self.raylets.pop(max(self.raylets))).kill()
 
     def cut_off_last(self) -> None:
-        """Take the last host's interface down: nothing reaches it, and nothing there is told."""
+        """Cut the last host's wire: nothing reaches it, and nothing there is told."""
         index = max(self.raylets)
+        wire = self.hosts[index].wire
+        assert wire is not None, "this host is the machine itself, which must not be cut off"
         del self.raylets[index]
-        words = [*self.hosts[index].prefix, "ip", "link", "set", "eth0", "down"]
-        subprocess.run(words, check=True)
+        _ip(f"link set {wire} down")
 
     @property
     def can_cut_off(self) -> bool:
-        """Whether the hosts have interfaces of their own."""
-        return bool(self.hosts[0].prefix)
+        """Whether the hosts have wires of their own."""
+        return all(host.wire for host in self.hosts)
 
     def _raylets(self) -> set[int]:
         """The raylets of this cluster, which alone have its token."""
@@ -146,33 +150,50 @@ def ray_hosts(cpus: Sequence[int], *, started: int | None = None) -> Iterator[Ra
 @contextlib.contextmanager
 def namespaces(count: int) -> Iterator[list[Host]]:
     """Network namespaces with addresses of their own; this machine `count` times if forbidden."""
-    tag = f"{os.getpid() % 10000}"
+    tag = f"{os.getpid() % 10000}{next(SERIAL)}"  # a namespace that was deleted goes a while later
     subnet = f"10.231.{os.getpid() % 250}"
     bridge = f"sqb{tag}"
     hosts = [
-        Host(f"sq{tag}-{i}", f"{subnet}.{i + 1}", ("ip", "netns", "exec", f"sq{tag}-{i}"))
+        Host(
+            f"sq{tag}-{i}",
+            f"{subnet}.{i + 1}",
+            ("ip", "netns", "exec", f"sq{tag}-{i}"),
+            f"sqv{tag}-{i}",
+        )
         for i in range(count)
     ]
     try:
-        try:
-            _connect(bridge, tag, hosts)
-        except (OSError, subprocess.CalledProcessError):
-            yield [Host(f"node-{i}", "127.0.0.1") for i in range(count)]
-        else:
-            yield hosts
+        permitted = _permitted(bridge)
+        if permitted:
+            _connect(bridge, hosts)
+        yield hosts if permitted else _here(count)
     finally:
         for host in hosts:
+            _ip(f"link del {host.wire}", check=False)
             _ip(f"netns del {host.name}", check=False)
         _ip(f"link del {bridge}", check=False)
 
 
-def _connect(bridge: str, tag: str, hosts: list[Host]) -> None:
-    _ip(f"link add {bridge} type bridge")
+def _here(count: int) -> list[Host]:
+    return [Host(f"node-{i}", "127.0.0.1") for i in range(count)]
+
+
+def _permitted(bridge: str) -> bool:
+    """Whether this process may make links at all; makes the bridge."""
+    try:
+        _ip(f"link add {bridge} type bridge")
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return True
+
+
+def _connect(bridge: str, hosts: list[Host]) -> None:
+    """Make the hosts and wire them up; an error here is one of the harness, and is raised."""
     _ip(f"link set {bridge} up")
-    for i, host in enumerate(hosts):
+    for host in hosts:
         _ip(f"netns add {host.name}")
-        _ip(f"link add sqv{tag}{i} type veth peer name eth0 netns {host.name}")
-        _ip(f"link set sqv{tag}{i} master {bridge} up")
+        _ip(f"link add {host.wire} type veth peer name eth0 netns {host.name}")
+        _ip(f"link set {host.wire} master {bridge} up")
         _ip(f"-n {host.name} addr add {host.address}/24 dev eth0")
         _ip(f"-n {host.name} link set eth0 up")
         _ip(f"-n {host.name} link set lo up")

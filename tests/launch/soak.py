@@ -5,9 +5,9 @@
 
 A round is one job and its faults: each kind of the engine in a seeded order, at seeded moments, to
 seeded ranks. On Ray a round ends with the loss of both hosts that are not the head, of which one
-has its raylet killed and the other its interface taken down: 4 ranks, then 2 (3 CPUs are left and
-3 ranks are not allowed), then 1. Every job's history is compared with
-an unfaulted run's, and nothing may be left behind; the first difference ends the soak.
+has its raylet killed and the other its wire cut: 4 ranks, then 2 (3 CPUs are left and 3 ranks are
+not allowed), then 1. Every job's history is compared with an unfaulted run's, and nothing may be
+left behind; the first difference ends the soak.
 
 Rounds that are done are kept under benchmarks/results/<hardware>/, and the next call goes on after
 them: `--rounds` says how many to do now.
@@ -80,6 +80,8 @@ def prepared_job(folder: Path, engine: str) -> Iterator[Job]:
         ranks, cluster = 2, None
         if engine == "ray":
             ranks, cluster = 4, stack.enter_context(ray_hosts([1, 2, 2]))
+            if not cluster.can_cut_off:
+                raise SystemExit("the soak on Ray needs network namespaces: run it as root")
             settings["degrees"] = [1, 2, 4]
         yield Job(folder, engine, ranks, STEPS, STEP_S[engine], settings, cluster, volume)
 
