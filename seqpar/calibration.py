@@ -37,10 +37,15 @@ MOST_TRIES, ENOUGH_MS = 3, 600.0
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The fitted cost model, what it was fitted to, and how long measuring took."""
+    """The fitted cost model, what it was fitted to, and how long measuring took.
+
+    `first_ms` is what each measured shape took the first time, which may compile kernels, plan and
+    allocate; it is not in the fit.
+    """
 
     cost: CostModel
     measurements: tuple[GroupMeasurement, ...]
+    first_ms: tuple[float, ...]
     seconds: float
 
     def summary(self) -> str:
@@ -75,7 +80,7 @@ def calibrate_model(
             to show, within half of the free memory.
     """
     start = time.perf_counter()
-    rows = []
+    rows, first_ms = [], []
     probe = _Probe(executor, vocab_size, torch.Generator().manual_seed(seed))
     probe.once(1, (64,))  # makes gradients and workspaces
     memory = memory_use(executor, vocab_size=vocab_size, tokens=MEMORY_TOKENS)
@@ -84,7 +89,8 @@ def calibrate_model(
     for degree in degrees:
         probe.once(degree, (64,) * degree)  # connects, warms up
         for lengths in _shapes(degree, longest_tokens):
-            ms = probe.steady_ms(degree, lengths)
+            first, ms = probe.first_and_steady_ms(degree, lengths)
+            first_ms.append(first)
             rows.append(GroupMeasurement(degree=degree, lengths=lengths, ms=ms))
     executor.model.zero_grad(set_to_none=True)
     cost = fit(
@@ -93,7 +99,12 @@ def calibrate_model(
         memory_bytes_per_token=memory.bytes_per_token,
         memory_fixed_bytes=memory.fixed_bytes,
     )
-    return Calibration(cost=cost, measurements=tuple(rows), seconds=time.perf_counter() - start)
+    return Calibration(
+        cost=cost,
+        measurements=tuple(rows),
+        first_ms=tuple(first_ms),
+        seconds=time.perf_counter() - start,
+    )
 
 
 def _shapes(degree: int, longest_tokens: int) -> Iterator[tuple[int, ...]]:
@@ -115,8 +126,11 @@ def _telling_tokens(probe: _Probe, memory: MemoryUse) -> int:
     free = torch.tensor(torch.cuda.mem_get_info(executor.device)[0], device=executor.device)
     least_free = comm.all_gather(free, executor.world).min().item()
     most = min(MOST_TOKENS, int(least_free / 2 / memory.bytes_per_token))
-    least_ms, tokens = probe.steady_ms(1, (64,)), CPU_TOKENS
-    while 2 * tokens <= most and probe.steady_ms(1, (tokens,)) < TELLING_TIMES * least_ms:
+    (_, least_ms), tokens = probe.first_and_steady_ms(1, (64,)), CPU_TOKENS
+    while 2 * tokens <= most:
+        _, ms = probe.first_and_steady_ms(1, (tokens,))
+        if ms >= TELLING_TIMES * least_ms:
+            break
         tokens *= 2
     return tokens
 
@@ -129,17 +143,16 @@ class _Probe:
     vocab_size: int
     generator: torch.Generator
 
-    def steady_ms(self, degree: int, lengths: Sequence[int]) -> float:
-        """What these documents cost each time but CUDA's first, which may compile and allocate.
+    def first_and_steady_ms(self, degree: int, lengths: Sequence[int]) -> tuple[float, float]:
+        """The first time, and the least of a few; on CUDA, where the first compiles, apart from it.
 
         Ranks agree on how often they try: `once` tells all of them the same time.
         """
-        if self.executor.device.type == "cuda":
-            self.once(degree, lengths)
-        times = [self.once(degree, lengths)]
+        first = self.once(degree, lengths)
+        times = [self.once(degree, lengths) if self.executor.device.type == "cuda" else first]
         while len(times) < MOST_TRIES and sum(times) < ENOUGH_MS:
             times.append(self.once(degree, lengths))
-        return min(times)
+        return first, min(times)
 
     def once(self, degree: int, lengths: Sequence[int]) -> float:
         """The mean time of the groups: all run documents of these lengths at the same time."""
