@@ -81,7 +81,8 @@ def long_document(
     """One document on all ranks: the ring over a zigzag, and other strategies beside it."""
     layout = SequenceLayout.zigzag((0, num_tokens), recorder.size)
     whole, local = draw(num_tokens), draw(layout.tokens_on(recorder.rank))
-    rows = [Row(f"one GPU {num_tokens} torch cudnn", sdpa(SDPBackend.CUDNN_ATTENTION), whole)]
+    best = sdpa(SDPBackend.CUDNN_ATTENTION)
+    rows = [Row(f"one GPU {num_tokens} torch cudnn", best, whole, on_one_gpu=True)]
     for strategy, check in (("ring", False), ("ring", True), ("ulysses", False)):
         attend = on_ranks(layout, group, strategy=strategy, check=check)
         rows.append(Row(f"{num_tokens} {strategy} check={check}", attend, local))
@@ -89,7 +90,7 @@ def long_document(
     rows.append(Row(what, tiles_alone(layout, recorder.rank), local))
     if num_tokens == SIZES[0]:
         alone = on_ranks(SequenceLayout.contiguous((0, num_tokens), 1))
-        rows.append(Row(f"one GPU {num_tokens} seqpar", alone, whole))
+        rows.append(Row(f"one GPU {num_tokens} seqpar", alone, whole, on_one_gpu=True))
     first: tuple[float, float] = recorder.table(rows)
     return first
 
@@ -101,7 +102,7 @@ def packed_documents(recorder: Recorder, num_tokens: int, group: ProcessGroup) -
     what = f"one GPU {num_tokens} in {len(bounds) - 1} documents"
     whole = draw(num_tokens)
     alone = on_ranks(SequenceLayout.contiguous(bounds, 1))
-    rows = [Row(what, alone, whole, {"longest": longest})]
+    rows = [Row(what, alone, whole, {"longest": longest}, on_one_gpu=True)]
     for name, strategy, layout in (
         ("balanced", "ring", balanced_layout(bounds, recorder.size)),
         ("balanced", "gather", balanced_layout(bounds, recorder.size)),
@@ -119,7 +120,7 @@ def windowed(recorder: Recorder, num_tokens: int, group: ProcessGroup) -> None:
     bounds, size = (0, num_tokens), recorder.size
     whole = draw(num_tokens)
     alone = on_ranks(SequenceLayout.contiguous(bounds, 1), window=WINDOW)
-    rows = [Row(f"one GPU {num_tokens} window {WINDOW}", alone, whole)]
+    rows = [Row(f"one GPU {num_tokens} window {WINDOW}", alone, whole, on_one_gpu=True)]
     for name, layout in (
         ("balanced", balanced_layout(bounds, size, window=WINDOW)),
         ("contiguous", SequenceLayout.contiguous(bounds, size)),
@@ -138,7 +139,8 @@ def short_documents(recorder: Recorder) -> None:
         tensors = draw(num_tokens)
         rows = []
         for name, backend in BACKENDS.items():
-            row = Row(f"one GPU {num_tokens} torch {name}", sdpa(backend), tensors)
+            what = f"one GPU {num_tokens} torch {name}"
+            row = Row(what, sdpa(backend), tensors, on_one_gpu=True)
             torch.cuda.synchronize()
             started = time.monotonic()
             row.calls()[1]()

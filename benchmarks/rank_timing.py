@@ -31,6 +31,8 @@ class Row:
     attend: Callable[..., Tensor]
     tensors: Sequence[Tensor]
     facts: dict[str, Any] = field(default_factory=dict)
+    on_one_gpu: bool = False
+    """Every GPU does all of it alone: it has no efficiency."""
 
     def calls(self) -> list[Callable[[], None]]:
         """A forward call, and a forward + backward call."""
@@ -73,7 +75,7 @@ class Recorder:
         for i, row in enumerate(rows):
             forward_ms, total_ms = times[2 * i : 2 * i + 2]
             figures = {"forward_ms": forward_ms, "total_ms": total_ms}
-            if i or alone is not None:
+            if not row.on_one_gpu:
                 one = alone or first
                 figures["forward_efficiency"] = one[0] / (self.size * forward_ms)
                 figures["efficiency"] = one[1] / (self.size * total_ms)
