@@ -182,7 +182,7 @@ class _HeadLoss(torch.autograd.Function):
             if d_weight is not None:
                 _add_product(d_weight, d_logits.T, part * target)
             if d_bias is not None:
-                _add_product(d_bias[:, None], d_logits.T, target.to(d_logits.dtype))
+                d_bias += torch.where(target, d_logits, 0).sum(0, dtype=accumulate)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total
