@@ -4,7 +4,7 @@ Forward computes a block of tokens' logits, their loss and their gradients while
 keeps only the gradients of the hidden states and the weight: the scheme of Liger-Kernel's fused
 linear cross-entropy (arXiv 2410.10989). Two implementations give the same sum:
 
-- the package's own: PyTorch operations, any device and dtype;
+- the package's own: matrix products and `target_loss`, any device and dtype;
 - Liger's Triton kernels, where liger-kernel is installed and the head is one that they compute
   exactly: bf16 or fp32 on CUDA, no factor on the logits. Its own mean is never used: the sum over
   the targets is, with fp32 sums for the weight, so that the mesh's mean is as exact.
@@ -16,20 +16,23 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Any, Literal, get_args
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seqpar.errors import LayoutError, MissingExtraError
+from seqpar.kernels.target_loss import target_loss
 from seqpar.layout import IGNORE_INDEX
 from seqpar.loss import check_labels
 
 __all__ = ["HeadImplementation", "lm_head_loss_sum"]
 
 HeadImplementation = Literal["auto", "seqpar", "liger"]
-_BLOCK_LOGITS = 1 << 26  # elements of a block's fp32 logits: 256 MiB, 512 tokens of 131,072
+_LEAST_BLOCK = 1024  # tokens: products of fewer rows leave a GPU idle
+_BLOCK_BYTES = 1 << 29  # of a block's logits at most
 
 
 def lm_head_loss_sum(
@@ -51,14 +54,17 @@ def lm_head_loss_sum(
         labels: int64 [...].
         scale: the logits are multiplied by it.
         softcap: if given, logits become softcap * tanh(logits / softcap), after the scale.
-        block_tokens: tokens whose logits exist at one time; by default 256 MiB of them in fp32.
+        block_tokens: tokens whose logits exist at one time. By default as many as the hidden size
+            has entries, at least 1,024, at most 512 MiB of logits: in 16 bits they are then half
+            of the weight's fp32 gradient, which every block reads and writes.
         implementation: "liger" asks for Liger's kernels, "seqpar" for the package's own; "auto"
             takes Liger's where they fit and no `block_tokens` is asked for.
 
-    Memory beyond its arguments: one block of logits and of their fp32 log-probabilities, and when
-    gradients are wanted one tensor like `hidden` and an fp32 one like `weight`. Under autocast the
-    matrix products run in its dtype. Gradients are fp32 sums over blocks, returned in the
-    arguments' dtypes.
+    Memory beyond its arguments: one block of logits in the products' dtype (on the CPU their fp32
+    log-probabilities too), and when gradients are wanted one tensor like `hidden`, an fp32 one like
+    `weight` and, in backward, the weight's gradient in its own dtype. Under autocast the matrix
+    products run in its dtype. The weight's and the bias' gradients are fp32 sums over blocks.
+    Gradients are made in forward and given away in backward, once: `retain_graph` gives no second.
 
     Raises:
         LayoutError: labels of another shape than the hidden states' tokens, or "liger" for a head
@@ -77,7 +83,7 @@ def lm_head_loss_sum(
     with torch.autocast(device_type, enabled=False):
         if _choose(implementation, problem) == "liger":
             return _liger_sum(rows, weight, bias, aligned, softcap), targets
-        block = block_tokens or max(1, _BLOCK_LOGITS // weight.shape[0])
+        block = block_tokens or _block_tokens(weight)
         wanted = torch.is_grad_enabled()
         nll_sum: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
             rows, weight, bias, aligned, scale, softcap, block, wanted
@@ -145,6 +151,12 @@ def _liger_sum(
 # -- the package's own ----------------------------------------------------------------------------
 
 
+def _block_tokens(weight: Tensor) -> int:
+    vocabulary, width = weight.shape
+    most = _BLOCK_BYTES // (vocabulary * weight.element_size())
+    return max(1, min(max(_LEAST_BLOCK, width), most))
+
+
 class _HeadLoss(torch.autograd.Function):
     """Computes the gradients in forward, block by block, while a block's logits exist."""
 
@@ -160,73 +172,75 @@ class _HeadLoss(torch.autograd.Function):
         block_tokens: int,
         with_gradients: bool,
     ) -> Tensor:
-        accumulate = torch.promote_types(hidden.dtype, torch.float32)
-        total = hidden.new_zeros((), dtype=accumulate)
         wanted = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
-        d_hidden = torch.empty_like(hidden) if wanted[0] else None
-        d_weight = torch.zeros_like(weight, dtype=accumulate) if wanted[1] else None
-        d_bias = None
-        if bias is not None and wanted[2]:
-            d_bias = torch.zeros_like(bias, dtype=accumulate)
+        sums = _HeadGradients.of(hidden, weight, bias, wanted)
+        total = hidden.new_zeros((), dtype=_wide(hidden))
         for start in range(0, len(hidden), block_tokens):
             block = slice(start, start + block_tokens)
-            part, target = hidden[block], (labels[block] != IGNORE_INDEX)[:, None]
-            raw = part @ weight.T if bias is None else torch.addmm(bias, part, weight.T)
-            nll, d_logits = _block(raw, labels[block], scale, softcap, any(wanted))
-            total += nll
-            if d_logits is None:
-                continue
-            # Rows that are no target are zeroed in [T, E], which is smaller than [T, V].
-            if d_hidden is not None:
-                d_hidden[block] = torch.mm(d_logits, weight).mul_(target)
-            if d_weight is not None:
-                _add_product(d_weight, d_logits.T, part * target)
-            if d_bias is not None:
-                d_bias += torch.where(target, d_logits, 0).sum(0, dtype=accumulate)
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+            part = hidden[block]
+            logits = part @ weight.T if bias is None else torch.addmm(bias, part, weight.T)
+            slopes = logits if any(wanted) else None
+            total += target_loss(
+                logits,
+                labels[block],
+                gradient=slopes,
+                ignore_index=IGNORE_INDEX,
+                factor=scale,
+                cap=softcap,
+            ).sum()
+            if slopes is not None:
+                sums.add(block, slopes, part, weight)
+        ctx.sums = sums  # no saved tensors: backward scales them where they are
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = (
-            None if gradient is None else (gradient * grad_sum).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        sums, ctx.sums = ctx.sums, None
+        if sums is None:
+            raise RuntimeError(
+                "the gradients of the head's loss are made once, in forward, and backward has "
+                "taken them: run forward again"
+            )
+        return (*sums.scaled(grad_sum, ctx.dtypes), None, None, None, None, None)
+
+
+class _HeadGradients(NamedTuple):
+    """Gradients of the hidden states [T, E], the weight [V, E] and the bias [V], if wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def of(
+        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]
+    ) -> _HeadGradients:
+        wide = _wide(hidden)
+        return cls(
+            torch.empty_like(hidden) if wanted[0] else None,
+            torch.zeros_like(weight, dtype=wide) if wanted[1] else None,
+            torch.zeros_like(bias, dtype=wide) if bias is not None and wanted[2] else None,
         )
-        return (*gradients, None, None, None, None, None)
+
+    def add(self, block: slice, slopes: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        """A block's part, from its logits' gradient [t, V]."""
+        if self.hidden is not None:
+            torch.mm(slopes, weight, out=self.hidden[block])
+        if self.weight is not None:
+            _add_product(self.weight, slopes.T, hidden)
+        if self.bias is not None:
+            self.bias.add_(slopes.sum(0, dtype=self.bias.dtype))
+
+    def scaled(self, factor: Tensor, dtypes: list[torch.dtype | None]) -> Iterator[Tensor | None]:
+        """Times the factor, in place, in the arguments' dtypes."""
+        for gradient, dtype in zip(self, dtypes, strict=True):
+            yield None if gradient is None else gradient.mul_(factor).to(dtype)
 
 
-def _block(
-    raw: Tensor, labels: Tensor, scale: float, softcap: float | None, with_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The sum over targets, and softmax - one-hot of every row in the logits' own memory.
-
-    Args:
-        raw: [T, V] hidden @ weight.T + bias, overwritten.
-        labels: [T].
-
-    The logits are read and written as few times as PyTorch's kernels allow: memory bounds this.
-    """
-    accumulate = torch.promote_types(raw.dtype, torch.float32)
-    logits, slope = raw, None
-    if scale != 1.0 or softcap is not None:
-        logits = raw.to(accumulate) * scale
-        slope = torch.full_like(logits[:, :1], scale)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-        slope = scale * (1 - (logits / softcap).square())
-    log_weights = torch.log_softmax(logits, -1, dtype=accumulate)
-    index = labels.clamp(min=0)[:, None]
-    chosen = log_weights.gather(-1, index)
-    nll = -torch.where(labels != IGNORE_INDEX, chosen[:, 0], 0).sum()
-    if not with_gradient:
-        return nll, None
-    if slope is None:
-        torch.exp(log_weights, out=raw)
-        return nll, raw.scatter_(-1, index, torch.expm1(chosen).to(raw.dtype))
-    gradient = log_weights.exp_().scatter_(-1, index, torch.expm1(chosen))
-    return nll, raw.copy_(gradient.mul_(slope))
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

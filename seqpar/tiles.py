@@ -77,8 +77,15 @@ class _Tiled(torch.autograd.Function):
         ctx.run, ctx.tokens, ctx.parameters = run, tokens, parameters
         ctx.save_for_backward(hidden)
         ctx.autocast = _autocast_of(hidden.device.type)
-        outputs = [_checked(run(tile), tile, run) for tile in torch.split(hidden, tokens, 1)]
-        return torch.cat(outputs, dim=1)
+        whole: Tensor | None = None
+        for start in range(0, hidden.shape[1], tokens):
+            tile = hidden[:, start : start + tokens]
+            output = _checked(run(tile), tile, run)
+            if whole is None:
+                whole = output.new_empty(*hidden.shape[:2], *output.shape[2:])
+            whole[:, start : start + tokens] = output
+        assert whole is not None  # more tokens than a tile's
+        return whole
 
     @staticmethod
     @once_differentiable

@@ -76,6 +76,27 @@ def test_head_loss_never_holds_whole_logits() -> None:
     assert largest < num_tokens * vocab * 4 / 8
 
 
+def test_blocks_follow_the_hidden_size_within_bounds() -> None:
+    def tokens(vocabulary: int, width: int, dtype: torch.dtype) -> int:
+        return head_loss._block_tokens(torch.empty(vocabulary, width, dtype=dtype, device="meta"))
+
+    assert tokens(32768, 2048, torch.bfloat16) == 2048
+    assert tokens(131072, 2048, torch.bfloat16) == 2048
+    assert tokens(131072, 8192, torch.bfloat16) == 2048  # 512 MiB
+    assert tokens(131072, 4096, torch.float32) == 1024
+    assert tokens(32768, 256, torch.float32) == 1024
+    assert tokens(1 << 30, 8, torch.float32) == 1
+
+
+def test_gradients_are_given_away_once() -> None:
+    """Backward scales them in place; a second one would scale them again."""
+    hidden, weight, _, labels = loss_inputs(5)
+    nll, _ = lm_head_loss_sum(hidden.requires_grad_(), weight, labels)
+    nll.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="run forward again"):
+        nll.backward()
+
+
 # -- Liger's kernels ------------------------------------------------------------------------------
 
 
