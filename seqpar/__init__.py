@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     from seqpar.loaders import SequenceParallelLoader
     from seqpar.loss import chunked_token_loss, count_targets, mean_over_mesh, token_loss
     from seqpar.mesh import GroupPool, init_mesh
+    from seqpar.offload import offload_checkpoints
     from seqpar.ops.softmax import softmax_attention
     from seqpar.ops.state import state_attention
     from seqpar.parity import check_parity
     from seqpar.planners import Cluster, CostModel, Planner, ScatterPlan, ScatterProblem
-    from seqpar.tiles import tile_tokens
+    from seqpar.tiles import tile_layers, tile_tokens
     from seqpar.wrap import parallelize, unparallelize
 
 __version__ = "0.1.0"
@@ -58,6 +59,7 @@ __all__ = [
     "init_mesh",
     "lm_head_loss_sum",
     "mean_over_mesh",
+    "offload_checkpoints",
     "pack",
     "parallelize",
     "reduce_gradients",
@@ -65,6 +67,7 @@ __all__ = [
     "shard",
     "softmax_attention",
     "state_attention",
+    "tile_layers",
     "tile_tokens",
     "token_loss",
     "unparallelize",
@@ -92,6 +95,7 @@ _HOMES = {
     "init_mesh": "mesh",
     "lm_head_loss_sum": "head_loss",
     "mean_over_mesh": "loss",
+    "offload_checkpoints": "offload",
     "pack": "batch",
     "parallelize": "wrap",
     "reduce_gradients": "gradients",
@@ -99,6 +103,7 @@ _HOMES = {
     "shard": "batch",
     "softmax_attention": "ops.softmax",
     "state_attention": "ops.state",
+    "tile_layers": "tiles",
     "tile_tokens": "tiles",
     "token_loss": "loss",
     "unparallelize": "wrap",

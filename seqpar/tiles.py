@@ -20,9 +20,54 @@ from torch.autograd.function import once_differentiable
 from seqpar.adapters.wrapping import replace_forward
 from seqpar.errors import LayoutError, UnsupportedModelError
 
-__all__ = ["tile_tokens"]
+__all__ = ["tile_layers", "tile_tokens"]
 
 M = TypeVar("M", bound=nn.Module)
+
+
+_PER_TOKEN = ("MLP", "MoE", "SparseMoeBlock", "RMSNorm", "LayerNorm")
+_NORMS = ("RMSNorm", "LayerNorm")
+
+
+def tile_layers(model: M, *, tokens: int = 4096) -> M:
+    """`tile_tokens` for the MLPs, the experts and the norms of a Hugging Face model.
+
+    transformers' norms compute in fp32: recomputed whole, a layer's two hold 8 times its input.
+
+    Args:
+        model: changed in place, before `parallelize`; its classes are named as transformers names
+            them (...MLP, ...MoE, ...SparseMoeBlock, ...RMSNorm, LayerNorm).
+        tokens: of a tile.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: no such module, or one with dropout.
+    """
+    found = [child for parent in model.modules() for child in _per_token_children(parent)]
+    if not found:
+        raise UnsupportedModelError(
+            type(model).__name__,
+            "none of its layers has an MLP or a norm by transformers' names",
+            "call tile_tokens on the modules that treat every token by itself",
+        )
+    for module in found:
+        tile_tokens(module, tokens=tokens)
+    return model
+
+
+def _per_token_children(parent: nn.Module) -> list[nn.Module]:
+    from transformers import PreTrainedModel
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if isinstance(parent, GradientCheckpointingLayer):
+        names: tuple[str, ...] = _PER_TOKEN
+    elif isinstance(parent, PreTrainedModel) or type(parent).__name__.endswith("Attention"):
+        names = _NORMS  # the last norm; norms of queries and keys
+    else:
+        return []
+    return [child for child in parent.children() if type(child).__name__.endswith(names)]
 
 
 def tile_tokens(module: M, *, tokens: int = 4096) -> M:
@@ -31,6 +76,7 @@ def tile_tokens(module: M, *, tokens: int = 4096) -> M:
         for layer in model.model.layers:
             seqpar.tile_tokens(layer.mlp)
 
+    `tile_layers` does so for all such modules of a Hugging Face model.
     Forward keeps the input only; backward computes each tile again, and sums the gradients of the
     module's parameters over tiles in fp32. `unparallelize` undoes it.
 
