@@ -251,9 +251,9 @@ def _dealt(
 
 def _by_member(x: Tensor, place: Subgroup) -> list[Tensor]:
     """[B, S, h, D] in stream order -> each member's tokens in its local order."""
-    parts: list[list[Tensor]] = [[x[:, :0]] for _ in place.members]
+    parts: list[list[Tensor]] = [[] for _ in place.members]
     offset = 0
     for member, start, stop in place.pieces:  # a member's pieces come in its local order
         parts[member].append(x[:, offset : offset + stop - start])
         offset += stop - start
-    return [torch.cat(of_member, 1) for of_member in parts]
+    return [of[0] if len(of) == 1 else torch.cat([x[:, :0], *of], 1) for of in parts]
