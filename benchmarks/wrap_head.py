@@ -36,7 +36,6 @@ def head(machine: Machine) -> dict[str, Any]:
             "cross_entropy": lambda h, w, x: cross_entropy((h @ w.T).float(), x, reduction="sum"),
             "token_loss": lambda h, w, x: token_loss_sum(h @ w.T, x)[0],
             "seqpar": lambda h, w, x: lm_head_loss_sum(h, w, x, implementation="seqpar")[0],
-            "seqpar_256": lambda h, w, x: lm_head_loss_sum(h, w, x, block_tokens=256)[0],
         }
         if machine.cuda and _liger_installed():
             ways["liger"] = lambda h, w, x: lm_head_loss_sum(h, w, x, implementation="liger")[0]
@@ -52,7 +51,7 @@ def _measured(machine: Machine, way: Any, *leaves: Tensor) -> dict[str, Any]:
     machine.free()
     before = _start_of_peak(machine)
     times, norms = [], list[float]()
-    for _ in range(4 if machine.cuda else 1):
+    for _ in range(3 if machine.cuda else 1):
         machine.wait()
         started = time.perf_counter()
         loss = way(*leaves)

@@ -1,29 +1,33 @@
 """The longest stream that trains: peak memory of a step, AdamW's states included, way by way.
 
-Peaks at the longer two of three lengths give a line; where it meets 95% of the device is the
-longest stream. The shortest says whether it is a line, or whether something of a fixed size (a
-block of logits) was the peak there. Steps at the longest length itself would take minutes each:
-attention is quadratic, memory is not.
+Peaks at two lengths give a line; where it meets 95% of the device is the longest stream. It is a
+line if at no tokens it meets what is held before a step (parameters, AdamW's states, and the
+head's gradient): then nothing of a fixed size was the peak at either length. Steps at the longest
+length itself would take minutes: attention is quadratic, memory is not. So one length far out is
+run with two of the sixteen layers, and compared with what the line says of it.
 """
 
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.wrap_peers import deepspeed_ulysses, torch_context_parallel
-from benchmarks.wrapped import LLAMA, Machine
+from benchmarks.wrapped import LLAMA, Machine, recompute_layers
 from seqpar.loss import chunked_token_loss
-from seqpar.tiles import tile_tokens
+from seqpar.offload import offload_checkpoints
+from seqpar.tiles import tile_layers
 from seqpar.wrap import parallelize, unparallelize
 
 FIRST = 8192  # the optimizer's states exist after one step
-LENGTHS = (32768, 65536, 131072)
+LENGTHS = (65536, 81920)
+FAR_LAYERS, FAR_TOKENS = 2, 524288
 SHARE_OF_DEVICE = 0.95
 FAILURES = (RuntimeError, ImportError, ValueError, TypeError, AttributeError, AssertionError)
 Step = Callable[[int], Tensor]
@@ -31,16 +35,24 @@ Step = Callable[[int], Tensor]
 
 @contextmanager
 def wrapped(
-    machine: Machine, model: nn.Module, *, strategy: Any, layout: str, tiled_mlp: bool
+    machine: Machine,
+    model: nn.Module,
+    *,
+    strategy: Any,
+    layout: str,
+    tiled: bool,
+    offload: bool = False,
 ) -> Iterator[Step]:
     """Forward and backward of the wrapped model with the blockwise head."""
-    for name, module in model.named_modules() if tiled_mlp else ():
-        if name.endswith(".mlp"):
-            tile_tokens(module)
+    if tiled:
+        tile_layers(model)
+    if offload:
+        offload_checkpoints(model)
     parallelize(model, machine.mesh, strategy=strategy)
 
     def step(count: int) -> Tensor:
-        loss = chunked_token_loss(model, machine.batch(count, machine.mesh, layout))
+        batch = machine.batch(count, machine.mesh, layout)
+        loss = chunked_token_loss(model, batch, implementation="seqpar")
         loss.backward()
         return loss.detach()
 
@@ -48,6 +60,7 @@ def wrapped(
         yield step
     finally:
         unparallelize(model)
+        recompute_layers(model)
 
 
 @contextmanager
@@ -58,15 +71,17 @@ def torch_ring(machine: Machine, model: nn.Module) -> Iterator[Step]:
 RING = {"strategy": "ring", "layout": "zigzag"}
 ULYSSES = {"strategy": "ulysses", "layout": "contiguous"}
 WAYS: dict[str, Callable[[Machine, nn.Module], Any]] = {
-    "seqpar_ring_tiled_mlp": functools.partial(wrapped, **RING, tiled_mlp=True),
-    "seqpar_ulysses_tiled_mlp": functools.partial(wrapped, **ULYSSES, tiled_mlp=True),
+    "seqpar_ring_tiled": functools.partial(wrapped, **RING, tiled=True),
+    "seqpar_ring_tiled_offloaded": functools.partial(wrapped, **RING, tiled=True, offload=True),
     "deepspeed_ulysses_tiled_mlp": functools.partial(deepspeed_ulysses, tiled_mlp=True),
-    "seqpar_ring": functools.partial(wrapped, **RING, tiled_mlp=False),
-    "seqpar_ulysses": functools.partial(wrapped, **ULYSSES, tiled_mlp=False),
-    "deepspeed_ulysses": functools.partial(deepspeed_ulysses, tiled_mlp=False),
+    "seqpar_ulysses_tiled": functools.partial(wrapped, **ULYSSES, tiled=True),
     "torch_context_parallel": torch_ring,
+    "seqpar_ring": functools.partial(wrapped, **RING, tiled=False),
+    "deepspeed_ulysses": functools.partial(deepspeed_ulysses, tiled_mlp=False),
+    "seqpar_ulysses": functools.partial(wrapped, **ULYSSES, tiled=False),
 }
-"""No way but torch's holds whole logits: seqpar's head goes by blocks, DeepSpeed's by slices."""
+"""In order of worth: a time limit leaves out the last. Torch's holds whole logits, no other way."""
+TIMED = ("seqpar_ring_tiled", "seqpar_ring_tiled_offloaded", "seqpar_ring")
 
 
 class Trainer:
@@ -77,41 +92,92 @@ class Trainer:
         self.model = machine.model("llama", LLAMA, checkpointed=True)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=machine.cuda)
 
-    def peak_gib(self, step: Step, count: int) -> float | None:
+    def peak_gib(self, step: Step, count: int) -> float:
         """Peak memory of one step, which only CUDA keeps."""
         self.machine.free()
         step(self.machine.tokens(count))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return self.machine.peak_gib() if self.machine.cuda else None
+        return self.machine.peak_gib()
+
+    def held_gib(self) -> float:
+        self.machine.free()
+        return self.machine.peak_gib()
+
+    def time_ms(self, step: Step, count: int) -> float:
+        """Forward and backward at a length that has been run."""
+        self.machine.wait()
+        started = time.perf_counter()
+        step(self.machine.tokens(count))
+        self.machine.wait()
+        took = self.machine.slowest((time.perf_counter() - started) * 1e3)
+        self.optimizer.zero_grad(set_to_none=True)
+        return round(took, 1)
 
 
 def longest(machine: Machine) -> dict[str, Any]:
     """Peaks and the line through them, for seqpar and its peers."""
     trainer, found = Trainer(machine), dict[str, Any]()
-    for name, way in WAYS.items():
-        late = machine.left_out()
-        if late is not None:
-            found[name] = late
-            continue
-        try:
-            with way(machine, trainer.model) as step:
-                if not found:
-                    trainer.peak_gib(step, FIRST)
-                peaks = {count: trainer.peak_gib(step, count) for count in LENGTHS}
-            found[name] = {"peak_gib": peaks, **_line(peaks)}
-        except FAILURES as error:
-            found[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+    with WAYS["seqpar_ring_tiled"](machine, trainer.model) as step:
+        trainer.peak_gib(step, FIRST)
+    found["held_before_a_step_gib"] = trainer.held_gib()
+    for name in WAYS:
+        found[name] = machine.left_out() or _row(trainer, name)
+        if name == "deepspeed_ulysses_tiled_mlp":
+            found["far_out"] = machine.left_out() or _far_out(machine, found)
     return found
 
 
+def _row(trainer: Trainer, name: str) -> dict[str, Any]:
+    try:
+        with WAYS[name](trainer.machine, trainer.model) as step:
+            peaks = {count: trainer.peak_gib(step, count) for count in LENGTHS}
+            row: dict[str, Any] = {"peak_gib": peaks, **_line(peaks)}
+            if name in TIMED:
+                row["ms"] = {LENGTHS[-1]: trainer.time_ms(step, LENGTHS[-1])}
+    except FAILURES as error:
+        row = {"failed": f"{type(error).__name__}: {error}"[:300]}
+    return row
+
+
 def _line(peaks: dict[int, float]) -> dict[str, Any]:
+    (low, at_low), (high, at_high) = peaks.items()
     if not torch.cuda.is_available():
         return {"left_out": "the steps ran, but peak memory is read on CUDA only"}
-    (low, at_low), (high, at_high) = list(peaks.items())[1:]
     slope = (at_high - at_low) / (high - low)
     room = torch.cuda.get_device_properties(0).total_memory / 2**30 * SHARE_OF_DEVICE
     return {
         "kib_per_token": round(slope * 2**20, 3),
+        "gib_at_no_tokens": round(at_high - high * slope, 3),
         "longest_tokens_by_the_line": int(high + (room - at_high) / slope),
+    }
+
+
+def _far_out(machine: Machine, found: dict[str, Any]) -> dict[str, Any]:
+    """Two layers at a length far out, tiled and not offloaded, against the line of sixteen.
+
+    What a layer adds to the line is its checkpoint; what is held at no tokens beyond the
+    parameters and AdamW's states is the head's.
+    """
+    line = found["seqpar_ring_tiled"]
+    tokens = machine.tokens(FAR_TOKENS)
+    model = machine.model("llama", {**LLAMA, "num_hidden_layers": FAR_LAYERS}, checkpointed=True)
+    with ExitStack() as stack:
+        step = stack.enter_context(WAYS["seqpar_ring_tiled"](machine, model))
+        machine.free()
+        held = machine.peak_gib()
+        step(tokens)
+        peak = machine.peak_gib()
+    del model
+    if "kib_per_token" not in line:
+        return {"left_out": line.get("failed", line.get("left_out"))}
+    fewer = LLAMA["num_hidden_layers"] - FAR_LAYERS
+    checkpoint_kib = 2 * LLAMA["hidden_size"] / machine.ranks / 1024
+    head = line["gib_at_no_tokens"] - found["held_before_a_step_gib"]
+    slope = line["kib_per_token"] - fewer * checkpoint_kib
+    return {
+        "layers": FAR_LAYERS,
+        "tokens": tokens,
+        "peak_gib": peak,
+        "predicted_gib": round(held + head + tokens * slope / 2**20, 3),
     }

@@ -88,7 +88,7 @@ class Machine:
             dtype = torch.bfloat16 if self.cuda else torch.float32
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_layers(model)
         return model.train()
 
     def tokens(self, count: int) -> int:
@@ -131,8 +131,9 @@ class Machine:
         return float(reduced)
 
     def peak_gib(self) -> float:
-        """Most memory that tensors have held since `free`, on the fullest rank."""
-        return round(self.slowest(torch.cuda.max_memory_allocated() / 2**30), 3)
+        """Most memory that tensors have held since `free`, on the fullest rank; 0 on the CPU."""
+        peak = torch.cuda.max_memory_allocated() if self.cuda else 0
+        return round(self.slowest(peak / 2**30), 3)
 
     def left_out(self) -> dict[str, Any] | None:
         """What stands in the results in place of something that would begin too late."""
@@ -151,3 +152,9 @@ class Machine:
         if self.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+
+
+def recompute_layers(model: nn.Module) -> None:
+    """Activation checkpointing of every layer, as transformers does it."""
+    any_model: Any = model
+    any_model.gradient_checkpointing_enable({"use_reentrant": False})

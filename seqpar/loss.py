@@ -3,7 +3,7 @@
 A rank's mean is not the mean: ranks hold different numbers of target tokens. So every rank sums
 its negative log-likelihoods, and the sum is divided by the number of targets over the whole mesh.
 
-`token_loss_sum` computes in fp32 by blocks of tokens and keeps the logits and their log-sum-exp;
+`token_loss_sum` computes in fp32, on the CPU by blocks of tokens, and keeps nothing but the logits;
 seqpar/head_loss.py takes the hidden states instead and never holds whole logits.
 
 Shape letters: T tokens of this rank, V vocabulary.
@@ -11,7 +11,7 @@ Shape letters: T tokens of this rank, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from seqpar.batch import Batch
 from seqpar.comm import all_reduce_sum
 from seqpar.errors import DataError, LayoutError
+from seqpar.kernels.target_loss import target_loss
 from seqpar.layout import IGNORE_INDEX
 
 __all__ = [
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 GradReduction = Literal["mean", "sum"]
-_BLOCK_LOGITS = 1 << 26  # elements of a block's fp32 logits: 256 MiB, 512 tokens of 131,072
+_BLOCK_LOGITS = 1 << 26  # elements of a block's fp32 logits on the CPU: 256 MiB
 
 
 def token_loss(
@@ -210,48 +211,28 @@ def check_labels(what: str, values: Tensor, labels: Tensor) -> None:
         )
 
 
-def _block_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 logits [T, V], labels [T] -> (sum over targets, log-sum-exp [T])."""
-    lse = logits.logsumexp(-1)
-    target = labels != IGNORE_INDEX
-    chosen = logits.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
-    return torch.where(target, lse - chosen, 0).sum(), lse
-
-
-def _block_gradient(logits: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
-    """softmax - one-hot, zero where no target; overwrites the logits."""
-    gradient = logits.sub_(lse[:, None]).exp_()
-    rows = torch.arange(len(labels), device=labels.device)
-    gradient[rows, labels.clamp(min=0)] -= 1
-    return gradient.masked_fill_((labels == IGNORE_INDEX)[:, None], 0)
-
-
 class _LogitsLoss(torch.autograd.Function):
-    """Keeps the logits (no fp32 copy) and lse [T]; backward writes one gradient in their dtype."""
+    """Keeps the logits (no fp32 copy); backward writes one gradient in their dtype."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        block = max(1, _BLOCK_LOGITS // logits.shape[1])
-        accumulate = torch.promote_types(logits.dtype, torch.float32)
-        total = logits.new_zeros((), dtype=accumulate)
-        lses = [total.new_zeros(0)]
-        for part, wanted in zip(
-            torch.split(logits, block), torch.split(labels, block), strict=True
-        ):
-            nll, lse = _block_nll(part.to(accumulate), wanted)
-            total += nll
-            lses.append(lse)
-        ctx.save_for_backward(logits, labels, torch.cat(lses))
-        ctx.block = block
+        ctx.save_for_backward(logits, labels)
+        total = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+        for part, wanted in zip(*_blocks(logits, labels), strict=True):
+            total += target_loss(part, wanted, ignore_index=IGNORE_INDEX).sum()
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor, None]:
-        logits, labels, lse = ctx.saved_tensors
+        logits, labels = ctx.saved_tensors
         gradient = torch.empty_like(logits)
-        parts = (torch.split(x, ctx.block) for x in (logits, labels, lse, gradient))
-        for part, wanted, part_lse, out in zip(*parts, strict=True):
-            fresh = part.to(lse.dtype, copy=True)
-            out.copy_(_block_gradient(fresh, wanted, part_lse).mul_(grad_sum))
+        for part, wanted, into in zip(*_blocks(logits, labels, gradient), strict=True):
+            target_loss(part, wanted, gradient=into, weight=grad_sum, ignore_index=IGNORE_INDEX)
         return gradient, None
+
+
+def _blocks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows whose fp32 copies may exist at one time: on CUDA none are made."""
+    rows = len(logits) if logits.is_cuda else _BLOCK_LOGITS // logits.shape[1]
+    return (torch.split(x, max(1, rows)) for x in (logits, *others))

@@ -21,7 +21,7 @@ ALLOWED = {
     "planners": {"errors"},
     "ops": {"errors", "layout", "comm", "mesh", "kernels", "planners"},
     "batch": {"errors", "layout", "comm", "mesh"},
-    "loss": {"errors", "layout", "comm", "mesh", "batch"},
+    "loss": {"errors", "layout", "comm", "mesh", "kernels", "batch"},
     "models": {"errors", "layout", "comm", "mesh", "ops", "kernels"},
     "adapters": {"errors", "layout", "comm", "mesh", "ops", "kernels", "models", "batch", "loss"},
     "launch": {"errors"},

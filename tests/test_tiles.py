@@ -13,7 +13,7 @@ from seqpar.adapters.tiny import tiny_model, tiny_stream
 from seqpar.batch import shard
 from seqpar.errors import LayoutError, UnsupportedModelError
 from seqpar.parity import check_parity
-from seqpar.tiles import tile_tokens
+from seqpar.tiles import tile_layers, tile_tokens
 from seqpar.wrap import parallelize, unparallelize
 from tests.tolerances import RELATIVE, relative_error
 
@@ -95,6 +95,18 @@ def test_a_wrapped_model_with_tiles_equals_one_device(family: str) -> None:
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "granitemoehybrid", "mamba2"])
+def test_all_of_a_model_s_layers_are_tiled(family: str) -> None:
+    model = tiny_model(family)
+    tile_layers(model, tokens=8)
+    tiled = [type(module).__name__ for module in model.modules() if "forward" in module.__dict__]
+    layers = model.config.num_hidden_layers
+    assert sum(name.endswith("Norm") for name in tiled) >= layers + 1  # the last norm too
+    assert family == "mamba2" or sum(not name.endswith("Norm") for name in tiled) >= layers
+    parallelize(model, None)
+    check_parity(model, shard(tiny_stream(model, (13, 1, 29, 7)), None))
+
+
 class _Pair(nn.Module):
     def forward(self, hidden: Tensor) -> tuple[Tensor, None]:
         return hidden, None
@@ -105,5 +117,7 @@ def test_what_cannot_be_tiled_is_refused() -> None:
         tile_tokens(_mlp(), tokens=0)
     with pytest.raises(UnsupportedModelError, match="masks would differ"):
         tile_tokens(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1)))
+    with pytest.raises(UnsupportedModelError, match="by transformers' names"):
+        tile_layers(_mlp())
     with pytest.raises(UnsupportedModelError, match="it returned tuple"):
         tile_tokens(_Pair(), tokens=2)(torch.zeros(1, 5, 4))

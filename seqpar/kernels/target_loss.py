@@ -25,6 +25,7 @@ def target_loss(
     labels: Tensor,
     *,
     gradient: Tensor | None = None,
+    weight: Tensor | None = None,
     ignore_index: int = -100,
     factor: float = 1.0,
     cap: float | None = None,
@@ -36,6 +37,7 @@ def target_loss(
         labels: int64 [T], in [0, V) or `ignore_index`.
         gradient: [T, V] of the logits' dtype to write the gradient of the sum of nll into; the
             logits themselves will do. Rows to ignore become zero.
+        weight: 0-dim, float32 (float64 for float64); the gradient is of weight * sum of nll.
         factor: x = factor * logits.
         cap: if given, x = cap * tanh(factor * logits / cap).
 
@@ -50,15 +52,22 @@ def target_loss(
         from seqpar.kernels.target_loss_kernel import target_loss_triton
 
         return target_loss_triton(
-            logits, labels, gradient, ignore_index=ignore_index, factor=factor, cap=cap
+            logits,
+            labels,
+            gradient,
+            weight=weight,
+            ignore_index=ignore_index,
+            factor=factor,
+            cap=cap,
         )
-    return _in_pytorch(logits, labels, gradient, ignore_index, factor, cap)
+    return _in_pytorch(logits, labels, gradient, weight, ignore_index, factor, cap)
 
 
 def _in_pytorch(
     logits: Tensor,
     labels: Tensor,
     gradient: Tensor | None,
+    weight: Tensor | None,
     ignore_index: int,
     factor: float,
     cap: float | None,
@@ -76,6 +85,8 @@ def _in_pytorch(
         slopes = log_weights.exp_().scatter_(-1, index, torch.expm1(chosen))
         if cap is not None:
             slopes.mul_(1 - (x / cap).square())
+        if weight is not None:
+            slopes.mul_(weight)
         gradient.copy_(slopes.mul_(factor).masked_fill_(~is_target, 0))
     return -torch.where(is_target, chosen, 0)[:, 0]
 

@@ -17,9 +17,9 @@ __all__ = ["target_loss_triton"]
 
 @triton.jit
 def target_loss_kernel(
-    p_logits, p_labels, p_nll, p_gradient, factor, cap, V, stride, gradient_stride,
+    p_logits, p_labels, p_nll, p_gradient, p_weight, factor, cap, V, stride, gradient_stride,
     IGNORED: tl.constexpr, CAPPED: tl.constexpr, WITH_GRADIENT: tl.constexpr,
-    BV: tl.constexpr,
+    WEIGHTED: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Row i_t. Grid: (T,).
 
@@ -28,7 +28,8 @@ def target_loss_kernel(
         nll = m - x_y + log(sum_v exp(x_v - m)),    gradient_v = (p_v - [v = y]) dx_v / dlogits_v
 
     p_y - 1 is -(sum over the others) / sum, which keeps its digits where p_y is nearly 1. The row
-    is read twice, the second time mostly from cache. `p_gradient` may be `p_logits`.
+    is read twice, the second time mostly from cache. `p_gradient` may be `p_logits`. If WEIGHTED,
+    the gradient is multiplied by the one number at `p_weight`.
 
     Example: logits 0 and 0, target 0: nll log 2, gradient -1/2 and 1/2.
     """
@@ -56,11 +57,14 @@ def target_loss_kernel(
     tl.store(p_nll + i_t, top - x_y + tl.log(total))
     if WITH_GRADIENT:
         share = 1.0 / total
+        outer = factor
+        if WEIGHTED:
+            outer = factor * tl.load(p_weight)
         for start in range(0, V, BV):
             o_v = start + tl.arange(0, BV)
             b_x = tl.load(p_row + o_v, mask=o_v < V, other=0.0).to(tl.float32) * factor
             b_x = _bent(b_x, cap, CAPPED)
-            b_gradient = tl.where(o_v == i_y, -others * share, tl.exp(b_x - top) * share) * factor
+            b_gradient = tl.where(o_v == i_y, -others * share, tl.exp(b_x - top) * share) * outer
             if CAPPED:
                 b_gradient *= 1.0 - (b_x / cap) * (b_x / cap)
             tl.store(p_out + o_v, b_gradient.to(p_out.dtype.element_ty), mask=o_v < V)
@@ -81,6 +85,7 @@ def target_loss_triton(
     labels: Tensor,
     gradient: Tensor | None,
     *,
+    weight: Tensor | None = None,
     ignore_index: int,
     factor: float,
     cap: float | None,
@@ -92,8 +97,21 @@ def target_loss_triton(
         out = logits if gradient is None else gradient
         block = min(triton.next_power_of_2(vocabulary), 8192)
         target_loss_kernel[(num_rows,)](
-            logits, labels, nll, out, factor, 1.0 if cap is None else cap, vocabulary,
-            logits.stride(0), out.stride(0), IGNORED=ignore_index, CAPPED=cap is not None,
-            WITH_GRADIENT=gradient is not None, BV=block, num_warps=16 if block == 8192 else 4,
-        )  # fmt: skip
+            logits,
+            labels,
+            nll,
+            out,
+            nll if weight is None else weight,
+            factor,
+            1.0 if cap is None else cap,
+            vocabulary,
+            logits.stride(0),
+            out.stride(0),
+            IGNORED=ignore_index,
+            CAPPED=cap is not None,
+            WITH_GRADIENT=gradient is not None,
+            WEIGHTED=weight is not None,
+            BV=block,
+            num_warps=16 if block == 8192 else 4,
+        )
     return nll

@@ -79,9 +79,10 @@ def test_loss_and_gradient_in_the_logits_place(
 def test_the_gradient_into_other_rows_leaves_the_logits(way: Way) -> None:
     logits, labels = _case(6, 50, torch.float32, _device(way))
     kept, room = logits.clone(), torch.full((6, 80), torch.nan, device=logits.device)
-    way(logits, labels, gradient=room[:, :50])
+    weight = torch.tensor(-0.3, device=logits.device)
+    way(logits, labels, gradient=room[:, :50], weight=weight)
     assert torch.equal(logits, kept)
-    assert relative_error(room[:, :50], _reference(logits, labels, 1.0, None)[1]) < 1e-6
+    assert relative_error(room[:, :50], -0.3 * _reference(logits, labels, 1.0, None)[1]) < 1e-6
     assert room[:, 50:].isnan().all()
 
 
