@@ -105,8 +105,19 @@ def _tables(bounds: tuple[int, ...], tokens: int, device: str) -> Segments:
     successor = [i for i in by_length if i + 1 < len(starts) and sequence[i + 1] == sequence[i]]
     predecessor = [i for i in by_length if i > 0 and sequence[i - 1] == sequence[i]]
     parts = (edges, sequence, first, by_length, successor, predecessor)
-    table = torch.tensor([x for part in parts for x in part], dtype=torch.int32)
-    views = torch.split(table.to(device), [len(part) for part in parts])
+    views = _on_device(parts, device)
     longest = max((stop - start for start, stop in itertools.pairwise(edges)), default=0)
     deepest = max((stop - start for start, stop in itertools.pairwise(first)), default=0)
     return Segments(len(starts), len(bounds) - 1, len(successor), longest, deepest, *views)
+
+
+def _on_device(parts: tuple[list[int], ...], device: str) -> list[Tensor]:
+    """The lists as int32 tensors, copied at once; each begins at a multiple of 16 bytes.
+
+    Triton compiles a kernel apart for pointers that are no such multiple: were the lists laid end
+    to end, new lengths of documents would ask for new variants, a second each.
+    """
+    padded = [[*part, *[0] * (-len(part) % 4)] for part in parts]
+    table = torch.tensor([x for part in padded for x in part], dtype=torch.int32).to(device)
+    rooms = torch.split(table, [len(part) for part in padded])
+    return [room[: len(part)] for room, part in zip(rooms, parts, strict=True)]
