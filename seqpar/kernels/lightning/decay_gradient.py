@@ -69,7 +69,7 @@ def crossing_kernel(
     tl.store(p_out + i_m * H + i_h, crossing)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])  # the number of rows: new with every batch
 def decay_gradient_kernel(
     p_from_q, p_from_v, p_crossing, p_out, p_bounds, H, N, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -116,7 +116,7 @@ def chunk_decays_kernel(
         tl.store(p_out + 2 * C, tl.exp2(b_last[None, :] - b_reach), mask=m_head)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # the number of segments: new with every batch
 def segment_decays_kernel(
     p_reach, p_table, p_bounds, M, H, stride_reach, C: tl.constexpr, BLOCK: tl.constexpr
 ):

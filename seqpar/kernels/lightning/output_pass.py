@@ -233,7 +233,7 @@ def _run_segment(
     return b_S
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])  # the number of rows: new with every batch
 def output_pass_kernel(
     d_x, d_y, d_z, d_u, d_w, p_w, p_decay, d_reach, p_reach, stride_reach,
     p_by_segment, p_dreach, p_states, p_initial,

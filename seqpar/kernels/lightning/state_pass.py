@@ -103,7 +103,7 @@ def _add_tail(
     return tl.dot(tl.trans(b_y), b_z, b_U, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # the number of segments: new with every batch
 def segment_states_kernel(
     d_y, d_z, p_decay, d_reach, p_reach, p_by_segment, p_states, p_list, p_bounds, M, H, K, V,
     stride_reach,
