@@ -43,10 +43,13 @@ class ChainTable:
         device: torch.device,
     ) -> ChainTable:
         """From lists of the same meaning."""
-        flat = [bound for pair in bounds for bound in pair]
-        table = torch.tensor([*flat, *slots, *tokens], dtype=torch.int32).to(device)
-        parts = torch.split(table, [len(flat), len(slots), len(tokens)])
-        return cls(len(bounds), *parts)
+        parts = ([bound for pair in bounds for bound in pair], slots, tokens)
+        # Each begins at a multiple of 16 bytes: others ask for kernels of their own.
+        padded = [[*part, *[0] * (-len(part) % 4)] for part in parts]
+        table = torch.tensor([x for part in padded for x in part], dtype=torch.int32).to(device)
+        rooms = torch.split(table, [len(part) for part in padded])
+        views = (room[: len(part)] for room, part in zip(rooms, parts, strict=True))
+        return cls(len(bounds), *views)
 
 
 def can_sum(messages: Tensor) -> bool:
