@@ -18,7 +18,11 @@ ROWS = 16
 """Rows a program: 16 rows of 128 values keep 4 warps busy with 16-byte accesses."""
 
 
-@triton.jit
+@triton.jit(
+    # What follows from the number of tokens, new with every batch, must not compile it anew.
+    do_not_specialize=["T", "num_rows", "s_ob", "s_lb", "s_lh", "s_nb", "s_mb", "s_mh"],
+    do_not_specialize_on_alignment=["p_lse", "p_new_lse"],
+)
 def merge_lse_kernel(
     p_out,
     p_lse,
