@@ -20,7 +20,7 @@ from seqpar.planners import CostModel, Group, MicroBatch, ScatterPlan
 from seqpar.planners.calibrate import GroupMeasurement, fit
 from seqpar.training import PlanExecutor
 
-__all__ = ["Calibration", "calibrate_model"]
+__all__ = ["Calibration", "calibrate_model", "every_rank_busy", "measured_shapes"]
 
 CPU_TOKENS = 4096
 MOST_TOKENS = 2**18
@@ -88,7 +88,7 @@ def calibrate_model(
         longest_tokens = _telling_tokens(probe, memory)
     for degree in degrees:
         probe.once(degree, (64,) * degree)  # connects, warms up
-        for lengths in _shapes(degree, longest_tokens):
+        for lengths in measured_shapes(degree, longest_tokens):
             first, ms = probe.first_and_steady_ms(degree, lengths)
             first_ms.append(first)
             rows.append(GroupMeasurement(degree=degree, lengths=lengths, ms=ms))
@@ -107,7 +107,7 @@ def calibrate_model(
     )
 
 
-def _shapes(degree: int, longest_tokens: int) -> Iterator[tuple[int, ...]]:
+def measured_shapes(degree: int, longest_tokens: int) -> Iterator[tuple[int, ...]]:
     """Documents of one group: few tokens, many short documents, one long document, a mixture."""
     short = max(1, min(SHORT_TOKENS, longest_tokens // 8))
     half = max(1, longest_tokens // 2 // short) * degree
@@ -161,12 +161,13 @@ class _Probe:
             for _ in range(self.executor.num_ranks // degree)
             for tokens in lengths
         ]
-        plan = _every_rank_busy(self.executor.num_ranks, degree, len(lengths))
+        plan = every_rank_busy(self.executor.num_ranks, degree, len(lengths))
         times = self.executor.forward_backward(plan, documents).group_ms[0]
         return sum(times) / len(times)
 
 
-def _every_rank_busy(num_ranks: int, degree: int, documents_a_group: int) -> ScatterPlan:
+def every_rank_busy(num_ranks: int, degree: int, documents_a_group: int) -> ScatterPlan:
+    """One micro-batch of groups of a degree on all ranks, each with as many documents."""
     groups = tuple(
         Group(
             ranks=tuple(range(index * degree, (index + 1) * degree)),

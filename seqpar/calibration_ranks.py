@@ -91,6 +91,7 @@ class MachineCalibration:
         return {
             "cost": self.calibration.cost.to_json(),
             "measurements": [row._asdict() for row in self.calibration.measurements],
+            "first_ms": list(self.calibration.first_ms),
             "collectives": rows,
             "seconds": self.seconds,
         }
