@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -36,20 +38,23 @@ def calibrate(out: Path, ranks: int, *, tiny: bool, limit_s: float) -> dict[str,
     words = ["calibrate", "--ranks", str(ranks), "--json", "--out", f"{out}.cost-{ranks}.json"]
     words += TINY if tiny else []
     start = time.perf_counter()
+    command = subprocess.Popen(
+        [sys.executable, "-m", "seqpar.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "seqpar.cli", *words],
-            capture_output=True,
-            text=True,
-            timeout=limit_s,
-        )
-    except subprocess.TimeoutExpired as cut:
-        said = (cut.stderr or b"").decode()[-2000:]
-        return {"ranks": ranks, "wall_s": limit_s, "error": f"cut off after {limit_s} s: {said}"}
+        said, errors = command.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(command.pid, signal.SIGKILL)  # its ranks too
+        errors = command.communicate()[1]
+        return {"ranks": ranks, "wall_s": limit_s, "error": f"cut off: {errors[-2000:]}"}
     wall = time.perf_counter() - start
-    if done.returncode:
-        return {"ranks": ranks, "wall_s": wall, "error": done.stderr[-2000:]}
-    return {"ranks": ranks, "wall_s": wall, **json.loads(done.stdout)}
+    if command.returncode:
+        return {"ranks": ranks, "wall_s": wall, "error": errors[-2000:]}
+    return {"ranks": ranks, "wall_s": wall, **json.loads(said)}
 
 
 def main() -> None:
@@ -59,8 +64,11 @@ def main() -> None:
         found = calibrate(options.out, ranks, tiny=options.tiny, limit_s=options.limit)
         results["runs"].append(found)
         first = sum(found.get("first_ms", [])) / 1e3
-        print(f"seqpar calibrate --ranks {ranks}: {found['wall_s']:.1f} s, of which first runs of ")
-        print(f"a shape {first:.1f} s {found.get('error', '')}", flush=True)
+        print(
+            f"seqpar calibrate --ranks {ranks}: {found['wall_s']:.1f} s, first runs of a shape "
+            f"{first:.1f} s {found.get('error', '')}",
+            flush=True,
+        )
         options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -35,6 +35,10 @@ MOST_TRIES, ENOUGH_MS = 3, 600.0
 """A shape is timed up to so often, until its runs have taken that long; the least time counts."""
 
 
+FEWEST_SHAPES_FIRST, FEWEST_SHAPES = 3, 2
+"""As many as there are constants: quadratic, linear and fixed; then a degree's wire and latency."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
     """The fitted cost model, what it was fitted to, and how long measuring took.
@@ -65,6 +69,7 @@ def calibrate_model(
     vocab_size: int,
     strategy: str = "ring",
     longest_tokens: int | None = None,
+    limit_s: float = 20.0,
     seed: int = 0,
 ) -> Calibration:
     """Time forward and backward by degree and length on all ranks, and fit the constants.
@@ -78,9 +83,13 @@ def calibrate_model(
             d it is sqrt(d) times as long, which costs a rank about the same. By default 4,096 on
             CPU; on CUDA, where launches hide short documents, as long as it takes for the work
             to show, within half of the free memory.
+        limit_s: once measuring has taken so long, a degree is measured on as few shapes as tell
+            its constants: 3 at the first degree, 2 at the others, instead of 4. First runs that
+            compile kernels are what takes long.
     """
     start = time.perf_counter()
-    rows, first_ms = [], []
+    rows: list[GroupMeasurement] = []
+    first_ms: list[float] = []
     probe = _Probe(executor, vocab_size, torch.Generator().manual_seed(seed))
     probe.once(1, (64,))  # makes gradients and workspaces
     memory = memory_use(executor, vocab_size=vocab_size, tokens=MEMORY_TOKENS)
@@ -88,7 +97,11 @@ def calibrate_model(
         longest_tokens = _telling_tokens(probe, memory)
     for degree in degrees:
         probe.once(degree, (64,) * degree)  # connects, warms up
-        for lengths in measured_shapes(degree, longest_tokens):
+        fewest = FEWEST_SHAPES if rows else FEWEST_SHAPES_FIRST
+        for count, lengths in enumerate(measured_shapes(degree, longest_tokens)):
+            late = time.perf_counter() - start > limit_s
+            if count >= fewest and comm.broadcast_object(late, executor.world):
+                break
             first, ms = probe.first_and_steady_ms(degree, lengths)
             first_ms.append(first)
             rows.append(GroupMeasurement(degree=degree, lengths=lengths, ms=ms))
@@ -108,13 +121,16 @@ def calibrate_model(
 
 
 def measured_shapes(degree: int, longest_tokens: int) -> Iterator[tuple[int, ...]]:
-    """Documents of one group: few tokens, many short documents, one long document, a mixture."""
+    """Documents of one group, the most telling first.
+
+    Few tokens, one long document, many short documents, a mixture.
+    """
     short = max(1, min(SHORT_TOKENS, longest_tokens // 8))
     half = max(1, longest_tokens // 2 // short) * degree
     long = math.isqrt(longest_tokens**2 * degree)
     yield (short,) * max(degree, half // 4)
-    yield (short,) * half
     yield (long,)
+    yield (short,) * half
     yield (long // 2, *(short,) * (half // 2))
 
 
