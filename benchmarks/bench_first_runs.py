@@ -69,7 +69,8 @@ class FirstRuns:
         """What calibration measures, in its order."""
         generator = torch.Generator().manual_seed(0)
         for degree in (1, 2):
-            for lengths in measured_shapes(degree, 2048 if self.options.tiny else 24_576):
+            longest = 2048 if self.options.tiny else 24_576
+            for lengths in ((64 * degree,), *measured_shapes(degree, longest)):
                 copies = self.job.ranks // degree
                 documents = [
                     torch.randint(self.job.config.vocab_size, (n,), generator=generator)

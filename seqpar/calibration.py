@@ -96,7 +96,7 @@ def calibrate_model(
     if longest_tokens is None:
         longest_tokens = _telling_tokens(probe, memory)
     for degree in degrees:
-        probe.once(degree, (64,) * degree)  # connects, warms up
+        probe.once(degree, (64 * degree,))  # cut over its ranks: connects them, warms up
         fewest = FEWEST_SHAPES if rows else FEWEST_SHAPES_FIRST
         for count, lengths in enumerate(measured_shapes(degree, longest_tokens)):
             late = time.perf_counter() - start > limit_s
