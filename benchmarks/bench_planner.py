@@ -29,8 +29,8 @@ from seqpar.errors import PlanError
 from seqpar.planners import Cluster, Planner, ScatterProblem, preset
 from seqpar.planners.baselines import fixed_degree
 from seqpar.planners.batch import SortedBatch
-from seqpar.planners.bounds import bound_plan
 from seqpar.planners.cascade import pack_micro_batch
+from seqpar.planners.certificate import bound_plan
 from seqpar.planners.histogram import LengthHistogram
 from seqpar.planners.microbatch import blaster_cuts
 from seqpar.planners.milp import solve_exact

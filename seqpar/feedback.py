@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from seqpar.data import PlannedStep
 from seqpar.planners import CostModel
+from seqpar.planners.correction import corrected
 from seqpar.training import StepResult
 
 __all__ = ["CostFeedback"]
@@ -37,7 +38,7 @@ class CostFeedback:
         """The constants as corrected so far; worked out when asked for, not by the step."""
         if self._corrected is None:
             seen = list(self.observations)
-            self._corrected = self.calibrated.corrected(seen) if seen else self.calibrated
+            self._corrected = corrected(self.calibrated, seen) if seen else self.calibrated
         return self._corrected
 
     def observe(self, planned: PlannedStep, result: StepResult, lengths: Sequence[int]) -> None:

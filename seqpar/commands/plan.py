@@ -70,7 +70,7 @@ def command(
 ) -> None:
     """Plan one step: micro-batches, and in each the groups of devices that its sequences take."""
     from seqpar.planners import Planner, ScatterProblem
-    from seqpar.planners.bounds import bound_plan
+    from seqpar.planners.certificate import bound_plan
     from seqpar.planners.lengths import read_lengths
     from seqpar.planners.workers import Workers
 

@@ -21,8 +21,8 @@ from math import inf
 from seqpar.errors import PlanError
 from seqpar.planners.baselines import baseline_packings, megatron_packings, step_ms
 from seqpar.planners.batch import SortedBatch
-from seqpar.planners.bounds import bound_plan
 from seqpar.planners.cascade import CascadeSearch
+from seqpar.planners.certificate import bound_plan
 from seqpar.planners.clock import Clock
 from seqpar.planners.microbatch import likely_counts, safe_packings
 from seqpar.planners.packing import Packing

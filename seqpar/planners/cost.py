@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -241,18 +241,6 @@ class CostModel:
             return cls.from_json(data)
         except PlanError as error:
             raise PlanError(f"cost file {path}: {error}") from error
-
-    def corrected(self, observations: Iterable[tuple[int, Sequence[int], float]]) -> CostModel:
-        """The constants corrected by measured (degree, lengths, ms) of groups; see `correction`."""
-        from seqpar.planners.correction import corrected
-
-        return corrected(self, observations)
-
-    def prediction_error(self, observations: Iterable[tuple[int, Sequence[int], float]]) -> float:
-        """Mean |predicted - measured| / measured over (degree, lengths, ms) of groups that ran."""
-        from seqpar.planners.correction import prediction_error
-
-        return prediction_error(self, observations)
 
     def renamed(self, name: str) -> CostModel:
         """The same constants under another name."""

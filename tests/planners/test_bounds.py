@@ -9,7 +9,8 @@ import pytest
 
 from seqpar.planners import Cluster, Exchange, Planner, ScatterProblem
 from seqpar.planners.batch import SortedBatch
-from seqpar.planners.bounds import bound_plan, degree_bound, step_bound
+from seqpar.planners.bounds import degree_bound, step_bound
+from seqpar.planners.certificate import bound_plan
 from seqpar.planners.configuration import configuration_bound
 from seqpar.planners.knapsack import most_valuable
 from seqpar.planners.plan import Group, MicroBatch

@@ -17,7 +17,7 @@ import pytest
 
 from seqpar.errors import InfeasiblePlanError, PlanError
 from seqpar.planners import Planner, ScatterProblem
-from seqpar.planners.bounds import bound_plan
+from seqpar.planners.certificate import bound_plan
 from seqpar.planners.problem import Cluster
 from seqpar.planners.process import PlannerProcess, Worker
 from seqpar.planners.workers import Workers
