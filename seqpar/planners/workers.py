@@ -12,6 +12,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from seqpar.errors import PlanError
+from seqpar.planners.worker import Worker
 
 __all__ = ["Workers", "map_with"]
 
@@ -33,8 +34,6 @@ class Workers:
     """
 
     def __init__(self, count: int | None = None) -> None:
-        from seqpar.planners.process import Worker
-
         self.count = _cores() if count is None else count
         if self.count < 1:
             raise PlanError(f"workers must be at least 1, got {count}")

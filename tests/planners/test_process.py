@@ -19,7 +19,8 @@ from seqpar.errors import InfeasiblePlanError, PlanError
 from seqpar.planners import Planner, ScatterProblem
 from seqpar.planners.certificate import bound_plan
 from seqpar.planners.problem import Cluster
-from seqpar.planners.process import PlannerProcess, Worker
+from seqpar.planners.process import PlannerProcess
+from seqpar.planners.worker import Worker
 from seqpar.planners.workers import Workers
 from tests.planners.test_clock import many_micro_batches
 from tests.planners.test_plan import SMALL, flexsp_problem
@@ -84,7 +85,7 @@ def test_an_interrupted_call_leaves_no_answer_behind() -> None:
 def test_the_process_ends_with_its_owner() -> None:
     code = (
         "import os, time\n"
-        "from seqpar.planners.process import Worker\n"
+        "from seqpar.planners.worker import Worker\n"
         "worker = Worker()\n"
         "print(worker.call(os.getpid), flush=True)\n"
         "os._exit(1)\n"
