@@ -202,13 +202,12 @@ def sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
 
 def tiles_alone(layout: SequenceLayout, rank: int) -> Callable[..., Tensor]:
     """The rank's tiles on its own keys: what the ring would take if transfers were free."""
-    steps = [block_tiles(layout, layout, rank, other, Mask()) for other in range(layout.world_size)]
+    world = range(layout.world_size)
+    tiles = [t for other in world for t in block_tiles(layout, layout, rank, other, Mask())]
+    schedule = own_schedule(tuple(tiles), layout.tokens_on(rank))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = q.new_zeros(())
-        for tiles in steps:
-            schedule = own_schedule(tiles, k.shape[1])
-            out = out + RingAttention.apply(q, k, v, schedule, None, HEAD_DIM**-0.5)
+        out: Tensor = RingAttention.apply(q, k, v, schedule, None, HEAD_DIM**-0.5)
         return out
 
     return attend
