@@ -23,7 +23,7 @@ from torch import Tensor
 
 SAMPLE_MS = 60.0
 LEAST_CALLS = 3
-ROUNDS = 7
+ROUNDS = 5
 
 
 @dataclass(frozen=True)
