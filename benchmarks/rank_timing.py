@@ -2,7 +2,9 @@
 
 A row is one thing to time: a forward call and a forward + backward call of the same attention. Rows
 of one table are timed in turn, round after round, so that a clock that changes changes all of them.
-Times are the median over rounds of the mean of calls that run for SAMPLE_MS together.
+A sample is the mean of calls that follow on one another, as layers do, for SAMPLE_MS together and
+LEAST_CALLS at least; a time is the median over rounds. An efficiency is made of samples of one
+round, and its median, least and largest are recorded.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 SAMPLE_MS = 60.0
+LEAST_CALLS = 3
 ROUNDS = 5
 
 
@@ -63,26 +66,40 @@ class Recorder:
         """Time the rows in turn. Efficiency is one GPU's time over (W x the row's).
 
         Args:
-            alone: one GPU's forward and forward + backward ms; by default the first row's.
+            alone: one GPU's forward and forward + backward ms; by default the first row's, round
+                by round.
 
         Returns:
             The first row's forward and forward + backward ms.
         """
         calls = [call for row in rows for call in row.calls()]
         peaks = [self._peak_bytes(call) for call in calls]
-        times = self._in_turn(calls)
-        first = times[0], times[1]
+        samples = self._in_turn(calls)
         for i, row in enumerate(rows):
-            forward_ms, total_ms = times[2 * i : 2 * i + 2]
-            figures = {"forward_ms": forward_ms, "total_ms": total_ms}
+            forward, total = samples[2 * i : 2 * i + 2]
+            figures = {"forward_ms": statistics.median(forward)}
+            figures["total_ms"] = statistics.median(total)
             if not row.on_one_gpu:
-                one = alone or first
-                figures["forward_efficiency"] = one[0] / (self.size * forward_ms)
-                figures["efficiency"] = one[1] / (self.size * total_ms)
+                one = samples[:2] if alone is None else [[ms] * len(total) for ms in alone]
+                figures |= self._efficiencies(one, forward, total)
             tensor = row.tensors[0]
             figures["peak_in_tensors"] = peaks[2 * i + 1] / (tensor.numel() * tensor.element_size())
             self.row(row.what, **figures, **row.facts)
-        return first
+        return statistics.median(samples[0]), statistics.median(samples[1])
+
+    def _efficiencies(
+        self, one: Sequence[Sequence[float]], forward: Sequence[float], total: Sequence[float]
+    ) -> dict[str, float]:
+        of_forward, of_total = (
+            [alone / (self.size * ms) for alone, ms in zip(of_one, of_row, strict=True)]
+            for of_one, of_row in zip(one, (forward, total), strict=True)
+        )
+        return {
+            "forward_efficiency": statistics.median(of_forward),
+            "efficiency": statistics.median(of_total),
+            "efficiency_least": min(of_total),
+            "efficiency_most": max(of_total),
+        }
 
     def row(self, what: str, **figures: Any) -> None:
         """Record one row, print it, and write the file anew."""
@@ -104,13 +121,15 @@ class Recorder:
             self.row(f"FAILED {measurement.__name__} {args}"[:60], reason=reason[:300])
             return None
 
-    def _in_turn(self, calls: Sequence[Callable[[], object]]) -> list[float]:
-        counts = [max(1, min(20, int(SAMPLE_MS / self._round_ms(call, 1)))) for call in calls]
+    def _in_turn(self, calls: Sequence[Callable[[], object]]) -> list[tuple[float, ...]]:
+        """Each call's samples, one a round."""
+        once = [self._round_ms(call, 1) for call in calls]
+        counts = [max(LEAST_CALLS, min(20, int(SAMPLE_MS / ms))) for ms in once]
         rounds = [
             [self._round_ms(call, count) for call, count in zip(calls, counts, strict=True)]
             for _ in range(ROUNDS)
         ]
-        return [statistics.median(of_call) for of_call in zip(*rounds, strict=True)]
+        return list(zip(*rounds, strict=True))
 
     def _round_ms(self, call: Callable[[], object], count: int) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from seqpar.balance import balanced_layout
 from seqpar.comm import agree, all_gather, group_rank, group_size
 from seqpar.errors import DataError, LayoutError, MeshError
 from seqpar.layout import IGNORE_INDEX, SequenceLayout
@@ -40,7 +41,13 @@ __all__ = [
 ]
 
 Group: TypeAlias = dist.ProcessGroup | None
-LayoutChoice: TypeAlias = Literal["contiguous", "zigzag"] | SequenceLayout
+LayoutChoice: TypeAlias = Literal["contiguous", "zigzag", "balanced"] | SequenceLayout
+
+_NAMED_LAYOUTS: Mapping[str, Callable[[Sequence[int], int], SequenceLayout]] = {
+    "contiguous": SequenceLayout.contiguous,
+    "zigzag": SequenceLayout.zigzag,
+    "balanced": balanced_layout,
+}
 
 
 @dataclass(frozen=True)
@@ -216,8 +223,10 @@ def shard(
         stream: the same value on every rank of the group.
         where: the ranks to scatter over: `mesh["sp"]`, a process group, or None for this rank
             alone.
-        layout: "contiguous" (best for state layers), "zigzag" (balances causal softmax layers)
-            or any SequenceLayout over the same documents and as many ranks.
+        layout: "contiguous" (best for state layers), "zigzag" (balances causal softmax layers over
+            one document), "balanced" (over many: `balanced_layout`; under a window make it
+            yourself, with `window=`), or any SequenceLayout over the same documents and as many
+            ranks.
         source_layout: the same for the encoder's stream, which is bidirectional.
         device: where the batch's tensors go; by default they stay where the stream's are.
         check: compare a checksum of the stream and layout over the group (one all_gather of 16
@@ -352,11 +361,10 @@ def _checksum(stream: PackedStream) -> int:
 
 
 def _named_layout(name: str, cu_seqlens: tuple[int, ...], world_size: int) -> SequenceLayout:
-    if name == "contiguous":
-        return SequenceLayout.contiguous(cu_seqlens, world_size)
-    if name == "zigzag":
-        return SequenceLayout.zigzag(cu_seqlens, world_size)
-    raise LayoutError(f"layout must be 'contiguous', 'zigzag' or a SequenceLayout, got {name!r}")
+    if name not in _NAMED_LAYOUTS:
+        names = ", ".join(map(repr, _NAMED_LAYOUTS))
+        raise LayoutError(f"layout must be {names} or a SequenceLayout, got {name!r}")
+    return _NAMED_LAYOUTS[name](cu_seqlens, world_size)
 
 
 def _checked_lengths(tokens: list[Tensor]) -> list[int]:

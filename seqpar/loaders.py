@@ -94,7 +94,7 @@ class SequenceParallelLoader:
             read different rows (a DistributedSampler over all ranks); they may read different
             numbers of batches.
         where: `mesh["sp"]`, a group, or None.
-        layout: "contiguous", "zigzag", or a SequenceLayout.
+        layout: "contiguous", "zigzag", "balanced", or a SequenceLayout.
         shift_labels: as `pack` takes it.
         device: where the batches' tensors go.
     """

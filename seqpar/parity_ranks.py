@@ -39,7 +39,7 @@ class ParityJob:
         ranks: sequence-parallel ranks.
         lengths: tokens of each document of the batch.
         strategy, exchange: as `parallelize` takes them.
-        layout: "contiguous" or "zigzag".
+        layout: "contiguous", "zigzag" or "balanced".
         device: "cpu" or "cuda".
         seed: of the token ids.
     """

@@ -6,11 +6,15 @@ for `seqpar.launch`.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import pickle
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,9 @@ import torch.distributed as dist
 from seqpar.errors import LaunchError, MeshError, SeqparError
 
 __all__ = ["run_on_ranks"]
+
+GRACE_S = 10.0
+"""Seconds that ranks have to end once one has failed: on NCCL they would wait for it in vain."""
 
 
 def run_on_ranks(
@@ -36,7 +43,8 @@ def run_on_ranks(
         function: top level of a module; called with torch.distributed initialised, on gloo for
             "cpu" and on NCCL and CUDA device `rank` for "cuda".
         ranks: processes.
-        timeout_s: for each rank, and for its collectives.
+        timeout_s: for all ranks, and for their collectives; once a rank has failed, the others
+            have GRACE_S.
         preload: modules that the ranks are forked with, so that they are imported once. They must
             not touch CUDA.
 
@@ -62,17 +70,27 @@ def run_on_ranks(
         ]
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(timeout_s)
+        _await(processes, timeout_s)
         for process in processes:
             process.kill()
             process.join()
-        results = [_result(Path(folder), rank) for rank in range(ranks)]
-    failures = [result for result in results if isinstance(result, BaseException)]
-    # A rank that says what is wrong comes before those that only lost it.
-    for failure in sorted(failures, key=lambda failure: isinstance(failure, LaunchError)):
+        ended = [_result(Path(folder), rank) for rank in range(ranks)]
+    failures = [(at, result) for at, result in ended if isinstance(result, BaseException)]
+    # A rank that says what is wrong comes before those that only lost it, the first before others.
+    for _, failure in sorted(failures, key=lambda f: (isinstance(f[1], LaunchError), f[0])):
         raise failure
-    return results
+    return [result for _, result in ended]
+
+
+def _await(processes: Sequence[BaseProcess], timeout_s: float) -> None:
+    """Until all have ended, or the time is up."""
+    deadline = time.monotonic() + timeout_s
+    running = list(processes)
+    while running and (left := deadline - time.monotonic()) > 0:
+        wait([process.sentinel for process in running], left)
+        if any(process.exitcode for process in running):
+            deadline = min(deadline, time.monotonic() + GRACE_S)
+        running = [process for process in running if process.exitcode is None]
 
 
 def _rank_main(
@@ -83,7 +101,8 @@ def _rank_main(
 ) -> None:
     result: Any
     try:
-        result = _in_world(rank, world, function, args)
+        _join_world(rank, world)
+        result = function(rank, *args)
     except SeqparError as error:
         result = error
     except BaseException as error:
@@ -93,14 +112,13 @@ def _rank_main(
     except Exception:
         payload = pickle.dumps(LaunchError(f"rank {rank}: {result}"))
     (Path(world[2]) / f"result-{rank}").write_bytes(payload)
+    if dist.is_initialized():  # not before: the others would fail, and say it first
+        dist.destroy_process_group()
+    if isinstance(result, BaseException):
+        raise SystemExit(1)
 
 
-def _in_world(
-    rank: int,
-    world: tuple[int, str, str, float],
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-) -> Any:
+def _join_world(rank: int, world: tuple[int, str, str, float]) -> None:
     ranks, device, folder, timeout_s = world
     cuda = device == "cuda"
     torch.set_num_threads(1)
@@ -114,14 +132,11 @@ def _in_world(
         timeout=timedelta(seconds=timeout_s),
         device_id=torch.device("cuda", rank) if cuda else None,
     )
-    try:
-        return function(rank, *args)
-    finally:
-        dist.destroy_process_group()
 
 
-def _result(folder: Path, rank: int) -> Any:
+def _result(folder: Path, rank: int) -> tuple[float, Any]:
+    """When the rank said what, in ns; after all others if it said nothing."""
     path = folder / f"result-{rank}"
     if not path.exists():
-        return LaunchError(f"rank {rank} died or did not end in time")
-    return pickle.loads(path.read_bytes())
+        return math.inf, LaunchError(f"rank {rank} died or did not end in time")
+    return path.stat().st_mtime_ns, pickle.loads(path.read_bytes())

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from seqpar import comm
-from seqpar.balance import balanced_layout
 from seqpar.batch import Batch, pack, shard
 from seqpar.loss import token_loss_sum
 from seqpar.mesh import GroupPool
@@ -172,11 +171,7 @@ class PlanExecutor:
         return loss.detach().double().cpu()
 
     def _shard(self, documents: Sequence[Tensor], group: ProcessGroup | None) -> Batch:
-        stream = pack(documents)
-        if self.layout != "balanced":
-            return shard(stream, group, layout=self.layout, device=self.device)
-        layout = balanced_layout(stream.cu_seqlens, comm.group_size(group))
-        return shard(stream, group, layout=layout, device=self.device)
+        return shard(pack(documents), group, layout=self.layout, device=self.device)
 
     def _loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed loss of the batch's targets on this rank, and their number."""

@@ -20,7 +20,7 @@ ALLOWED = {
     "kernels": {"errors", "layout"},
     "planners": {"errors"},
     "ops": {"errors", "layout", "comm", "mesh", "kernels", "planners"},
-    "batch": {"errors", "layout", "comm", "mesh"},
+    "batch": {"errors", "layout", "balance", "comm", "mesh"},
     "loss": {"errors", "layout", "comm", "mesh", "kernels", "batch"},
     "models": {"errors", "layout", "comm", "mesh", "ops", "kernels"},
     "adapters": {"errors", "layout", "comm", "mesh", "ops", "kernels", "models", "batch", "loss"},

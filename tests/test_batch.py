@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from seqpar.balance import balanced_layout
 from seqpar.batch import (
     documents_of_padded,
     documents_of_positions,
@@ -61,7 +62,7 @@ def test_a_layout_of_another_stream_is_refused() -> None:
         shard(stream, None, layout=SequenceLayout.contiguous(stream.cu_seqlens, 2))
     with pytest.raises(LayoutError, match="bounds"):
         shard(stream, None, layout=SequenceLayout.contiguous((0, 11), 1))
-    with pytest.raises(LayoutError, match="'contiguous', 'zigzag'"):
+    with pytest.raises(LayoutError, match="'contiguous', 'zigzag', 'balanced'"):
         shard(stream, None, layout="striped")  # type: ignore[arg-type]
 
 
@@ -103,7 +104,7 @@ def _shards_on_a_mesh(rank: int) -> list[dict[str, object]]:
     kinds = [torch.full((len(document), 2), i) for i, document in enumerate(DOCUMENTS)]
     stream = pack(DOCUMENTS, features={"kind": kinds})
     found = []
-    for layout in ("contiguous", "zigzag"):
+    for layout in ("contiguous", "zigzag", "balanced"):
         batch = shard(stream, mesh["sp"], layout=layout)  # type: ignore[arg-type]
         assert batch.inputs["input_ids"] is batch.ids
         assert batch.inputs["layout"] is batch.layout
@@ -135,7 +136,8 @@ def test_shards_of_a_mesh_give_the_stream_back() -> None:
     positions = torch.tensor([[0, 1, 2, 0, 0, 1, 0, 1, 2, 3, 4]])
     kind = torch.tensor([[0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 3]])[..., None].expand(1, 11, 2)
     results = run_ranks(4, _shards_on_a_mesh)
-    for index, make in enumerate((SequenceLayout.contiguous, SequenceLayout.zigzag)):
+    makers = (SequenceLayout.contiguous, SequenceLayout.zigzag, balanced_layout)
+    for index, make in enumerate(makers):
         layout = make(stream.cu_seqlens, 2)
         for dp in (0, 2):
             parts = [results[dp + sp][index] for sp in (0, 1)]

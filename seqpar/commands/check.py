@@ -25,7 +25,7 @@ def command(
     ] = "13,1,29,2,7",
     strategy: Annotated[str, typer.Option(help="How softmax layers exchange.")] = "auto",
     exchange: Annotated[str, typer.Option(help="How state layers exchange.")] = "auto",
-    layout: Annotated[str, typer.Option(help="contiguous or zigzag.")] = "contiguous",
+    layout: Annotated[str, typer.Option(help="contiguous, zigzag or balanced.")] = "contiguous",
     device: Annotated[str, typer.Option(help="cpu (gloo) or cuda (NCCL).")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:

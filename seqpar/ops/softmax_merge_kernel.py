@@ -18,11 +18,12 @@ ROWS = 16
 """Rows a program: 16 rows of 128 values keep 4 warps busy with 16-byte accesses."""
 
 
-@triton.jit(
-    # What follows from the number of tokens, new with every batch, must not compile it anew.
-    do_not_specialize=["T", "num_rows", "s_ob", "s_lb", "s_lh", "s_nb", "s_mb", "s_mh"],
-    do_not_specialize_on_alignment=["p_lse", "p_new_lse"],
-)
+VARYING = ("T", "num_rows", "s_lb", "s_lt", "s_lh", "s_mb", "s_mt", "s_mh")
+"""What follows from lengths. Triton would compile anew wherever one of them is 1, or stops being
+divisible by 16: with documents of new lengths in every batch, dozens of times."""
+
+
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=("p_lse", "p_new_lse"))
 def merge_lse_kernel(
     p_out,
     p_lse,

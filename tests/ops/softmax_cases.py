@@ -98,7 +98,8 @@ def assert_exact(case: Case, shards: list[tuple[Tensor, ...]]) -> None:
         window=case.window,
         key_cu_seqlens=case.key_layout.cu_seqlens if case.key_layout else None,
     )
-    expected = reference(*case.streams(), sees, case.key_dim**-0.5)
+    scale = case.options.get("scale", case.key_dim**-0.5)
+    expected = reference(*case.streams(), sees, scale)
     layouts = (case.layout, case.layout, *[case.key_layout or case.layout] * 2)
     for i, (name, layout, ref) in enumerate(zip(NAMES, layouts, expected, strict=True)):
         whole = layout.unshard([shard[i] for shard in shards])

@@ -185,6 +185,28 @@ def test_merge_kernel_equals_torch(dtype: torch.dtype) -> None:
     assert_close(lse.exp(), expected_lse.exp(), what="exp(lse)")
 
 
+def test_the_merge_is_compiled_once_for_all_lengths() -> None:
+    """Of packed rows and of a dense kernel's, which lie head by head, from any row on."""
+    from seqpar.ops.softmax_merge_kernel import merge_lse_kernel
+
+    def kernels() -> int:
+        return sum(len(of_device[0]) for of_device in merge_lse_kernel.device_caches.values())
+
+    def merge(num_tokens: int, start: int) -> None:
+        shape = (1, num_tokens, 6, 48)
+        out, new_out = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        lse = torch.randn(shape[:3], device="cuda")
+        by_head = torch.randn(1, 6, num_tokens, device="cuda").transpose(1, 2)
+        for a, b in ((lse, by_head), (by_head, lse.clone())):
+            merge_lse_(out[:, start:], a[:, start:], new_out[:, start:], b[:, start:])
+
+    merge(64, 0)
+    before = kernels()
+    for num_tokens, start in ((64, 16), (64, 63), (37, 0), (37, 5), (2, 0), (2, 1)):
+        merge(num_tokens, start)
+    assert kernels() == before
+
+
 def test_ring_of_eight_errs_no_more_than_twice_one_device() -> None:
     """Eight ranks' blocks on one device, bfloat16: forward and dq, dk, dv of the cuDNN path."""
     num_tokens = 32768
