@@ -29,6 +29,37 @@ _PROMOTE_TO_128_BYTES = 2
 _MOST_MAPS = 1024
 
 
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+"""CUlaunchAttributeID of a launch that may start before the one before it has ended."""
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute, for an attribute whose value is one integer."""
+
+    _fields_ = (
+        ("id", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+        ("value", ctypes.c_int32),
+        ("rest", ctypes.c_uint8 * 60),
+    )
+
+    def __init__(self, name: int, value: int) -> None:
+        super().__init__(name, 0, value)
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("shared_bytes", ctypes.c_uint32),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("num_attributes", ctypes.c_uint32),
+    )
+
+
 class UnknownLayoutError(Exception):
     """A kernel whose parameters are not as this file expects them."""
 
@@ -145,19 +176,25 @@ class DirectLaunch:
 
         self._stream_of = driver.active.get_current_stream
         self._device = driver.active.get_current_device()
-        self._launch = _driver().cuLaunchKernel
-        blocks = (*grid, 1, 1)[:3]
-        threads = 32 * compiled.metadata.num_warps
-        self._shape = (compiled.function, *blocks, threads, 1, 1, compiled.metadata.shared)
+        self._launch = _driver().cuLaunchKernelEx
+        self._function = compiled.function
+        metadata = compiled.metadata
+        self._config = _LaunchConfig(
+            (*grid, 1, 1)[:3], (32 * metadata.num_warps, 1, 1), metadata.shared
+        )
+        if getattr(metadata, "launch_pdl", False):
+            self._attribute = _LaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 1)
+            self._config.attributes = ctypes.addressof(self._attribute)
+            self._config.num_attributes = 1
+        self._config_at = ctypes.addressof(self._config)
 
     def __call__(self, *tensors: Tensor) -> None:
         values: list[bytes | int] = [maps.at(tensors[i].data_ptr()) for i, maps in self._maps]
         values += [tensors[i].data_ptr() for i in self._addresses]
         with self._lock:  # the buffer is this object's, whichever thread calls
             self._format.pack_into(self._buffer, 0, *values)
-            status = self._launch(
-                *self._shape, self._stream_of(self._device), self._parameters, None
-            )
+            self._config.stream = self._stream_of(self._device)
+            status = self._launch(self._config_at, self._function, self._parameters, None)
         if status != 0:
             raise RuntimeError(f"launching {self._compiled.name} failed with CUDA error {status}")
 
@@ -179,11 +216,10 @@ def _checked_sizes(compiled: Any) -> tuple[int, ...]:
     """Bytes of each parameter by the kernel's PTX, after comparing them with the signature's."""
     metadata = compiled.metadata
     unusual = ("num_ctas", "global_scratch_size", "profile_scratch_size")
-    special = ("launch_cooperative_grid", "launch_pdl")
-    if [getattr(metadata, name, 0) for name in unusual] != [1, 0, 0] or any(
-        getattr(metadata, name, False) for name in special
+    if [getattr(metadata, name, 0) for name in unusual] != [1, 0, 0] or getattr(
+        metadata, "launch_cooperative_grid", False
     ):
-        raise UnknownLayoutError("the kernel asks for clusters, scratch memory or a special launch")
+        raise UnknownLayoutError("the kernel asks for clusters, scratch memory or a grid at once")
     declared = _declared_sizes(compiled.asm["ptx"])
     expected = _expected_sizes(tuple(compiled.src.signature.values()))
     if declared != expected:
@@ -222,7 +258,7 @@ def _driver() -> Any:
     """The CUDA driver, called with the interpreter lock held: a launch takes microseconds."""
     driver = ctypes.PyDLL("libcuda.so.1")
     number, pointer = ctypes.c_uint32, ctypes.c_void_p
-    driver.cuLaunchKernel.argtypes = [pointer, *[number] * 7, pointer, pointer, pointer]
+    driver.cuLaunchKernelEx.argtypes = [pointer] * 4
     driver.cuTensorMapEncodeTiled.argtypes = [
         pointer, number, number, pointer, pointer, pointer, pointer, pointer,
         number, number, number, number,

@@ -5,7 +5,7 @@ variant they need, and a bulk-copy descriptor for each tensor that is read throu
 that takes 60 us a launch this outlasts the kernels of a short sequence. A `Launch` is a kernel
 with everything bound but the addresses of its tensors. The first call goes through Triton, which
 compiles; the following ones hand the same compiled function its parameters through the driver's
-own `cuLaunchKernel`: a few addresses packed into a buffer, descriptors looked up by address.
+own `cuLaunchKernelEx`: a few addresses packed into a buffer, descriptors looked up by address.
 
 Where the compiled kernel's parameters are not laid out as expected (another version of Triton),
 and under the interpreter, every call goes through Triton.
@@ -55,6 +55,9 @@ class Launch:
 
     All calls must give tensors of the same shapes, strides, dtypes and device, at addresses that
     are multiples of 16 bytes.
+
+    `overlap`: what the kernel's OVERLAP is to be; if true, its programs may start while the launch
+    before it in the stream still runs (seqpar/kernels/overlap.py).
     """
 
     def __init__(
@@ -65,11 +68,17 @@ class Launch:
         fixed: dict[str, Any],
         windows: dict[str, Window] | None = None,
         num_warps: int = 4,
+        overlap: bool | None = None,
     ) -> None:
-        self._kernel, self._grid, self._num_warps = kernel, grid, num_warps
+        self._kernel, self._grid = kernel, grid
         self._fixed, self._windows = fixed, windows or {}
+        self._options: dict[str, Any] = {"num_warps": num_warps}
+        if overlap is not None:
+            self._fixed = {**fixed, "OVERLAP": overlap}
+        if overlap:
+            self._options["launch_pdl"] = True
         parameters = inspect.signature(kernel.fn).parameters
-        self._names = [name for name in parameters if name not in fixed]
+        self._names = [name for name in parameters if name not in self._fixed]
         self._direct: DirectLaunch | None = None
         self._can_bind = True
 
@@ -89,7 +98,7 @@ class Launch:
         given = dict(zip(self._names, tensors, strict=True))
         for name, window in self._windows.items():
             given[name] = window.of(given[name])
-        compiled = self._kernel[self._grid](**given, **self._fixed, num_warps=self._num_warps)
+        compiled = self._kernel[self._grid](**given, **self._fixed, **self._options)
         if compiled is not None and self._can_bind:
             self._bind(compiled, given)
 

@@ -1,0 +1,38 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+"""Launches that begin while the one before them ends (programmatic dependent launch).
+
+Between two launches of a stream the device stands still for some microseconds: the last programs
+of the first end at different times, then the second is started, and its programs read what they
+are to do. A launch with this attribute puts programs on multiprocessors as they become free; each
+must wait, before it touches anything that another launch may write or read, until all launches
+before it have ended. What it may read earlier are tables that never change.
+
+The wait is for the launch before, all of whose programs have waited for the one before that: so
+every program of such a kernel must wait, whatever it does.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+__all__ = ["can_overlap", "wait_for_launches_before"]
+
+
+@lru_cache(maxsize=64)
+def can_overlap(device: torch.device) -> bool:
+    """Whether launches on this device may begin before the one before them has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def wait_for_launches_before(OVERLAP: tl.constexpr):
+    """Wait until the launches before this one have ended; the next one may begin from now on."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
