@@ -45,7 +45,7 @@ def record(launch: Any, *tensors: torch.Tensor) -> None:
         given[name] = window.of(given[name])
     given |= launch._fixed
     kinds = tuple((p.name, kind_of(p, given[p.name])) for p in launch._kernel.params)
-    VARIANTS.add((launch._kernel.fn.__name__, kinds, launch._num_warps))
+    VARIANTS.add((launch._kernel.fn.__name__, kinds, str(launch._options)))
 
 
 def run_layer(lengths: list[int], degree: int) -> int:

@@ -23,13 +23,14 @@ from seqpar.kernels.lightning.state_pass import segment_states_kernel as kernel
 constants = {
     "d_reach": None, "p_reach": None, "p_by_segment": None, "stride_reach": 0, "DECAY": 1,
     "REVERSE": False, "FLAT": True, "C": 64, "BK": 64, "BV": 64, "STAGES": 2, "PRECISION": "tf32",
+    "OVERLAP": True,
 }
 kinds = {"d": "tensordesc<bf16[64,64]>", "p": "*fp32"}
 signature = {
     name: "constexpr" if name in constants else kinds.get(name.split("_")[0], "i32")
     for name in kernel.arg_names
 }
-signature |= {"p_list": "*i32", "p_bounds": "*i32"}
+signature |= {"p_table": "*i32"}
 compiled = compile(ASTSource(kernel, signature, constants, {}), target=GPUTarget("cuda", 90, 32))
 print(_checked_sizes(compiled))
 """
@@ -47,7 +48,7 @@ def test_parameters_lie_as_direct_launches_expect_them() -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     scratch = (8, 8)
-    expected = (*DESCRIPTOR, *DESCRIPTOR, *[8] * 4, *[4] * 4, *scratch)
+    expected = (*DESCRIPTOR, *DESCRIPTOR, *[8] * 3, *[4] * 4, *scratch)
     assert done.stdout.strip() == str(expected)
 
 

@@ -17,6 +17,7 @@ from seqpar.kernels.lightning.output_pass import output_pass_kernel
 from seqpar.kernels.lightning.plan import Cut
 from seqpar.kernels.lightning.state_pass import can_be_flat, precision
 from seqpar.kernels.lightning.tuning import Config, padded
+from seqpar.kernels.overlap import can_overlap
 
 __all__ = ["empty_parts", "output_pass"]
 
@@ -94,8 +95,8 @@ def _output_launch(
     tile_x, tile_z = padded(dim_x), config.value_tile
     flat = can_be_flat(x, y, z, out) and (of is None or can_be_flat(of))
     fixed: dict[str, Any] = {
-        "p_bounds": segments.bounds, "p_sequence": segments.sequence, "p_first": segments.first,
-        "p_order": segments.by_length, "H": heads, "N": batch * tokens, "DX": dim_x, "DZ": dim_z,
+        "p_table": segments.table, "H": heads, "N": batch * tokens, "DX": dim_x, "DZ": dim_z,
+        "length": segments.longest,
         "stride_x": 1 if transposed else dim_z, "stride_z": dim_x if transposed else 1,
         "stride_reach": 0 if decays.reach is None else decays.reach.stride(0),
         "DECAY": decays.kind, "REVERSE": reverse, "GRAD": of is not None, "FLAT": flat,
@@ -114,4 +115,5 @@ def _output_launch(
         fixed=fixed,
         windows={name: window for name, window in windows.items() if name not in fixed},
         num_warps=config.num_warps,
+        overlap=can_overlap(x.device),
     )

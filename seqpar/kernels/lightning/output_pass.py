@@ -28,8 +28,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from seqpar.kernels.lightning.decays import head_decay, load_decays, load_last
-from seqpar.kernels.lightning.state_pass import decayed, load_tile
+from seqpar.kernels.lightning.decays import REACH_BITS, head_decay, load_decays, load_last
+from seqpar.kernels.lightning.state_pass import decayed, load_segment, load_tile
+from seqpar.kernels.overlap import wait_for_launches_before
 
 __all__ = ["output_pass_kernel"]
 
@@ -233,11 +234,41 @@ def _run_segment(
     return b_S
 
 
-@triton.jit(do_not_specialize=["N"])  # the number of rows: new with every batch
+@triton.jit
+def _entering(
+    p_states, p_initial, p_decay, p_by_segment, i_m, i_h, num_before, tokens_before, length,
+    o_S, m_S, o_sequence, H, size,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
+):  # fmt: skip
+    """The state that enters segment i_m: what the segments before it add, nearest first, decayed.
+
+    All segments between two of a sequence have `length` tokens. Nothing is read that is decayed
+    below 2^-32.
+    """
+    b_S = tl.zeros([BZ, BX], tl.float32)
+    log2_decay = head_decay(p_decay, i_h, DECAY)
+    distance = tl.zeros([1, 1], tl.float32)
+    for i in tl.range(0, num_before, num_stages=3):
+        i_p = i_m + 1 + i if REVERSE else i_m - 1 - i
+        p_S = p_states + (i_p * H + i_h).to(tl.int64) * size + o_S
+        b_U = tl.load(p_S, mask=m_S & (distance >= -REACH_BITS), other=0.0)
+        b_S += b_U * tl.exp2(distance)
+        if DECAY == 2:
+            distance += tl.load(p_by_segment + i_p * H + i_h)
+        else:
+            distance += length * log2_decay
+    if p_initial is not None:
+        if DECAY != 2:
+            distance = tokens_before * log2_decay
+        b_S += tl.load(p_initial + o_sequence + o_S, mask=m_S, other=0.0) * tl.exp2(distance)
+    return b_S
+
+
+@triton.jit(do_not_specialize=["N", "length"])  # new with every batch
 def output_pass_kernel(
     d_x, d_y, d_z, d_u, d_w, p_w, p_decay, d_reach, p_reach, stride_reach,
     p_by_segment, p_dreach, p_states, p_initial,
-    p_final, p_bounds, p_sequence, p_first, p_order, H, N, DX, DZ, stride_x, stride_z,
+    p_final, p_table, H, N, DX, DZ, length, stride_x, stride_z, OVERLAP: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, GRAD: tl.constexpr, FLAT: tl.constexpr,
     SCAN: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -250,37 +281,32 @@ def output_pass_kernel(
     Example, C = 2, fixed decay 1/2, x = y = z = 1, nothing enters: w = 1, 3/2, 7/4, ...
     """
     i_z, i_h = tl.program_id(1), tl.program_id(0) % H
-    i_m = tl.load(p_order + tl.program_id(0) // H)
-    start, stop = tl.load(p_bounds + i_m), tl.load(p_bounds + i_m + 1)
-    i_s = tl.load(p_sequence + i_m)
-    first, end = tl.load(p_first + i_s), tl.load(p_first + i_s + 1)
+    i_m, start, stop, i_s, before, behind, begin, end = load_segment(p_table, tl.program_id(0) // H)
+    wait_for_launches_before(OVERLAP)
     o_z = i_z * BZ + tl.arange(0, BZ)[:, None]
     o_x = tl.arange(0, BX)[None, :]
     m_S = (o_z < DZ) & (o_x < DX)
     o_S = o_z * stride_z + o_x * stride_x
     o_sequence = (i_s * H + i_h).to(tl.int64) * DX * DZ
-    b_S = tl.zeros([BZ, BX], tl.float32)
-    if p_initial is not None:
-        b_S += tl.load(p_initial + o_sequence + o_S, mask=m_S, other=0.0)
     if SCAN:
-        num_before = end - 1 - i_m if REVERSE else i_m - first
-        for i in range(0, num_before):
-            i_p = end - 1 - i if REVERSE else first + i
-            if DECAY == 1:
-                tokens = tl.load(p_bounds + i_p + 1) - tl.load(p_bounds + i_p)
-                b_S = b_S * tl.exp2(tokens.to(tl.float32) * head_decay(p_decay, i_h, DECAY))
-            elif DECAY == 2:
-                b_S = b_S * tl.exp2(tl.load(p_by_segment + i_p * H + i_h))
-            o_state = (i_p * H + i_h).to(tl.int64) * DX * DZ
+        num_before = behind if REVERSE else before
+        tokens_before = end - stop if REVERSE else start - begin
+        b_S = _entering(
+            p_states, p_initial, p_decay, p_by_segment, i_m, i_h, num_before, tokens_before, length,
+            o_S, m_S, o_sequence, H, DX * DZ, DECAY, REVERSE, BX, BZ,
+        )  # fmt: skip
+    else:
+        b_S = tl.zeros([BZ, BX], tl.float32)
+        if p_initial is not None:
+            b_S += tl.load(p_initial + o_sequence + o_S, mask=m_S, other=0.0)
+        if p_states is not None:
+            o_state = (i_m * H + i_h).to(tl.int64) * DX * DZ
             b_S += tl.load(p_states + o_state + o_S, mask=m_S, other=0.0)
-    elif p_states is not None:
-        o_state = (i_m * H + i_h).to(tl.int64) * DX * DZ
-        b_S += tl.load(p_states + o_state + o_S, mask=m_S, other=0.0)
     b_S = _run_segment(
         d_x, d_y, d_z, d_u, d_w, p_w, p_decay, d_reach, p_reach, stride_reach,
         p_dreach, b_S, start, stop, i_m,
         i_h, i_z, H, N, DX, DZ, DECAY, REVERSE, GRAD, FLAT, C, BX, BZ, STAGES, PRECISION,
     )  # fmt: skip
     if p_final is not None:
-        if i_m == (first if REVERSE else end - 1):
+        if (before if REVERSE else behind) == 0:
             tl.store(p_final + o_sequence + o_S, b_S, mask=m_S)

@@ -40,12 +40,14 @@ class Segments:
     """[M]: the sequence that a segment belongs to."""
     first: Tensor
     """[S + 1]: the first segment of each sequence."""
-    by_length: Tensor
-    """[M]: segments, longest first: the order in which programs start."""
+    table: Tensor
+    """[M, 8]: what a program needs to know of its segment in one row; longest first, the order in
+    which programs start. Segment, its rows' bounds, its sequence, how many segments of that lie
+    before and how many behind, the sequence's bounds."""
     with_successor: Tensor
-    """[M - S]: segments whose exit state another segment of the sequence needs, longest first."""
+    """[M - S, 8]: rows of segments whose exit state another segment of the sequence needs."""
     with_predecessor: Tensor
-    """[M - S]: the same for the gradient of the entry state."""
+    """[M - S, 8]: the same for the gradient of the entry state."""
 
 
 @lru_cache(maxsize=64)
@@ -104,11 +106,16 @@ def _tables(bounds: tuple[int, ...], tokens: int, device: str) -> Segments:
     by_length = sorted(range(len(starts)), key=lambda i: edges[i] - edges[i + 1])
     successor = [i for i in by_length if i + 1 < len(starts) and sequence[i + 1] == sequence[i]]
     predecessor = [i for i in by_length if i > 0 and sequence[i - 1] == sequence[i]]
-    parts = (edges, sequence, first, by_length, successor, predecessor)
-    views = _on_device(parts, device)
+    rows = [
+        (i, edges[i], edges[i + 1], s, i - first[s], first[s + 1] - 1 - i, bounds[s], bounds[s + 1])
+        for i, s in enumerate(sequence)
+    ]
+    tables = [[x for i in part for x in rows[i]] for part in (by_length, successor, predecessor)]
+    views = _on_device((edges, sequence, first, *tables), device)
     longest = max((stop - start for start, stop in itertools.pairwise(edges)), default=0)
     deepest = max((stop - start for start, stop in itertools.pairwise(first)), default=0)
-    return Segments(len(starts), len(bounds) - 1, len(successor), longest, deepest, *views)
+    counts = (len(starts), len(bounds) - 1, len(successor), longest, deepest)
+    return Segments(*counts, *views[:3], *(view.view(-1, 8) for view in views[3:]))
 
 
 def _on_device(parts: tuple[list[int], ...], device: str) -> list[Tensor]:

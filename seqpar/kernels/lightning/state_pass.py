@@ -28,12 +28,14 @@ from torch import Tensor
 from seqpar.kernels.launch import Launch, Window
 from seqpar.kernels.lightning.decays import Decays, head_decay, load_last, load_row
 from seqpar.kernels.lightning.plan import Cut
-from seqpar.kernels.lightning.tuning import Config, padded
+from seqpar.kernels.lightning.tuning import Config, for_states, padded
+from seqpar.kernels.overlap import can_overlap, wait_for_launches_before
 
 __all__ = [
     "can_be_flat",
     "decayed",
     "enter_segments",
+    "load_segment",
     "load_tile",
     "precision",
     "segment_states",
@@ -64,6 +66,15 @@ def load_tile(d_x, row, i_h, column, D, C: tl.constexpr, B: tl.constexpr, FLAT: 
         return d_x.load([row, i_h * D + column])
     else:
         return d_x.load([row, i_h, column]).reshape(C, B)
+
+
+@triton.jit
+def load_segment(p_table, index):
+    """A row of `Segments.table`: loads that wait for no other, before anything else is known."""
+    p_row = p_table + index * 8
+    i_m, start, stop = tl.load(p_row), tl.load(p_row + 1), tl.load(p_row + 2)
+    i_s, before, behind = tl.load(p_row + 3), tl.load(p_row + 4), tl.load(p_row + 5)
+    return i_m, start, stop, i_s, before, behind, tl.load(p_row + 6), tl.load(p_row + 7)
 
 
 @triton.jit
@@ -105,8 +116,8 @@ def _add_tail(
 
 @triton.jit(do_not_specialize=["M"])  # the number of segments: new with every batch
 def segment_states_kernel(
-    d_y, d_z, p_decay, d_reach, p_reach, p_by_segment, p_states, p_list, p_bounds, M, H, K, V,
-    stride_reach,
+    d_y, d_z, p_decay, d_reach, p_reach, p_by_segment, p_states, p_table, M, H, K, V,
+    stride_reach, OVERLAP: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, FLAT: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -116,8 +127,8 @@ def segment_states_kernel(
     y = z = 1: U = 1/4 + 1/2 + 1 forward in time, 1/2 + 1/4 + 1/8 backward.
     """
     i_v, i_h = tl.program_id(1), tl.program_id(0) % H
-    i_m = tl.load(p_list + tl.program_id(0) // H)
-    start, stop = tl.load(p_bounds + i_m), tl.load(p_bounds + i_m + 1)
+    i_m, start, stop, _, _, _, _, _ = load_segment(p_table, tl.program_id(0) // H)
+    wait_for_launches_before(OVERLAP)
     num_full = (stop - start) // C
     row_tail = start + num_full * C
     first_slot = start // C + i_m
@@ -168,7 +179,7 @@ def segment_states_kernel(
 @triton.jit
 def enter_segments_kernel(
     p_states, p_entries, p_initial, p_final, p_decay, p_by_segment, p_bounds, p_first, H, KV,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """entries[m] = the state that enters segment m when `initial`, or zero, enters its sequence.
 
@@ -179,6 +190,7 @@ def enter_segments_kernel(
     o_kv = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_kv = o_kv < KV
     first, end = tl.load(p_first + i_s), tl.load(p_first + i_s + 1)
+    wait_for_launches_before(OVERLAP)
     o_sequence = (i_s * H + i_h).to(tl.int64) * KV + o_kv
     b_state = tl.zeros([BLOCK], tl.float32)
     if p_initial is not None:
@@ -241,17 +253,16 @@ def segment_states(
 def _states_launch(
     y: Tensor, z: Tensor, decays: Decays, cut: Cut, config: Config, reverse: bool, every: bool
 ) -> Launch:
-    segments, flat = cut.segments, can_be_flat(y, z)
+    segments, flat, config = cut.segments, can_be_flat(y, z), for_states(config)
     heads, key_dim, value_dim = y.shape[2], y.shape[3], z.shape[3]
     tile_k, tile_v = padded(key_dim), config.value_tile
     listed = segments.with_predecessor if reverse else segments.with_successor
     if every:
-        listed = segments.by_length
+        listed = segments.table
     fixed: dict[str, Any] = {
-        "p_list": listed, "p_bounds": segments.bounds, "M": segments.count, "H": heads,
-        "K": key_dim, "V": value_dim, "DECAY": decays.kind, "REVERSE": reverse, "FLAT": flat,
-        "C": config.chunk, "BK": tile_k, "BV": tile_v, "STAGES": min(config.num_stages, 3),
-        "PRECISION": precision(y.dtype),
+        "p_table": listed, "M": segments.count, "H": heads, "K": key_dim, "V": value_dim,
+        "DECAY": decays.kind, "REVERSE": reverse, "FLAT": flat, "C": config.chunk,
+        "BK": tile_k, "BV": tile_v, "STAGES": config.num_stages, "PRECISION": precision(y.dtype),
     }  # fmt: skip
     windows = {
         "d_y": Window(config.chunk, tile_k, flat=flat),
@@ -268,6 +279,7 @@ def _states_launch(
         fixed=fixed,
         windows=windows,
         num_warps=config.num_warps,
+        overlap=can_overlap(y.device),
     )
 
 
@@ -305,4 +317,4 @@ def _enter_launch(
     fixed |= {name: None for name, x in optional.items() if x is None}
     fixed["p_by_segment" if kind == 1 else "p_decay"] = None
     grid = (triton.cdiv(size, block), heads, cut.segments.num_sequences)
-    return Launch(enter_segments_kernel, grid, fixed=fixed)
+    return Launch(enter_segments_kernel, grid, fixed=fixed, overlap=can_overlap(states.device))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ["Config", "configuration", "padded", "with_gradient"]
+__all__ = ["Config", "configuration", "for_states", "padded", "with_gradient"]
 
 
 @dataclass(frozen=True)
@@ -46,4 +46,9 @@ def configuration(key_dim: int, value_dim: int, dtype: torch.dtype) -> Config:
 
 def with_gradient(config: Config) -> Config:
     """The configuration of a pass that also carries the gradient of the decays and its tensor."""
+    return replace(config, num_stages=min(config.num_stages, 3))
+
+
+def for_states(config: Config) -> Config:
+    """The configuration of the state pass."""
     return replace(config, num_stages=min(config.num_stages, 3))
