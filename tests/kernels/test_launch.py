@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -50,6 +51,16 @@ def test_parameters_lie_as_direct_launches_expect_them() -> None:
     scratch = (8, 8)
     expected = (*DESCRIPTOR, *DESCRIPTOR, *[8] * 3, *[4] * 4, *scratch)
     assert done.stdout.strip() == str(expected)
+
+
+def test_launch_structures_lie_as_the_driver_expects_them() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from seqpar.kernels.direct_launch import _LaunchAttribute, _LaunchConfig
+
+    assert ctypes.sizeof(_LaunchAttribute) == 72
+    assert _LaunchAttribute.value.offset == 8
+    assert ctypes.sizeof(_LaunchConfig) == 56
+    assert _LaunchConfig.stream.offset == 32
 
 
 def test_calls_of_one_shape_share_a_plan() -> None:

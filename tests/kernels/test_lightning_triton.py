@@ -242,6 +242,24 @@ def test_launches_past_triton_give_what_its_own_give(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("decay", DECAYS)
+def test_launches_that_overlap_wait_for_what_they_read(decay: str) -> None:
+    ours = public_case(decay)
+    expected = outputs_and_gradients(ours)
+    side = torch.cuda.Stream()
+    for attempt in range(24):
+        poisoned = [torch.full((1 << size,), torch.nan, device="cuda") for size in range(12, 23)]
+        del poisoned  # what the next call is given, if it reads too early
+        stream = side if attempt % 3 == 2 else torch.cuda.current_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            again = outputs_and_gradients(ours)
+        torch.cuda.current_stream().wait_stream(stream)
+        for now, before in zip(again, expected, strict=True):
+            assert torch.equal(now, before)
+
+
+@pytest.mark.gpu
 def test_launches_bind_to_the_compiled_kernels() -> None:
     plan = plan_for(public_case("fixed"))
     outputs_and_gradients(public_case("fixed"))
