@@ -109,8 +109,8 @@ def _add_tail(
     b_factor = _factors(
         d_reach, slot, num_tokens, distance, log2_decay, i_h, DECAY, REVERSE, True, C
     )
-    b_y = decayed(tl.where(m_row, b_y, 0.0).to(b_y.dtype), b_factor)
-    b_z = tl.where(m_row, b_z, 0.0).to(b_z.dtype)
+    b_y = tl.where(m_row, b_y, 0.0).to(b_y.dtype)
+    b_z = decayed(tl.where(m_row, b_z, 0.0).to(b_z.dtype), b_factor)
     return tl.dot(tl.trans(b_y), b_z, b_U, input_precision=PRECISION)
 
 
@@ -162,7 +162,9 @@ def segment_states_kernel(
         b_factor = _factors(
             d_reach, first_slot + i_c, C, distance, log2_decay, i_h, DECAY, REVERSE, False, C
         )
-        b_U = tl.dot(tl.trans(decayed(b_y, b_factor)), b_z, b_U, input_precision=PRECISION)
+        # The decay goes to the right operand, which passes through shared memory again: a left
+        # one would stay in registers, and its parts of the product would wait for each other.
+        b_U = tl.dot(tl.trans(b_y), decayed(b_z, b_factor), b_U, input_precision=PRECISION)
         distance += last
     if REVERSE:
         if (row_tail < stop) & (num_chunks == num_full):

@@ -50,5 +50,9 @@ def with_gradient(config: Config) -> Config:
 
 
 def for_states(config: Config) -> Config:
-    """The configuration of the state pass."""
-    return replace(config, num_stages=min(config.num_stages, 3))
+    """The configuration of the state pass.
+
+    Its programs read for as long as a state lasts, one multiprocessor alone in the end: many
+    chunks must be in flight, and there is room, since it reads no queries and stages no outputs.
+    """
+    return replace(config, num_stages=6 if config.value_tile == 128 else min(config.num_stages, 3))
