@@ -60,7 +60,7 @@ def summarize(
     is_cut = cut.segments.num_cut > 0
     if not is_cut and not final:
         return SegmentStates(cut, decays, None), None
-    states = segment_states(y, z, decays, cut, plan.config, reverse=reverse, every=final)
+    states = segment_states(y, z, decays, cut, plan.state_config, reverse=reverse, every=final)
     if not is_cut:
         return SegmentStates(cut, decays, None), states
     leaving = None

@@ -19,7 +19,7 @@ from torch.nn import functional
 from seqpar.errors import KernelInputError
 from seqpar.kernels.lightning.inputs import Spec, check_inputs
 from seqpar.kernels.lightning.segments import Segments, cut
-from seqpar.kernels.lightning.tuning import Config, configuration
+from seqpar.kernels.lightning.tuning import Config, configuration, for_states
 
 __all__ = ["Cut", "Plan", "Problem", "dense", "plan_of"]
 
@@ -134,6 +134,11 @@ class Plan:
     def transposed_config(self) -> Config:
         """Tiles of passes with states [V, K]."""
         return configuration(self.value_dim, self.key_dim, self.problem.dtype)
+
+    @cached_property
+    def state_config(self) -> Config:
+        """Tiles of the state pass."""
+        return for_states(self.config, decays_differ=self.problem.decay_dims == 1)
 
     @cached_property
     def cut(self) -> Cut:

@@ -28,7 +28,7 @@ from torch import Tensor
 from seqpar.kernels.launch import Launch, Window
 from seqpar.kernels.lightning.decays import Decays, head_decay, load_last, load_row
 from seqpar.kernels.lightning.plan import Cut
-from seqpar.kernels.lightning.tuning import Config, for_states, padded
+from seqpar.kernels.lightning.tuning import Config, padded
 from seqpar.kernels.overlap import can_overlap, wait_for_launches_before
 
 __all__ = [
@@ -255,7 +255,7 @@ def segment_states(
 def _states_launch(
     y: Tensor, z: Tensor, decays: Decays, cut: Cut, config: Config, reverse: bool, every: bool
 ) -> Launch:
-    segments, flat, config = cut.segments, can_be_flat(y, z), for_states(config)
+    segments, flat = cut.segments, can_be_flat(y, z)
     heads, key_dim, value_dim = y.shape[2], y.shape[3], z.shape[3]
     tile_k, tile_v = padded(key_dim), config.value_tile
     listed = segments.with_predecessor if reverse else segments.with_successor

@@ -49,10 +49,12 @@ def with_gradient(config: Config) -> Config:
     return replace(config, num_stages=min(config.num_stages, 3))
 
 
-def for_states(config: Config) -> Config:
+def for_states(config: Config, *, decays_differ: bool) -> Config:
     """The configuration of the state pass.
 
-    Its programs read for as long as a state lasts, one multiprocessor alone in the end: many
-    chunks must be in flight, and there is room, since it reads no queries and stages no outputs.
+    Where each head has a decay of its own, those whose states last read alone in the end: more
+    chunks in flight make up for it. Where all read alike, memory is busy and more in flight costs.
     """
-    return replace(config, num_stages=6 if config.value_tile == 128 else min(config.num_stages, 3))
+    if config.value_tile == 128 and decays_differ:
+        return replace(config, num_stages=6)
+    return config
