@@ -5,7 +5,8 @@
 Legend: B batch, T tokens, H heads, K key dim, V value dim.
 
 Floor: the state read once and written once. On an H200 with 64 heads of 128 x 128: 0.24 of it at
-batch 1 (8 us, a launch), 0.81 at 16, 0.93 at 64, 0.97 at 256.
+batch 1 (8 us, a launch), 0.83 at 16 (a device copy of the state takes as long), 0.93 at 64, 0.97 at
+256.
 """
 
 from __future__ import annotations
@@ -74,10 +75,19 @@ def step_triton(
     return out, new_state
 
 
+def _columns(num_states: int) -> int:
+    """Columns of a state that one program carries: few states are cut fine, to fill the device and
+    to end at one time; many are read best in long rows.
+    """
+    if num_states < 512:
+        return 16
+    return 32 if num_states < 4096 else 64
+
+
 def _step_launch(plan: Plan) -> Launch:
     batch, tokens, heads, key_dim, value_dim = plan.problem[:5]
     decay = {0: 0, 1: 1, 3: 2}[plan.problem.decay_dims]
-    tile = min(padded(value_dim), 16 if batch * heads < 512 else 64)
+    tile = min(padded(value_dim), _columns(batch * heads))
     fixed: dict[str, Any] = {
         "T": tokens, "H": heads, "K": key_dim, "V": value_dim, "DECAY": decay,
         "BK": padded(key_dim), "BV": tile,
