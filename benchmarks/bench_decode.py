@@ -29,7 +29,11 @@ BATCHES = (1, 16, 64, 256)
 def steps(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, decay: Tensor
 ) -> dict[str, Callable[[], Any]]:
-    found = {"seqpar": lambda: lightning_step(q, k, v, state, log_decay=decay)}
+    target = torch.empty_like(state)
+    found: dict[str, Callable[[], Any]] = {
+        "seqpar": lambda: lightning_step(q, k, v, state, log_decay=decay),
+        "copy": lambda: target.copy_(state),
+    }
     if importlib.util.find_spec("fla"):
         from fla.ops.simple_gla import fused_recurrent_simple_gla
 
