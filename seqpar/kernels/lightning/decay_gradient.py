@@ -33,7 +33,7 @@ from seqpar.kernels.lightning.plan import Cut
 __all__ = ["decay_gradient", "learn"]
 
 
-@triton.jit(do_not_specialize=["N"])  # the number of rows: new with every batch
+@triton.jit(do_not_specialize=["M", "N"])  # new with every batch
 def decay_gradient_kernel(
     p_from_q, p_from_k, p_crossing, p_out, p_bounds, M, H, N,
     TILES: tl.constexpr, BLOCK: tl.constexpr,

@@ -245,7 +245,7 @@ def _entering(
     return b_S
 
 
-@triton.jit(do_not_specialize=["N", "length"])  # new with every batch
+@triton.jit(do_not_specialize=["N", "M", "length"])  # new with every batch
 def output_pass_kernel(
     d_x, d_y, d_z, d_u, d_w, p_w, p_decay, d_reach, p_reach, stride_reach,
     p_by_segment, p_dots, p_crossing, p_exits, p_states, p_initial,

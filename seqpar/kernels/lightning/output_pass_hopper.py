@@ -274,7 +274,7 @@ def _run_segment(
             gl.store(p_exits + o_exit + o_S, b_S)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["N", "M", "length"])  # new with every batch
 def output_pass_hopper_kernel(
     d_x, d_y, d_z, d_u, d_w, p_w, p_decay, d_reach, p_reach, stride_reach,
     p_by_segment, p_dots, p_crossing, p_exits, p_states, p_initial,
@@ -296,7 +296,7 @@ def output_pass_hopper_kernel(
     )  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["N", "length"])  # new with every batch
 def output_pair_hopper_kernel(
     d_q, d_k, d_v, d_do, d_dk, d_dv, p_dk, p_dv, p_decay, p_reach, stride_reach, p_by_segment,
     p_dots, p_crossing, p_exits, p_states, p_initial, p_final, p_table, H, N, length,
