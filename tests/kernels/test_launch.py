@@ -45,7 +45,7 @@ from seqpar.kernels.lightning.output_pass_hopper import output_pair_hopper_kerne
 
 constants = {
     "p_decay": None, "p_initial": None, "p_final": None, "OVERLAP": True, "DECAY": 2,
-    "GRAD": True, "SCAN": True, "C": 64, "D": 128, "STAGES": 3,
+    "SCAN": True, "C": 64, "D": 128, "STAGES": 4,
 }
 half = f"tensordesc<bf16[64, 128],{NVMMASharedLayout(128, 16, 2)!r}>"
 kinds = {"d": half, "p": "*fp32"}
@@ -99,7 +99,7 @@ def test_the_passes_by_hand_compile_for_hopper_without_a_gpu() -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     scratch = (8, 8)
-    expected = (*DESCRIPTOR * 6, 8, 8, 8, 4, *[8] * 4, *[8] * 2, *[4] * 3, *scratch)
+    expected = (*DESCRIPTOR * 6, 8, 8, 8, 4, 8, 8, 8, 4, 4, *scratch)
     assert done.stdout.splitlines()[0] == str(expected)
 
 

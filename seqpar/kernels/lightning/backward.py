@@ -80,11 +80,11 @@ def backward_triton(
         grad_states, _ = summarize(plan, q, do, log_decay, reverse=True, final=False)
     dentry = plan.new_state() if entry_grad else None
     dv, dk = _empty(v), _empty(k)
-    given = (plan, (q, k, v, do), dk, dv, grad_states, exit_state_grad, dentry, of_k)
-    if can_pair(plan.config, q, k, v, do):
+    given = (plan, (q, k, v, do), dk, dv, grad_states, exit_state_grad, dentry)
+    if of_k is None and can_pair(plan.config, q, k, v, do):
         _pair(*given)
     else:
-        _two_passes(*given)
+        _two_passes(*given, of_k)
     dlog_decay = decay_gradient(of_q, of_k, cut) if of_q and of_k else None
     return _trimmed(plan, dq, dk, dv, dlog_decay, dentry)
 
@@ -152,9 +152,8 @@ def _pair(
     states: SegmentStates,
     initial: Tensor | None,
     final: Tensor | None,
-    learning: Learning | None,
 ) -> None:
-    """The same in one launch."""
+    """The same in one launch, without sums for the decays' gradient."""
     local_states, scanned = states.into(initial, reverse=True)
     output_pair(
         inputs,
@@ -162,12 +161,11 @@ def _pair(
         dv,
         states.decays,
         states.cut,
-        plan.config if learning is None else with_gradient(plan.config),
+        plan.config,
         states=local_states,
         scanned=scanned,
         initial=None if scanned else initial,
         final=final,
-        learning=learning,
     )
 
 

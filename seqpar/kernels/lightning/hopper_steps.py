@@ -87,10 +87,11 @@ def rounded(b_x):
 
 @gluon.jit
 def sum_lanes(b_x, R: gl.constexpr, C: gl.constexpr):
-    """[R // 16, C]: sums over the 16 rows that a warp holds.
+    """[R // 16, C]: sums over the second dim of x [R // 16, 8, C].
 
-    Eight lanes hold the rows of a column. Instead of adding up all columns in all lanes, each step
-    gives half of the columns away to the lane that adds them: 14 shuffles instead of 48.
+    Eight lanes of a warp hold what is added up for a column. Instead of adding up all columns in
+    all lanes, each step gives half of the columns away to the lane that adds them: 14 shuffles
+    instead of 48.
     """
     warps: gl.constexpr = [[1, 0, 0], [2, 0, 0], [4, 0, 0]]
     L4: gl.constexpr = gl.DistributedLinearLayout(

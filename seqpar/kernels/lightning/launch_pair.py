@@ -11,7 +11,6 @@ from torch import Tensor
 
 from seqpar.kernels.launch import Launch, Window
 from seqpar.kernels.lightning.decays import Decays
-from seqpar.kernels.lightning.launch_output import Learning
 from seqpar.kernels.lightning.plan import Cut
 from seqpar.kernels.lightning.state_pass import can_be_flat
 from seqpar.kernels.lightning.tuning import Config
@@ -37,22 +36,20 @@ def output_pair(
     scanned: bool,
     initial: Tensor | None,
     final: Tensor | None,
-    learning: Learning | None,
 ) -> None:
     """Write dk and dv of `inputs`, q, k, v and do; the rest as for `output_pass`, in reverse."""
     q, k, v, do = inputs
-    _, dots, exits, crossing = (None,) * 4 if learning is None else learning
-    optional = (dots, crossing, exits, states, initial, final)
+    optional = (states, initial, final)
     key = ("pair", scanned, *(x.stride() for x in inputs), *(x is None for x in optional))
     launch = cut.launches.get(key)
     if launch is None:
-        names = ("p_dots", "p_crossing", "p_exits", "p_states", "p_initial", "p_final")
+        names = ("p_states", "p_initial", "p_final")
         missing = {name: None for name, given in zip(names, optional, strict=True) if given is None}
         scan = states is not None and not scanned
         launch = cut.launches[key] = _pair_launch(q, cut, config, decays, missing, scan)
     given = (
         q, k, v, do, dk, dv, dk, dv, decays.per_head, decays.reach, decays.by_segment,
-        dots, crossing, exits, states, initial, final,
+        states, initial, final,
     )  # fmt: skip
     launch(*[tensor for tensor in given if tensor is not None])
 
@@ -62,12 +59,11 @@ def _pair_launch(
 ) -> Launch:
     from seqpar.kernels.lightning.output_pass_hopper import output_pair_hopper_kernel
 
-    batch, tokens, heads, dim = q.shape
+    heads, dim = q.shape[2:]
     fixed: dict[str, Any] = {
-        "p_table": cut.segments.table, "H": heads, "N": batch * tokens,
-        "length": cut.segments.longest,
+        "p_table": cut.segments.table, "H": heads, "length": cut.segments.longest,
         "stride_reach": 0 if decays.reach is None else decays.reach.stride(0),
-        "DECAY": decays.kind, "GRAD": "p_dots" not in missing, "SCAN": scan, "C": config.chunk,
+        "DECAY": decays.kind, "SCAN": scan, "C": config.chunk,
         "D": dim, "STAGES": config.num_stages,
     }  # fmt: skip
     fixed |= missing

@@ -296,27 +296,27 @@ def output_pass_hopper_kernel(
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["N", "length"])  # new with every batch
+@gluon.jit(do_not_specialize=["length"])  # new with every batch
 def output_pair_hopper_kernel(
     d_q, d_k, d_v, d_do, d_dk, d_dv, p_dk, p_dv, p_decay, p_reach, stride_reach, p_by_segment,
-    p_dots, p_crossing, p_exits, p_states, p_initial, p_final, p_table, H, N, length,
-    OVERLAP: gl.constexpr, DECAY: gl.constexpr, GRAD: gl.constexpr, SCAN: gl.constexpr,
+    p_states, p_initial, p_final, p_table, H, length,
+    OVERLAP: gl.constexpr, DECAY: gl.constexpr, SCAN: gl.constexpr,
     C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of every segment, by neighbouring programs. Grid: (M * H * 2,)."""
     i_role, i_h = gl.program_id(0) % 2, gl.program_id(0) // 2 % H
     segment = _segment_of(p_table, gl.program_id(0) // 2 // H)
-    tiles = _shared_memory(d_q.dtype, GRAD, STAGES, C, D)
+    tiles = _shared_memory(d_q.dtype, False, STAGES, C, D)
     wait_for_launches_before(OVERLAP)
     if i_role == 0:
         _run_segment(
-            d_v, d_do, d_q, d_k if GRAD else None, d_dk, p_dk, p_decay, p_reach, stride_reach,
-            p_by_segment, p_dots, p_crossing, p_exits, p_states, p_initial, None,
-            segment, tiles, i_h, H, N, length, 1, D, DECAY, True, GRAD, SCAN, C, D, STAGES,
+            d_v, d_do, d_q, None, d_dk, p_dk, p_decay, p_reach, stride_reach, p_by_segment,
+            None, None, None, p_states, p_initial, None,
+            segment, tiles, i_h, H, 0, length, 1, D, DECAY, True, False, SCAN, C, D, STAGES,
         )  # fmt: skip
     else:
         _run_segment(
-            d_k, d_q, d_do, None, d_dv, p_dv, p_decay, p_reach, stride_reach,
-            p_by_segment, None, None, None, p_states, p_initial, p_final,
-            segment, tiles, i_h, H, N, length, D, 1, DECAY, True, False, SCAN, C, D, STAGES,
+            d_k, d_q, d_do, None, d_dv, p_dv, p_decay, p_reach, stride_reach, p_by_segment,
+            None, None, None, p_states, p_initial, p_final,
+            segment, tiles, i_h, H, 0, length, D, 1, DECAY, True, False, SCAN, C, D, STAGES,
         )  # fmt: skip
