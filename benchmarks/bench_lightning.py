@@ -39,7 +39,7 @@ SMALL = (1, 8192, 32)
 LONG = (1, 1048576, 16)
 HEADS = 32
 """Of the other parts: peers tune themselves anew for each number of heads."""
-PARTS = ("shapes", "lengths", "memory", "error", "packed", "long", "cold")
+PARTS = ("shapes", "memory", "error", "error_long", "long", "cold", "lengths", "packed")
 Row = dict[str, Any]
 Who = dict[str, Function]
 
@@ -130,10 +130,11 @@ def describe(row: Row) -> str:
 
 
 def part_shapes(tb_per_s: float, who: Who) -> Iterator[Row]:
+    """Decay "mean" stands before and after "token", which it is compared with: the clock drifts."""
     takes = {"lightning": set(who), "token": {"seqpar", "fla C=64"}}
     for shape in (*LARGE, SMALL):
         inputs = make_inputs(*shape)
-        for kind in ("lightning", "none", "mean", "token"):
+        for kind in ("lightning", "none", "mean", "token", "mean"):
             for name in who:
                 if name in takes.get(kind, {"seqpar"}):
                     yield measure(name, who[name], inputs, kind, tb_per_s)
@@ -213,6 +214,21 @@ def part_error(tb_per_s: float, who: Who) -> Iterator[Row]:
                 found = gradients(run, inputs, decay)
             errors = {n: relative(found[n], reference[n]) for n in found}
             yield {"name": name, "decay": kind, "errors": errors}
+
+
+def part_error_long(tb_per_s: float, who: Who) -> Iterator[Row]:
+    """The same for 32768 tokens and decays per token of several strengths, ours alone: whether the
+    errors of the decays' gradient add up along the sequence. The reference is ours in float64.
+    """
+    for strength in (0.001, 0.01, 0.1, 0.7):
+        if "seqpar" in who:
+            inputs = make_inputs(1, 32768, 4)
+            decay = -strength * torch.rand(1, 32768, 4, device="cuda")
+            run = who["seqpar"]
+            reference = gradients(run, tuple(x.double() for x in inputs), decay.double())
+            found = gradients(run, inputs, decay)
+            errors = {name: relative(found[name], reference[name]) for name in found}
+            yield {"name": "seqpar", "decay": f"to {strength}", "tokens": 32768, "errors": errors}
 
 
 def exact_function(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:

@@ -33,6 +33,10 @@ _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 """CUlaunchAttributeID of a launch that may start before the one before it has ended."""
 
 
+_INVALID_CONTEXT = 201
+"""CUDA_ERROR_INVALID_CONTEXT."""
+
+
 class _LaunchAttribute(ctypes.Structure):
     """CUlaunchAttribute, for an attribute whose value is one integer."""
 
@@ -187,6 +191,8 @@ class DirectLaunch:
             self._config.attributes = ctypes.addressof(self._attribute)
             self._config.num_attributes = 1
         self._config_at = ctypes.addressof(self._config)
+        self._context = ctypes.c_void_p()
+        _driver().cuCtxGetCurrent(ctypes.byref(self._context))
 
     def __call__(self, *tensors: Tensor) -> None:
         values: list[bytes | int] = [maps.at(tensors[i].data_ptr()) for i, maps in self._maps]
@@ -195,6 +201,9 @@ class DirectLaunch:
             self._format.pack_into(self._buffer, 0, *values)
             self._config.stream = self._stream_of(self._device)
             status = self._launch(self._config_at, self._function, self._parameters, None)
+            if status == _INVALID_CONTEXT:  # this is its thread's first call of CUDA
+                _driver().cuCtxSetCurrent(self._context)
+                status = self._launch(self._config_at, self._function, self._parameters, None)
         if status != 0:
             raise RuntimeError(f"launching {self._compiled.name} failed with CUDA error {status}")
 
@@ -259,6 +268,7 @@ def _driver() -> Any:
     driver = ctypes.PyDLL("libcuda.so.1")
     number, pointer = ctypes.c_uint32, ctypes.c_void_p
     driver.cuLaunchKernelEx.argtypes = [pointer] * 4
+    driver.cuCtxGetCurrent.argtypes = driver.cuCtxSetCurrent.argtypes = [pointer]
     driver.cuTensorMapEncodeTiled.argtypes = [
         pointer, number, number, pointer, pointer, pointer, pointer, pointer,
         number, number, number, number,

@@ -31,14 +31,15 @@ class Window:
     """How a kernel sees a tensor [B, T, H, D] through a descriptor: blocks of rows of one head.
 
     `flat`: as [B * T, H * D], heads side by side; otherwise as [B * T, H, D]. Rows must lie evenly
-    apart across the batch. What is outside reads as zero.
+    apart across the batch. What is outside reads as zero. `for_gluon`: for a kernel in Gluon,
+    blocks in shared memory swizzled over 128 bytes.
     """
 
-    def __init__(self, rows: int, columns: int, *, flat: bool) -> None:
+    def __init__(self, rows: int, columns: int, *, flat: bool, for_gluon: bool = False) -> None:
         self.block = [rows, columns] if flat else [rows, 1, columns]
-        self.flat = flat
+        self.flat, self.for_gluon = flat, for_gluon
 
-    def of(self, x: Tensor) -> TensorDescriptor:
+    def of(self, x: Tensor) -> Any:
         """The descriptor of a tensor."""
         if x.ndim == 2:
             return TensorDescriptor(x, list(x.shape), list(x.stride()), self.block)
@@ -47,7 +48,17 @@ class Window:
             shape, strides = [batch * tokens, heads * dim], [x.stride(1), 1]
         else:
             shape, strides = [batch * tokens, heads, dim], [x.stride(1), x.stride(2), 1]
+        if self.for_gluon:
+            return _gluon_descriptor(x, shape, strides, self.block)
         return TensorDescriptor(x, shape, strides, self.block)
+
+
+def _gluon_descriptor(x: Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+    layout = NVMMASharedLayout(128, 8 * x.element_size(), len(block))
+    return GluonDescriptor(x, shape, strides, block, layout)
 
 
 class Launch:

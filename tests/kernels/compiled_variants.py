@@ -14,7 +14,6 @@ import json
 from typing import Any
 
 import torch
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from seqpar.balance import balanced_layout
 from seqpar.calibration import measured_shapes
@@ -31,7 +30,7 @@ def kind_of(parameter: Any, value: Any) -> Any:
     """What of an argument decides which variant runs it: triton.runtime.jit's specialisation."""
     if parameter.is_constexpr or value is None:
         return value
-    if isinstance(value, TensorDescriptor):
+    if hasattr(value, "block_shape"):  # a descriptor, Triton's or Gluon's
         return value.base.dtype, tuple(value.block_shape)
     if isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
@@ -73,6 +72,7 @@ def main() -> None:
     Launch.__call__ = record  # type: ignore[method-assign, assignment]
     plan.Plan.on_triton = property(lambda _: True, lambda _, value: None)  # type: ignore[assignment]
     plan._num_sms = lambda _: 132  # an H200's
+    plan.runs_by_hand = lambda _: True
     known = run_layer([512] * 16, 1)
     for degree in (1, 2):
         known += run_layer([64 * degree], degree)

@@ -35,6 +35,32 @@ signature |= {"p_table": "*i32"}
 compiled = compile(ASTSource(kernel, signature, constants, {}), target=GPUTarget("cuda", 90, 32))
 print(_checked_sizes(compiled))
 """
+COMPILE_BY_HAND = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import compile
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language import NVMMASharedLayout
+from seqpar.kernels.direct_launch import _checked_sizes
+from seqpar.kernels.lightning.output_pass_hopper import output_pair_hopper_kernel as kernel
+
+constants = {
+    "p_decay": None, "p_initial": None, "p_final": None, "OVERLAP": True, "DECAY": 2,
+    "SCAN": True, "C": 64, "D": 128, "STAGES": 4,
+}
+half = f"tensordesc<bf16[64, 128],{NVMMASharedLayout(128, 16, 2)!r}>"
+kinds = {"d": half, "p": "*fp32"}
+signature = {
+    name: "constexpr" if name in constants else kinds.get(name.split("_")[0], "i32")
+    for name in kernel.arg_names
+}
+signature |= {"p_dk": "*bf16", "p_dv": "*bf16", "p_table": "*i32"}
+compiled = compile(
+    GluonASTSource(kernel, signature, constants),
+    target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "launch_pdl": True},
+)
+assert "wgmma" in compiled.asm["ptx"] and compiled.metadata.shared <= 232448
+print(_checked_sizes(compiled))
+"""
 DESCRIPTOR = (128, 4, 4, 8, 8)
 """A tensor map, two numbers of rows and columns, two strides."""
 
@@ -61,6 +87,20 @@ def test_launch_structures_lie_as_the_driver_expects_them() -> None:
     assert _LaunchAttribute.value.offset == 8
     assert ctypes.sizeof(_LaunchConfig) == 56
     assert _LaunchConfig.stream.offset == 32
+
+
+def test_the_passes_by_hand_compile_for_hopper_without_a_gpu() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILE_BY_HAND],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    scratch = (8, 8)
+    expected = (*DESCRIPTOR * 6, 8, 8, 8, 4, 8, 8, 8, 4, 4, *scratch)
+    assert done.stdout.splitlines()[0] == str(expected)
 
 
 def test_calls_of_one_shape_share_a_plan() -> None:

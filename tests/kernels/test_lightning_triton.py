@@ -6,11 +6,14 @@ precision is float16; tests marked `gpu` run bfloat16 and the real tile sizes.
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor
 
 from seqpar.kernels.lightning import lightning_attention
+from seqpar.kernels.lightning import plan as plan_module
 from seqpar.kernels.lightning.plan import Plan, plan_of
 from seqpar.kernels.lightning.reference import recurrent_attention
 from tests.kernels.test_lightning import DECAYS, leaves, make_inputs, packed
@@ -162,8 +165,7 @@ def test_bfloat16_at_real_sizes(decay: str, dims: tuple[int, int]) -> None:
         decay=decay, batch=1, tokens=2000, heads=2, key_dim=dims[0], value_dim=dims[1],
         sequences=4, dtype=torch.bfloat16,
     )  # fmt: skip
-    # A decay's gradient is a sum over pairs across a token; rounding of others' adds to it.
-    check(inputs, cu_seqlens=packed(lengths), dtype=torch.bfloat16, decay_grad_error=2e-2)
+    check(inputs, cu_seqlens=packed(lengths), dtype=torch.bfloat16, decay_grad_error=5e-3)
 
 
 @pytest.mark.gpu
@@ -202,15 +204,19 @@ def outputs_and_gradients(ours: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
     return (o.detach(), final.detach(), *grads)
 
 
-def public_case(decay: str) -> dict[str, Tensor | None]:
-    inputs = make_inputs(decay=decay, tokens=3000, key_dim=128, value_dim=64, dtype=torch.bfloat16)
+def public_case(decay: str, value_dim: int = 128) -> dict[str, Tensor | None]:
+    """The pass by hand takes value dims of 128, the one in Triton the others."""
+    inputs = make_inputs(
+        decay=decay, tokens=3000, key_dim=128, value_dim=value_dim, dtype=torch.bfloat16
+    )
     return leaves({name: x if x is None else x.cuda() for name, x in inputs.items()})
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("decay", DECAYS)
-def test_a_call_can_be_captured_in_a_cuda_graph(decay: str) -> None:
-    ours = public_case(decay)
+@pytest.mark.parametrize("value_dim", [64, 128])
+def test_a_call_can_be_captured_in_a_cuda_graph(decay: str, value_dim: int) -> None:
+    ours = public_case(decay, value_dim)
     expected = outputs_and_gradients(ours)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -229,10 +235,11 @@ def test_a_call_can_be_captured_in_a_cuda_graph(decay: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("value_dim", [64, 128])
 def test_launches_past_triton_give_what_its_own_give(
-    decay: str, monkeypatch: pytest.MonkeyPatch
+    decay: str, value_dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = public_case(decay)
+    ours = public_case(decay, value_dim)
     outputs_and_gradients(ours)
     direct = outputs_and_gradients(ours)
     monkeypatch.setattr(Launch, "_bind", lambda *_: None)
@@ -242,9 +249,23 @@ def test_launches_past_triton_give_what_its_own_give(
 
 
 @pytest.mark.gpu
+def test_a_launch_can_be_the_first_call_of_cuda_in_its_thread() -> None:
+    inputs = {n: x if x is None else x.detach() for n, x in public_case("fixed").items()}
+    expected, _ = lightning_attention(**inputs)
+    lightning_attention(**inputs)  # past Triton
+    found: list[Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(lightning_attention(**inputs)[0]))
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert torch.equal(found[0], expected)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("decay", DECAYS)
-def test_launches_that_overlap_wait_for_what_they_read(decay: str) -> None:
-    ours = public_case(decay)
+@pytest.mark.parametrize("value_dim", [64, 128])
+def test_launches_that_overlap_wait_for_what_they_read(decay: str, value_dim: int) -> None:
+    ours = public_case(decay, value_dim)
     expected = outputs_and_gradients(ours)
     side = torch.cuda.Stream()
     for attempt in range(24):
@@ -257,6 +278,39 @@ def test_launches_that_overlap_wait_for_what_they_read(decay: str) -> None:
         torch.cuda.current_stream().wait_stream(stream)
         for now, before in zip(again, expected, strict=True):
             assert torch.equal(now, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", DECAYS)
+def test_the_pass_in_triton_where_there_is_one_by_hand(
+    decay: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "runs_by_hand", lambda _: False)
+    lengths = (5, 700, 1, 1295)
+    inputs = make_inputs(
+        decay=decay, batch=1, tokens=2001, heads=2, key_dim=128, value_dim=128, sequences=4,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    check(inputs, cu_seqlens=packed(lengths), dtype=torch.bfloat16, decay_grad_error=5e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value_dim", [64, 128])
+@pytest.mark.parametrize("strongest", [-0.01, -0.1, -0.7])
+def test_errors_of_the_decays_gradient_do_not_add_up_along_a_sequence(
+    value_dim: int, strongest: float
+) -> None:
+    inputs = make_inputs(
+        decay="token", batch=1, tokens=20000, heads=4, key_dim=128, value_dim=value_dim,
+        dtype=torch.bfloat16, strongest=strongest,
+    )  # fmt: skip
+    ours = leaves({name: x if x is None else x.cuda() for name, x in inputs.items()})
+    theirs = leaves({n: x if x is None else x.double().cuda() for n, x in inputs.items()})
+    do = torch.randn(1, 20000, 4, value_dim, device="cuda", dtype=torch.bfloat16)
+    for given in (ours, theirs):
+        o, _ = lightning_attention(**given)
+        o.backward(do.to(o.dtype))
+    assert relative_error(ours["log_decay"].grad, theirs["log_decay"].grad) < 3e-3
 
 
 @pytest.mark.gpu

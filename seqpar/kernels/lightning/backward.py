@@ -5,12 +5,16 @@ Legend: B batch, T tokens, H heads, K key dim, V value dim, S sequences, M segme
     states of (k, v) forward in time    -> entries A          (kept from the forward pass)
     states of (q, do) backward in time  -> entries E
     dq = output_pass(do, v, k; A) forward
-    dv = output_pass(k, q, do; E) backward,  dk = output_pass(v, do, q; E) backward
+    dv = output_pass(k, q, do; E) backward,  dk = output_pass(v, do, q; E) backward, or both in
+    one launch, which reads what they share once (launch_pair.py)
 
 No state of a chunk is ever written to memory: each pass carries its own.
 
+The gradient of decays per token comes from sums that the passes of dq and dk give besides
+(decay_gradient.py).
+
 Floor: q, k, v and do read once, dq, dk and dv written once, 7 tensors. The three passes move 12,
-so the share of the floor can not exceed 0.58; docs/lightning.md has what was measured.
+so their share of the floor can not exceed 0.58; with dk and dv in one launch 10, and 0.70.
 """
 
 from __future__ import annotations
@@ -20,10 +24,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqpar.kernels.lightning.decay_gradient import backward_with_decay
+from seqpar.kernels.lightning.decay_gradient import decay_gradient, learn
 from seqpar.kernels.lightning.forward import SegmentStates, summarize
-from seqpar.kernels.lightning.launch_output import output_pass
+from seqpar.kernels.lightning.launch_output import Learning, output_pass
+from seqpar.kernels.lightning.launch_pair import can_pair, output_pair
 from seqpar.kernels.lightning.plan import Plan
+from seqpar.kernels.lightning.tuning import with_gradient
 
 __all__ = ["Gradients", "backward_triton"]
 
@@ -53,29 +59,34 @@ def backward_triton(
     """Gradients of q, k, v and what else is asked for.
 
     `inputs` are q, k, v, do; `states` are those of (k, v), `grad_states` those of (q, do). What the
-    caller does not have is made; with `decay_grad` of decays per token neither is used.
+    caller does not have is made.
     """
     q, k, v, do = (plan.aligned(x) for x in inputs)
     entry_state, exit_state_grad = plan.state(entry_state), plan.state(exit_state_grad)
-    if decay_grad and plan.problem.decay_dims == 3:
-        found = backward_with_decay(
-            plan, (q, k, v, do), plan.decay(log_decay), entry_state, exit_state_grad
-        )
-        return _trimmed(plan, *found)
     if states is None:
         states, _ = summarize(plan, k, v, log_decay, reverse=False, final=False)
-    dq = _empty(q)  # before anything else, so that the device starts early
-    _pass(plan, (do, v, k), dq, states, entry_state, reverse=False, transposed=True)
+    cut, of_q, of_k = states.cut, None, None
+    learns = decay_grad and plan.problem.decay_dims == 3
+    if learns:
+        tile = plan.transposed_config.value_tile
+        passed_on = cut.segments.num_cut > 0 or exit_state_grad is not None
+        of_q, of_k = learn(q, k, plan.value_dim, cut, tile, exits=passed_on)
+    dq = _empty(q)  # before the other states, so that the device starts early
+    _pass(
+        plan, (do, v, k), dq, states, entry_state,
+        reverse=False, transposed=True, learning=of_q,
+    )  # fmt: skip
     if grad_states is None:
         grad_states, _ = summarize(plan, q, do, log_decay, reverse=True, final=False)
     dentry = plan.new_state() if entry_grad else None
     dv, dk = _empty(v), _empty(k)
-    _pass(
-        plan, (k, q, do), dv, grad_states, exit_state_grad,
-        final=dentry, reverse=True, transposed=False,
-    )  # fmt: skip
-    _pass(plan, (v, do, q), dk, grad_states, exit_state_grad, reverse=True, transposed=True)
-    return _trimmed(plan, dq, dk, dv, None, dentry)
+    given = (plan, (q, k, v, do), dk, dv, grad_states, exit_state_grad, dentry)
+    if of_k is None and can_pair(plan.config, q, k, v, do):
+        _pair(*given)
+    else:
+        _two_passes(*given, of_k)
+    dlog_decay = decay_gradient(of_q, of_k, cut) if of_q and of_k else None
+    return _trimmed(plan, dq, dk, dv, dlog_decay, dentry)
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -92,21 +103,69 @@ def _pass(
     final: Tensor | None = None,
     reverse: bool,
     transposed: bool,
+    learning: Learning | None = None,
 ) -> None:
     """One output pass, from what each segment adds and what enters the sequences."""
     local_states, scanned = states.into(initial, reverse=reverse)
+    config = plan.transposed_config if transposed else plan.config
     output_pass(
         roles,
         out,
         states.decays,
         states.cut,
-        plan.transposed_config if transposed else plan.config,
+        config if learning is None else with_gradient(config),
         states=local_states,
         scanned=scanned,
         initial=None if scanned else initial,
         final=final,
         reverse=reverse,
         transposed=transposed,
+        learning=learning,
+    )
+
+
+def _two_passes(
+    plan: Plan,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    dk: Tensor,
+    dv: Tensor,
+    states: SegmentStates,
+    initial: Tensor | None,
+    final: Tensor | None,
+    learning: Learning | None,
+) -> None:
+    """dv, what leaves backward in time, and dk."""
+    q, k, v, do = inputs
+    _pass(
+        plan, (k, q, do), dv, states, initial, final=final, reverse=True, transposed=False
+    )  # fmt: skip
+    _pass(
+        plan, (v, do, q), dk, states, initial, reverse=True, transposed=True, learning=learning
+    )  # fmt: skip
+
+
+def _pair(
+    plan: Plan,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    dk: Tensor,
+    dv: Tensor,
+    states: SegmentStates,
+    initial: Tensor | None,
+    final: Tensor | None,
+) -> None:
+    """The same in one launch, without sums for the decays' gradient."""
+    local_states, scanned = states.into(initial, reverse=True)
+    output_pair(
+        inputs,
+        dk,
+        dv,
+        states.decays,
+        states.cut,
+        plan.config,
+        states=local_states,
+        scanned=scanned,
+        initial=None if scanned else initial,
+        final=final,
     )
 
 

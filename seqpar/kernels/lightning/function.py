@@ -111,7 +111,7 @@ class _LightningAttention(torch.autograd.Function):
     | forward  | q, k, v, log_decay, initial_state    | o, final_state                        |
     | backward | do, dfinal_state                     | dq, dk, dv, dlog_decay, dinitial      |
 
-    Saves its inputs, and the states of segments unless decays get a gradient, which has its own.
+    Saves its inputs and the states of segments.
     """
 
     @staticmethod
@@ -130,8 +130,7 @@ class _LightningAttention(torch.autograd.Function):
             plan, q, k, v, log_decay, cu_seqlens, initial_state, return_final_state
         )
         ctx.save_for_backward(q, k, v, log_decay, initial_state)
-        with_decay_grad = log_decay is not None and log_decay.requires_grad
-        ctx.call = (plan, cu_seqlens, None if with_decay_grad else states)
+        ctx.call = (plan, cu_seqlens, states)
         ctx.set_materialize_grads(False)
         return o, final_state
 

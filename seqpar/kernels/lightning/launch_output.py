@@ -5,9 +5,8 @@ Legend: B batch, T tokens, H heads, DX and DZ the dims of the roles x, y and z (
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 import triton
 from torch import Tensor
 
@@ -19,7 +18,20 @@ from seqpar.kernels.lightning.state_pass import can_be_flat, precision
 from seqpar.kernels.lightning.tuning import Config, padded
 from seqpar.kernels.overlap import can_overlap
 
-__all__ = ["empty_parts", "output_pass"]
+__all__ = ["Learning", "output_pass"]
+
+
+class Learning(NamedTuple):
+    """What a pass that makes the gradient of `of` gives towards the gradient of decays."""
+
+    of: Tensor
+    dots: Tensor
+    """[tiles of DZ, H, B * T] float32: of each token, `of` times its gradient."""
+    exits: Tensor | None
+    """[M, H, K, V] float32: the state that leaves each segment. The pass forward in time writes it,
+    the pass backward in time reads it. None where no gradient reaches any of them."""
+    crossing: Tensor | None = None
+    """[tiles of DZ, M, H] float32, backward in time: `exits` times their gradients."""
 
 
 def output_pass(
@@ -35,25 +47,24 @@ def output_pass(
     final: Tensor | None = None,
     reverse: bool,
     transposed: bool,
-    of: Tensor | None = None,
-    dreach: Tensor | None = None,
+    learning: Learning | None = None,
 ) -> None:
     """Write w into `out`, contiguous [B, T, H, DZ], and what leaves each sequence into `final`.
 
     `states` [M, H, K, V] is what each segment adds to a passing state, or, if `scanned`, what
     enters it. `transposed` says that states lie in memory as [DZ, DX] rather than [DX, DZ]. With
-    `dreach`, made by `empty_parts`, it also gets the gradient of the running log decays, for which
-    `of` is the tensor whose gradient w is.
+    `learning`, its tensors are written too.
     """
     x, y, z = roles
-    optional = (of, dreach, states, initial, final)
+    of, dots, exits, crossing = (None,) * 4 if learning is None else learning
+    optional = (of, dots, crossing, exits, states, initial, final)
     key = (
         reverse, transposed, scanned, x.stride(), y.stride(), z.stride(),
         *(tensor is None for tensor in optional), None if of is None else of.stride(),
     )  # fmt: skip
     launch = cut.launches.get(key)
     if launch is None:
-        names = ("d_u", "p_dreach", "p_states", "p_initial", "p_final")
+        names = ("d_u", "p_dots", "p_crossing", "p_exits", "p_states", "p_initial", "p_final")
         missing = {name: None for name, given in zip(names, optional, strict=True) if given is None}
         launch = _output_launch(
             roles, out, of, cut, config, decays, missing=missing, reverse=reverse,
@@ -63,17 +74,9 @@ def output_pass(
     reach = decays.reach
     given = (
         x, y, z, of, out, out, decays.per_head, reach, reach, decays.by_segment,
-        dreach, states, initial, final,
+        dots, crossing, exits, states, initial, final,
     )  # fmt: skip
     launch(*[tensor for tensor in given if tensor is not None])
-
-
-def empty_parts(x: Tensor, dim_z: int, config: Config, *, reverse: bool) -> Tensor:
-    """Room for the gradient of the running log decays of x's tokens: [parts, H, B * T], to sum."""
-    batch, tokens, heads, _ = x.shape
-    parts = config.value_tile // 16 + (0 if reverse else config.chunk // 16 + 2)
-    shape = (triton.cdiv(dim_z, config.value_tile) * parts, heads, batch * tokens)
-    return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
 def _output_launch(
@@ -95,8 +98,8 @@ def _output_launch(
     tile_x, tile_z = padded(dim_x), config.value_tile
     flat = can_be_flat(x, y, z, out) and (of is None or can_be_flat(of))
     fixed: dict[str, Any] = {
-        "p_table": segments.table, "H": heads, "N": batch * tokens, "DX": dim_x, "DZ": dim_z,
-        "length": segments.longest,
+        "p_table": segments.table, "H": heads, "N": batch * tokens,
+        "M": segments.count, "DX": dim_x, "DZ": dim_z, "length": segments.longest,
         "stride_x": 1 if transposed else dim_z, "stride_z": dim_x if transposed else 1,
         "stride_reach": 0 if decays.reach is None else decays.reach.stride(0),
         "DECAY": decays.kind, "REVERSE": reverse, "GRAD": of is not None, "FLAT": flat,
@@ -106,14 +109,24 @@ def _output_launch(
     fixed |= missing
     unused = ("d_reach", "p_reach", "p_by_segment") if decays.reach is None else ("p_decay",)
     fixed |= dict.fromkeys(unused)
-    wide, narrow = (Window(config.chunk, tile, flat=flat) for tile in (tile_x, tile_z))
+    by_hand = config.by_hand and flat and decays.kind == 2  # fixed decays: as fast in Triton
+    wide, narrow = (
+        Window(config.chunk, tile, flat=flat, for_gluon=by_hand) for tile in (tile_x, tile_z)
+    )
     windows = {"d_x": wide, "d_y": wide, "d_z": narrow, "d_u": narrow, "d_w": narrow}
-    windows["d_reach"] = Window(1, config.chunk, flat=True)
+    if not by_hand:
+        windows["d_reach"] = Window(1, config.chunk, flat=True)
     return Launch(
-        output_pass_kernel,
+        _hopper_kernel() if by_hand else output_pass_kernel,
         (segments.count * heads, triton.cdiv(dim_z, tile_z)),
         fixed=fixed,
         windows={name: window for name, window in windows.items() if name not in fixed},
         num_warps=config.num_warps,
         overlap=can_overlap(x.device),
     )
+
+
+def _hopper_kernel() -> Any:
+    from seqpar.kernels.lightning.output_pass_hopper import output_pass_hopper_kernel
+
+    return output_pass_hopper_kernel

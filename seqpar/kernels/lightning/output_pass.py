@@ -19,8 +19,12 @@ The transposed form zᵀ (...) is what fits the matrix units: the state stays in
 registers of 128 x 128 products, is rounded there to the left operand of (state)ᵀ xᵀ, and never
 passes through shared memory.
 
-Floor: x, y and z read once, w written once. At (4, 32768, 32, 128) in bfloat16 that is 1.01 ms on
-an H200; a pass takes 1.06 ms with fixed decays, 1.28 per token, 1.7 and 2.0 with GRAD.
+With GRAD, the tensor u whose gradient w is comes along, and u . w of every token leaves: what the
+decays' gradient is summed from (decay_gradient.py). Those sums run over many tokens, so what has to
+cancel in them must: states and their updates are then multiplied as two numbers of the dtype.
+
+This is the pass for all dims and dtypes; output_pass_hopper.py is the same by hand for the common
+ones. Floor: x, y and z read once, w written once, with GRAD also u.
 """
 
 from __future__ import annotations
@@ -36,30 +40,33 @@ __all__ = ["output_pass_kernel"]
 
 
 @triton.jit
-def _entry_product(b_S, b_x, PRECISION: tl.constexpr):
+def _entry_product(b_S, b_x, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """Sᵀ xᵀ [DZ, C]. In float16 the state, which may exceed 65504, is scaled down and up again."""
     if b_x.dtype == tl.float16:
         top = tl.max(tl.max(tl.abs(b_S), 1), 0)
         scale = tl.exp2(-tl.maximum(tl.ceil(tl.log2(tl.maximum(top, 1e-30))) - 14.0, 0.0))
-        return tl.dot((b_S * scale).to(b_x.dtype), tl.trans(b_x)) / scale
-    return tl.dot(b_S.to(b_x.dtype), tl.trans(b_x), input_precision=PRECISION)
+        b_S = b_S * scale
+    b_high = b_S.to(b_x.dtype)
+    b_w = tl.dot(b_high, tl.trans(b_x), input_precision=PRECISION)
+    if SPLIT:
+        b_low = (b_S - b_high.to(tl.float32)).to(b_x.dtype)
+        b_w = tl.dot(b_low, tl.trans(b_x), b_w, input_precision=PRECISION)
+    if b_x.dtype == tl.float16:
+        b_w = b_w / scale
+    return b_w
 
 
 @triton.jit
 def _pairs(
-    b_x, b_y, b_z, b_u, b_reach, p_parts, stride_parts, num_tokens, H,
-    REVERSE: tl.constexpr, GRAD: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    b_x, b_y, b_reach, H, REVERSE: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """P [j, i] = (y_j . x_i) times the decay between j and i, 0 where j is not before i.
-
-    With GRAD it also stores what the pairs add to the gradient of G: a row sum minus a column sum
-    of the same numbers, which cancel exactly for pairs that cross no token.
 
     The branch is always taken. Triton gives a product that another product uses all warps along
     its rows: of 64 rows each half of 8 warps would compute everything. It does not follow P out
     of the branch, and divides the product among the warps.
     """
-    b_P = tl.zeros([C, C], b_z.dtype)
+    b_P = tl.zeros([C, C], b_x.dtype)
     if H > 0:
         o_c = tl.arange(0, C)
         if REVERSE:
@@ -69,82 +76,58 @@ def _pairs(
             m_pair = o_c[:, None] <= o_c[None, :]
             b_gap = b_reach[None, :] - b_reach[:, None]
         b_pairs = tl.dot(b_y, tl.trans(b_x), input_precision=PRECISION)
-        b_pairs *= tl.exp2(tl.where(m_pair, b_gap, -float("inf")))
-        b_P = b_pairs.to(b_z.dtype)
-        if GRAD and not REVERSE:
-            b_pairs *= tl.dot(b_z, tl.trans(b_u), input_precision=PRECISION)
-            b_rows = tl.sum(tl.reshape(b_pairs, [C, 2, C // 2]), 2)
-            p_rows = p_parts + tl.arange(0, 2)[None, :] * stride_parts + o_c[:, None]
-            tl.store(p_rows, -b_rows, mask=(o_c < num_tokens)[:, None])
-            _store_sums(b_pairs, p_parts + 2 * stride_parts, stride_parts, num_tokens, C, C)
+        b_P = (b_pairs * tl.exp2(tl.where(m_pair, b_gap, -float("inf")))).to(b_x.dtype)
     return b_P
 
 
 @triton.jit
-def _store_sums(b_x, p_parts, stride_parts, num_tokens, ROWS: tl.constexpr, C: tl.constexpr):
-    """Store the sum of b_x [ROWS, C] over each 16 rows: what one warp holds, so none waits."""
-    o_c = tl.arange(0, C)[None, :]
-    b_sums = tl.sum(tl.reshape(b_x, [ROWS // 16, 16, C]), 1)
-    p_sums = p_parts + tl.arange(0, ROWS // 16)[:, None] * stride_parts + o_c
-    tl.store(p_sums, b_sums, mask=o_c < num_tokens)
-
-
-@triton.jit
 def _chunk(
-    b_S, b_x, b_y, b_z, b_u, num_tokens, b_reach, b_back, b_ahead, last, p_parts, stride_parts, H,
+    b_S, b_x, b_y, b_z, b_u, num_tokens, b_reach, b_back, b_ahead, last, p_dots, H,
     REVERSE: tl.constexpr, TAIL: tl.constexpr, GRAD: tl.constexpr,
-    C: tl.constexpr, BZ: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk: wᵀ [DZ, C] and the state behind it, in float32.
-
-    With GRAD, u [C, DZ] is the tensor whose gradient w is, and the gradient of G is stored in
-    parts, to be summed: of the pairs (`_pairs`; not in reverse), and of u times what entered.
-    """
+    """One chunk: wᵀ [DZ, C] and the state behind it, in float32. With GRAD also u . w."""
     o_c = tl.arange(0, C)
     if TAIL:
         m_row = (o_c < num_tokens)[:, None]
         b_y = tl.where(m_row, b_y, 0.0).to(b_y.dtype)
         b_z = tl.where(m_row, b_z, 0.0).to(b_z.dtype)
-        if GRAD:
-            b_u = tl.where(m_row, b_u, 0.0).to(b_u.dtype)
-    b_P = _pairs(
-        b_x, b_y, b_z, b_u, b_reach, p_parts, stride_parts, num_tokens, H,
-        REVERSE, GRAD, C, PRECISION,
-    )  # fmt: skip
-    b_w = _entry_product(b_S, b_x, PRECISION)
+    split: tl.constexpr = GRAD and b_x.dtype != tl.float32
+    b_P = _pairs(b_x, b_y, b_reach, H, REVERSE, C, PRECISION)
+    b_w = _entry_product(b_S, b_x, split, PRECISION)
     b_w = b_w * (b_ahead if REVERSE else b_back)[None, :]
-    if GRAD:
-        first = 0 if REVERSE else 2 + C // 16
-        b_products = b_w * tl.trans(b_u).to(tl.float32)
-        _store_sums(b_products, p_parts + first * stride_parts, stride_parts, num_tokens, BZ, C)
     b_w = tl.dot(tl.trans(b_z), b_P, b_w, input_precision=PRECISION)
+    if GRAD:
+        b_dots = tl.sum(b_w * tl.trans(b_u).to(tl.float32), 0)
+        tl.store(p_dots + o_c, b_dots, mask=o_c < num_tokens)
     b_S = b_S * tl.exp2(last)
     b_factor = b_back if REVERSE else b_ahead
     if TAIL:
         b_factor = tl.where(o_c < num_tokens, b_factor, 0.0)
-    b_y = decayed(b_y, b_factor)
-    b_S = tl.dot(tl.trans(b_z), b_y, b_S, input_precision=PRECISION)
+    if split:
+        b_decayed = b_y.to(tl.float32) * b_factor[:, None]
+        b_high = b_decayed.to(b_y.dtype)
+        b_low = (b_decayed - b_high.to(tl.float32)).to(b_y.dtype)
+        b_S = tl.dot(tl.trans(b_z), b_low, b_S, input_precision=PRECISION)
+    else:
+        b_high = decayed(b_y, b_factor)
+    b_S = tl.dot(tl.trans(b_z), b_high, b_S, input_precision=PRECISION)
     return b_w, b_S
 
 
 @triton.jit
-def _parts_at(
-    p_dreach, row, i_h, i_z, H, N,
-    REVERSE: tl.constexpr, GRAD: tl.constexpr, C: tl.constexpr, BZ: tl.constexpr,
-):  # fmt: skip
-    """Where the parts of G's gradient of a chunk go, [parts, H, N], and how far apart they lie."""
-    p_parts = row  # not used without GRAD
-    stride_parts = N * tl.cast(H, tl.int64)
+def _dots_at(p_dots, row, i_h, i_z, H, N, GRAD: tl.constexpr):
+    """Where u . w of a chunk goes, in [tiles of DZ, H, N]."""
+    p_row = row  # not used without GRAD
     if GRAD:
-        parts = BZ // 16 if REVERSE else BZ // 16 + C // 16 + 2
-        p_parts = p_dreach + i_z * parts * stride_parts + i_h.to(tl.int64) * N + row
-    return p_parts, stride_parts
+        p_row = p_dots + (i_z * H + i_h).to(tl.int64) * N + row
+    return p_row
 
 
 @triton.jit
 def _run_tail(
     d_x, d_y, d_z, d_u, p_w, d_reach, p_reach, stride_reach,
-    p_dreach, b_S, row, slot, stop, log2_decay,
+    p_dots, b_S, row, slot, stop, log2_decay,
     i_h, i_z, H, N, DX, DZ,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, GRAD: tl.constexpr, FLAT: tl.constexpr,
     C: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, PRECISION: tl.constexpr,
@@ -160,10 +143,9 @@ def _run_tail(
     last = (stop - row) * log2_decay
     if DECAY == 2:
         last = load_last(p_reach, slot, i_h, stride_reach, C, DECAY)
-    p_parts, stride_parts = _parts_at(p_dreach, row, i_h, i_z, H, N, REVERSE, GRAD, C, BZ)
     b_w, b_S = _chunk(
         b_S, b_x, b_y, b_z, b_u, stop - row, b_reach, b_back, b_ahead, last,
-        p_parts, stride_parts, H, REVERSE, True, GRAD, C, BZ, PRECISION,
+        _dots_at(p_dots, row, i_h, i_z, H, N, GRAD), H, REVERSE, True, GRAD, C, PRECISION,
     )  # fmt: skip
     o_row = row + tl.arange(0, C)
     o_z = i_z * BZ + tl.arange(0, BZ)[None, :]
@@ -175,7 +157,7 @@ def _run_tail(
 @triton.jit
 def _run_segment(
     d_x, d_y, d_z, d_u, d_w, p_w, p_decay, d_reach, p_reach, stride_reach,
-    p_dreach, b_S, start, stop, i_m,
+    p_dots, b_S, start, stop, i_m,
     i_h, i_z, H, N, DX, DZ,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, GRAD: tl.constexpr, FLAT: tl.constexpr,
     C: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
@@ -190,7 +172,7 @@ def _run_segment(
         if row_tail < stop:
             b_S = _run_tail(
                 d_x, d_y, d_z, d_u, p_w, d_reach, p_reach, stride_reach,
-                p_dreach, b_S,
+                p_dots, b_S,
                 row_tail, first_slot + num_full, stop, log2_decay,
                 i_h, i_z, H, N, DX, DZ, DECAY, REVERSE, GRAD, FLAT, C, BX, BZ, PRECISION,
             )  # fmt: skip
@@ -213,10 +195,9 @@ def _run_segment(
             last = next_last
             next_chunk = tl.maximum(i_c - 1, 0) if REVERSE else i_c + 1
             next_last = load_last(p_reach, first_slot + next_chunk, i_h, stride_reach, C, DECAY)
-        p_parts, stride_parts = _parts_at(p_dreach, row, i_h, i_z, H, N, REVERSE, GRAD, C, BZ)
         b_w, b_S = _chunk(
-            b_S, b_x, b_y, b_z, b_u, C, b_reach, b_back, b_ahead, last, p_parts, stride_parts, H,
-            REVERSE, False, GRAD, C, BZ, PRECISION,
+            b_S, b_x, b_y, b_z, b_u, C, b_reach, b_back, b_ahead, last,
+            _dots_at(p_dots, row, i_h, i_z, H, N, GRAD), H, REVERSE, False, GRAD, C, PRECISION,
         )  # fmt: skip
         b_out = tl.trans(b_w.to(b_x.dtype))
         if FLAT:
@@ -227,7 +208,7 @@ def _run_segment(
         if row_tail < stop:
             b_S = _run_tail(
                 d_x, d_y, d_z, d_u, p_w, d_reach, p_reach, stride_reach,
-                p_dreach, b_S,
+                p_dots, b_S,
                 row_tail, first_slot + num_full, stop, log2_decay,
                 i_h, i_z, H, N, DX, DZ, DECAY, REVERSE, GRAD, FLAT, C, BX, BZ, PRECISION,
             )  # fmt: skip
@@ -264,11 +245,11 @@ def _entering(
     return b_S
 
 
-@triton.jit(do_not_specialize=["N", "length"])  # new with every batch
+@triton.jit(do_not_specialize=["N", "M", "length"])  # new with every batch
 def output_pass_kernel(
     d_x, d_y, d_z, d_u, d_w, p_w, p_decay, d_reach, p_reach, stride_reach,
-    p_by_segment, p_dreach, p_states, p_initial,
-    p_final, p_table, H, N, DX, DZ, length, stride_x, stride_z, OVERLAP: tl.constexpr,
+    p_by_segment, p_dots, p_crossing, p_exits, p_states, p_initial,
+    p_final, p_table, H, N, M, DX, DZ, length, stride_x, stride_z, OVERLAP: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, GRAD: tl.constexpr, FLAT: tl.constexpr,
     SCAN: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -277,7 +258,9 @@ def output_pass_kernel(
 
     FLAT descriptors see rows of all heads, [N, H * D]; the others [N, H, D]. With SCAN, `states`
     is what each segment adds, and a program sums what the segments before its own add to
-    `initial`; otherwise `states` is what enters each segment.
+    `initial`; otherwise `states` is what enters each segment. With GRAD, the pass forward in time
+    stores the states that leave segments in `exits`, if given, and the pass backward in time their
+    products with their gradients in `crossing` [tiles of DZ, M, H].
     Example, C = 2, fixed decay 1/2, x = y = z = 1, nothing enters: w = 1, 3/2, 7/4, ...
     """
     i_z, i_h = tl.program_id(1), tl.program_id(0) % H
@@ -302,11 +285,18 @@ def output_pass_kernel(
         if p_states is not None:
             o_state = (i_m * H + i_h).to(tl.int64) * DX * DZ
             b_S += tl.load(p_states + o_state + o_S, mask=m_S, other=0.0)
+    o_exit = (i_m * H + i_h).to(tl.int64) * DX * DZ
+    if GRAD and REVERSE and p_exits is not None:
+        b_exit = tl.load(p_exits + o_exit + o_S, mask=m_S, other=0.0)
+        crossing = tl.sum(tl.sum(b_S * b_exit, 1), 0)
+        tl.store(p_crossing + (i_z * M + i_m) * H + i_h, crossing)
     b_S = _run_segment(
         d_x, d_y, d_z, d_u, d_w, p_w, p_decay, d_reach, p_reach, stride_reach,
-        p_dreach, b_S, start, stop, i_m,
+        p_dots, b_S, start, stop, i_m,
         i_h, i_z, H, N, DX, DZ, DECAY, REVERSE, GRAD, FLAT, C, BX, BZ, STAGES, PRECISION,
     )  # fmt: skip
     if p_final is not None:
         if (before if REVERSE else behind) == 0:
             tl.store(p_final + o_sequence + o_S, b_S, mask=m_S)
+    if GRAD and not REVERSE and p_exits is not None:
+        tl.store(p_exits + o_exit + o_S, b_S, mask=m_S)

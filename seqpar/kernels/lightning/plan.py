@@ -8,6 +8,7 @@ combination is known pays for the look-up alone.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -21,11 +22,9 @@ from seqpar.kernels.lightning.inputs import Spec, check_inputs
 from seqpar.kernels.lightning.segments import Segments, cut
 from seqpar.kernels.lightning.tuning import Config, configuration, for_states
 
-__all__ = ["Cut", "Plan", "Problem", "dense", "plan_of"]
+__all__ = ["Cut", "Plan", "Problem", "dense", "plan_of", "runs_by_hand"]
 
 _log = logging.getLogger(__name__)
-MAX_GRAD_SEGMENT_CHUNKS = 32
-"""A decay's gradient sums rounding errors from a token to the end of its segment."""
 
 
 class Problem(NamedTuple):
@@ -128,12 +127,16 @@ class Plan:
     @cached_property
     def config(self) -> Config:
         """Tiles of passes with states [K, V]."""
-        return configuration(self.key_dim, self.value_dim, self.problem.dtype)
+        return self._configuration(self.key_dim, self.value_dim)
 
     @cached_property
     def transposed_config(self) -> Config:
         """Tiles of passes with states [V, K]."""
-        return configuration(self.value_dim, self.key_dim, self.problem.dtype)
+        return self._configuration(self.value_dim, self.key_dim)
+
+    def _configuration(self, key_dim: int, value_dim: int) -> Config:
+        by_hand = runs_by_hand(self.problem.device)
+        return configuration(key_dim, value_dim, self.problem.dtype, by_hand=by_hand)
 
     @cached_property
     def state_config(self) -> Config:
@@ -143,12 +146,7 @@ class Plan:
     @cached_property
     def cut(self) -> Cut:
         """The fewest segments that fill the device."""
-        return Cut(self._segments(0))
-
-    @cached_property
-    def fine_cut(self) -> Cut:
-        """Segments as short as the gradient of decays needs them."""
-        return Cut(self._segments(MAX_GRAD_SEGMENT_CHUNKS * self.config.chunk))
+        return Cut(self._segments())
 
     @cached_property
     def no_decay(self) -> Tensor:
@@ -185,11 +183,11 @@ class Plan:
                 f"a state is on {state.device}, the keys are on {self.problem.device}"
             )
 
-    def _segments(self, longest: int) -> Segments:
+    def _segments(self) -> Segments:
         lanes = self.problem.heads * -(-self.value_dim // self.config.value_tile)
         slots = _num_sms(self.problem.device) * self.config.programs_per_sm
         device = str(self.problem.device)
-        return cut(self.bounds, lanes, slots, self.config.chunk, device, longest)
+        return cut(self.bounds, lanes, slots, self.config.chunk, device)
 
     def aligned(self, x: Tensor) -> Tensor:
         """x [B, T, H, D] as bulk copies want it, copied only if it is not: last dim contiguous,
@@ -261,6 +259,19 @@ def _num_sms(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=64)
+def runs_by_hand(device: torch.device) -> bool:
+    """Whether the passes written by hand run there: on Hopper, if Triton has what they use."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    try:
+        importlib.import_module("seqpar.kernels.lightning.output_pass_hopper")
+    except (ImportError, AttributeError) as reason:
+        _log.warning("lightning passes run in Triton, which is slower: %s", reason)
+        return False
+    return True
 
 
 @lru_cache(maxsize=64)

@@ -51,9 +51,7 @@ class Segments:
 
 
 @lru_cache(maxsize=64)
-def cut(
-    bounds: tuple[int, ...], lanes: int, slots: int, chunk: int, device: str, longest: int = 0
-) -> Segments:
+def cut(bounds: tuple[int, ...], lanes: int, slots: int, chunk: int, device: str) -> Segments:
     """Cut sequences into segments.
 
     Args:
@@ -62,12 +60,8 @@ def cut(
         slots: programs that the device runs at a time.
         chunk: tokens of a chunk; segments are multiples of it, but for a sequence's last.
         device: where the tables go.
-        longest: no segment may have more tokens than this (0: as many as it likes).
     """
-    tokens = _segment_tokens(bounds, lanes, slots, chunk)
-    if longest and tokens > longest:
-        tokens = -(-tokens // -(-tokens // longest) // chunk) * chunk
-    return _tables(bounds, tokens, device)
+    return _tables(bounds, _segment_tokens(bounds, lanes, slots, chunk), device)
 
 
 def _segment_tokens(bounds: tuple[int, ...], lanes: int, slots: int, chunk: int) -> int:

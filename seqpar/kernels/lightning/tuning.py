@@ -25,6 +25,8 @@ class Config:
     """Chunks in flight: shared memory holds this many of each input."""
     programs_per_sm: int
     """How many programs one multiprocessor runs at a time; decides how long segments are."""
+    by_hand: bool = False
+    """Whether passes written by hand for Hopper serve: per token, and for dk and dv together."""
 
 
 def padded(dim: int) -> int:
@@ -32,20 +34,26 @@ def padded(dim: int) -> int:
     return max(64, 1 << (dim - 1).bit_length())
 
 
-def configuration(key_dim: int, value_dim: int, dtype: torch.dtype) -> Config:
-    """The configuration for states of [key_dim, value_dim] and inputs of the dtype."""
+def configuration(
+    key_dim: int, value_dim: int, dtype: torch.dtype, *, by_hand: bool = False
+) -> Config:
+    """The configuration for states of [key_dim, value_dim] and inputs of the dtype.
+
+    `by_hand`: whether the passes written by hand run on the device.
+    """
     key, value = padded(key_dim), padded(value_dim)
     if dtype == torch.float32:
         return Config(32 if max(key, value) <= 128 else 16, min(value, 32), 4, 2, 2)
     if key > 128:
         return Config(64, min(value, 64), 8, 2, 1)
     if max(key, value) > 64:
-        return Config(64, min(value, 128), 8, 4, 1)
+        fits = key_dim == value_dim == 128 and dtype == torch.bfloat16
+        return Config(64, min(value, 128), 8, 4, 1, by_hand and fits)
     return Config(64, value, 4, 3, 2)
 
 
 def with_gradient(config: Config) -> Config:
-    """The configuration of a pass that also carries the gradient of the decays and its tensor."""
+    """The configuration of a pass that also reads the tensor whose gradient it makes."""
     return replace(config, num_stages=min(config.num_stages, 3))
 
 

@@ -1,0 +1,142 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+"""Small steps of the pass by hand (output_pass_hopper.py): decays, states, sums, rounding.
+
+Legend: C tokens of a chunk, D head dim, H heads.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+__all__ = [
+    "clear_rows",
+    "head_decay",
+    "last_decay",
+    "rounded",
+    "split",
+    "state_entering",
+    "sum_lanes",
+    "token_decays",
+]
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LOWEST_LOG_DECAY = gl.constexpr(-100.0)
+REACH_BITS = gl.constexpr(32.0)
+
+
+@gluon.jit
+def head_decay(p_decay, i_h, DECAY: gl.constexpr):
+    """The log2 decay of a head (0 unless it is fixed)."""
+    log2_decay = 0.0
+    if DECAY == 1:
+        log2_decay = gl.maximum(gl.load(p_decay + i_h).to(gl.float32), LOWEST_LOG_DECAY) * LOG2E
+    return log2_decay
+
+
+@gluon.jit
+def token_decays(p_head, slot, num_tokens, log2_decay, o_c, DECAY: gl.constexpr, C: gl.constexpr):
+    """Of a chunk, [C] each: log2 decay through a token, that decay, and the decay behind it."""
+    if DECAY == 2:
+        p_rows = p_head + slot * (3 * C) + o_c
+        reach, back, ahead = gl.load(p_rows), gl.load(p_rows + C), gl.load(p_rows + 2 * C)
+    else:
+        reach = (o_c + 1).to(gl.float32) * log2_decay
+        back = gl.exp2(reach)
+        ahead = gl.exp2(gl.maximum(num_tokens - 1 - o_c, 0).to(gl.float32) * log2_decay)
+    return reach, back, ahead
+
+
+@gluon.jit
+def last_decay(p_head, slot, num_tokens, log2_decay, DECAY: gl.constexpr, C: gl.constexpr):
+    """The log2 decay of a whole chunk."""
+    last = num_tokens * log2_decay
+    if DECAY == 2:
+        last = gl.load(p_head + slot * (3 * C) + C - 1)
+    return last
+
+
+@gluon.jit
+def clear_rows(s_tile, num_tokens, ROWS: gl.constexpr):
+    """Zero the rows of a tile that belong to the next segment."""
+    o_c = gl.arange(0, s_tile.shape[0], gl.SliceLayout(1, ROWS))
+    tile = s_tile.load(ROWS)
+    zero = gl.full(s_tile.shape, 0.0, tile.dtype, ROWS)
+    s_tile.store(gl.where((o_c < num_tokens)[:, None], tile, zero))
+
+
+@gluon.jit
+def split(b_x, dtype: gl.constexpr):
+    """x [float32] as the sum of two bfloat16, to 2^-16: what it holds in front, and the rest."""
+    b_front = (b_x.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
+    return b_front.to(dtype), (b_x - b_front).to(dtype)
+
+
+@gluon.jit
+def rounded(b_x):
+    """x [float32] rounded to bfloat16, as float32, two numbers at a time."""
+    asm: gl.constexpr = """{
+        .reg .b32 pair;
+        cvt.rn.bf16x2.f32 pair, $3, $2;
+        shl.b32 $0, pair, 16;
+        and.b32 $1, pair, 0xffff0000;
+    }"""
+    return gl.inline_asm_elementwise(asm, "=r,=r,r,r", [b_x], gl.float32, is_pure=True, pack=2)
+
+
+@gluon.jit
+def sum_lanes(b_x, R: gl.constexpr, C: gl.constexpr):
+    """[R // 16, C]: sums over the second dim of x [R // 16, 8, C].
+
+    Eight lanes of a warp hold what is added up for a column. Instead of adding up all columns in
+    all lanes, each step gives half of the columns away to the lane that adds them: 14 shuffles
+    instead of 48.
+    """
+    warps: gl.constexpr = [[1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    L4: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 0, 8], [0, 0, 16], [0, 4, 0]],
+        [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 0, 32]],
+        warps, [], [R // 16, 8, C],
+    )  # fmt: skip
+    b_x = gl.sum(gl.convert_layout(b_x, L4).reshape([R // 16, 2, 4, C]), 1)
+    L2: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 0, 8], [0, 2, 0]],
+        [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 0, 16], [0, 0, 32]],
+        warps, [], [R // 16, 4, C],
+    )  # fmt: skip
+    b_x = gl.sum(gl.convert_layout(b_x, L2).reshape([R // 16, 2, 2, C]), 1)
+    L1: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 1, 0]],
+        [[0, 0, 2], [0, 0, 4], [0, 0, 8], [0, 0, 16], [0, 0, 32]],
+        warps, [], [R // 16, 2, C],
+    )  # fmt: skip
+    return gl.sum(gl.convert_layout(b_x, L1), 1)
+
+
+@gluon.jit
+def state_entering(
+    p_states, p_initial, p_by_segment, i_m, i_h, num_before, tokens_before, length, o_S, o_sequence,
+    H, log2_decay, DECAY: gl.constexpr, REVERSE: gl.constexpr, SCAN: gl.constexpr,
+    D: gl.constexpr, L_S: gl.constexpr,
+):  # fmt: skip
+    """The state [D, D] that enters segment i_m."""
+    b_S = gl.zeros([D, D], gl.float32, L_S)
+    distance = num_before * 0.0
+    if SCAN:
+        for i in range(0, num_before):
+            if distance >= -REACH_BITS:
+                i_p = i_m + 1 + i if REVERSE else i_m - 1 - i
+                b_U = gl.load(p_states + (i_p * H + i_h).to(gl.int64) * (D * D) + o_S)
+                b_S += b_U * gl.exp2(distance)
+                if DECAY == 2:
+                    distance += gl.load(p_by_segment + i_p * H + i_h)
+                else:
+                    distance += length * log2_decay
+        if DECAY != 2:
+            distance = tokens_before * log2_decay
+    elif p_states is not None:
+        b_S += gl.load(p_states + (i_m * H + i_h).to(gl.int64) * (D * D) + o_S)
+    if p_initial is not None:
+        b_S += gl.load(p_initial + o_sequence + o_S) * gl.exp2(distance)
+    return b_S
