@@ -193,9 +193,10 @@ def _non_negative(columns: NDArray[np.float64], target: NDArray[np.float64]) -> 
 def _standard_errors(
     scaled: NDArray[np.float64], residual: NDArray[np.float64], names: Sequence[str]
 ) -> dict[str, float]:
+    """By the residuals' variance; columns of one size, or the inverse would drop the small ones."""
     freedom = max(1, len(residual) - len(names))
     variance = float(residual @ residual) / freedom
-    inverse = np.linalg.pinv(scaled.T @ scaled)
-    return {
-        name: float(np.sqrt(max(0.0, variance * inverse[i, i]))) for i, name in enumerate(names)
-    }
+    sizes = np.maximum(np.linalg.norm(scaled, axis=0), 1e-300)
+    columns = scaled / sizes
+    spread = np.sqrt(variance * np.diag(np.linalg.pinv(columns.T @ columns)).clip(0.0)) / sizes
+    return dict(zip(names, spread.tolist(), strict=True))

@@ -11,6 +11,9 @@ from seqpar.errors import PlanError
 
 __all__ = ["read_lengths"]
 
+SHOWN = 40
+"""Characters of an entry that an error quotes."""
+
 
 def read_lengths(path: str) -> tuple[int, ...]:
     """The lengths in a file, in its order.
@@ -23,12 +26,14 @@ def read_lengths(path: str) -> tuple[int, ...]:
         if os.path.splitext(path)[1] == ".npy":
             values, what = np.load(path, allow_pickle=False).reshape(-1).tolist(), "entry"
         else:
-            with open(path, encoding="utf-8") as file:
+            with open(path, encoding="utf-8-sig") as file:
                 values, what = _parse(file.read(), path)
+    except PlanError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise PlanError(f"cannot read lengths from {path}: {reason}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"cannot read lengths from {path}: {error}") from error
     lengths = []
     for position, value in values if what == "line" else enumerate(values):
@@ -49,15 +54,15 @@ def _parse(text: str, path: str) -> tuple[list[object], str]:
 
 
 def _length(value: object, where: str) -> int:
-    if isinstance(value, str):
-        try:
-            value = int(value)
-        except ValueError:
-            raise PlanError(
-                f"{where}: {value!r} is not a length (an integer of at least 1)"
-            ) from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
-        raise PlanError(f"{where}: {value!r} is not a length (an integer of at least 1)")
-    if value < 1:
+    try:
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ValueError
+        length = int(value)
+        if not isinstance(value, str) and length != value:
+            raise ValueError
+    except (ValueError, OverflowError):  # of NaN, of infinity
+        said = repr(value)[:SHOWN]
+        raise PlanError(f"{where}: {said} is not a length (an integer of at least 1)") from None
+    if length < 1:
         raise PlanError(f"{where}: {value} is below 1 token; leave it out")
-    return int(value)
+    return length

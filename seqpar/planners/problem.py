@@ -216,7 +216,7 @@ def _checked_lengths(lengths: Iterable[int]) -> tuple[int, ...]:
     for index, value in enumerate(lengths):
         try:
             length = int(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise PlanError(f"length {index} is not a number: {value!r}") from error
         if length != value or length < 1:
             raise PlanError(f"length {index} must be an integer of at least 1, got {value!r}")

@@ -33,6 +33,28 @@ def test_fit_recovers_the_model(noise: float) -> None:
     assert (model.errors["linear"] > 1e-6) == (noise > 0)
 
 
+def test_standard_errors_are_how_far_repeated_fits_scatter() -> None:
+    """Of a small model on an H200: constants of very different sizes."""
+    shapes = ((509,) * 32, (131_072,), (509,) * 128, (65_536, *(509,) * 64), (30_000,))
+
+    def ms(lengths: tuple[int, ...]) -> float:
+        return 4.5e-9 * sum(s * s for s in lengths) + 6e-5 * sum(lengths) + 20
+
+    rng = np.random.default_rng(0)
+    fits = [
+        fit([(1, shape, ms(shape) * (1 + 0.01 * rng.standard_normal())) for shape in shapes])
+        for _ in range(100)
+    ]
+    found = {
+        "quadratic": [model.layers[0].quadratic_ms for model in fits],
+        "linear": [model.layers[1].linear_ms for model in fits],
+        "fixed": [model.fixed_ms for model in fits],
+    }
+    for name, values in found.items():
+        said = np.mean([model.errors[name] for model in fits])
+        assert 0.6 * said < np.std(values) < 1.6 * said, name
+
+
 def test_measured_transfers_set_bandwidth_and_latency() -> None:
     wires = [
         (n * 1e6, d, n * 1e6 / (s * 2**30) * 1e3 + 0.5)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from seqpar.cli import app
 from seqpar.errors import InfeasiblePlanError, PlanError
 from seqpar.planners import ScatterPlan, ScatterProblem, preset
+from seqpar.planners.lengths import read_lengths
 from tests.planners.test_plan import FLEXSP, SMALL, lognormal
 
 
@@ -96,8 +97,13 @@ def test_simulate(tmp_path: Path) -> None:
         ("12\n\nx7\n", "line 3: 'x7' is not a length"),
         ("12\n0\n", "line 2: 0 is below 1"),
         ("[1, 2.5]", "entry 1: 2.5 is not a length"),
-        ('{"a": 1}', "must hold a JSON list"),
+        ("[1, NaN]", "entry 1: nan is not a length"),
+        ("[1, 1e999]", "entry 1: inf is not a length"),
+        ("[1, [2]]", "entry 1: .* is not a length"),
+        ("3\n" + "9" * 5000, "line 2: '9{39} is not a length"),
+        ('{"a": 1}', "txt must hold a JSON list"),
         ("[1, ", "cannot read lengths"),
+        ("[" * 100_000, "cannot read lengths"),
     ],
 )
 def test_bad_length_files(text: str, match: str, tmp_path: Path) -> None:
@@ -107,6 +113,18 @@ def test_bad_length_files(text: str, match: str, tmp_path: Path) -> None:
     assert isinstance(result.exception, PlanError)
     with pytest.raises(PlanError, match=match):
         raise result.exception
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 2.5])
+def test_bad_arrays_of_lengths(bad: float, tmp_path: Path) -> None:
+    np.save(tmp_path / "lengths.npy", np.asarray([4.0, bad]))
+    with pytest.raises(PlanError, match=r"entry 1: .* is not a length"):
+        read_lengths(str(tmp_path / "lengths.npy"))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_length(tmp_path: Path) -> None:
+    (tmp_path / "lengths.txt").write_bytes(b"\xef\xbb\xbf5\r\n6\r\n")
+    assert read_lengths(str(tmp_path / "lengths.txt")) == (5, 6)
 
 
 @pytest.mark.parametrize(

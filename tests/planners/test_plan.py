@@ -118,7 +118,8 @@ def test_a_sequence_that_fits_nowhere_says_what_would_help() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "match"), [((), "no lengths"), ((4, 0), "length 1"), ((1.5,), "0")]
+    ("lengths", "match"),
+    [((), "no lengths"), ((4, 0), "length 1"), ((1.5,), "0"), ((4, float("inf")), "length 1")],
 )
 def test_bad_lengths(lengths: tuple[int, ...], match: str) -> None:
     with pytest.raises(PlanError, match=match):
