@@ -16,15 +16,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from seqpar.errors import PlanError
+from seqpar.planners.cost_checks import check_constants, fields_of, rows_of
 
 __all__ = ["CostModel", "DegreeCost", "Exchange", "LayerCost", "Link"]
 
 GIB = 1024**3
+LEAST_MS = 1e-9
+"""Of one token alone: searches halve times, and end nowhere near 0."""
+
 STRATEGIES = ("ulysses", "ring", "usp", "gather", "state", "halo")
 
 
@@ -119,13 +123,15 @@ class CostModel:
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "exchanges", tuple(self.exchanges))
         object.__setattr__(self, "links", tuple(self.links))
-        _check_constants(self, "cost model")
+        check_constants(self, "cost model")
         if not self.layers:
             raise PlanError("a cost model needs at least one layer kind, got layers=()")
         if self.memory_bytes_per_token <= 0:
             raise PlanError("memory_bytes_per_token must be over 0: a token always takes memory")
         for part in (*self.layers, *self.exchanges, *self.links):
-            _check_constants(part, type(part).__name__)
+            check_constants(part, type(part).__name__)
+        if self._quadratic + self._linear + self.fixed_ms < LEAST_MS:
+            raise PlanError(f"a token must take time: layers and fixed_ms give under {LEAST_MS} ms")
         for link in self.links:
             if link.degree < 2 or link.nodes < 1 or link.gib_per_s <= 0:
                 raise PlanError(f"a link has degree >= 2, nodes >= 1, gib_per_s > 0, got {link}")
@@ -218,13 +224,15 @@ class CostModel:
     def from_json(cls, data: object) -> CostModel:
         """Read what `to_json` wrote.
 
+        Every constant has to be there, 0 or not: one that was forgotten would count as free.
+
         Raises:
             PlanError: not an object, a constant missing, negative, unknown or not a number.
         """
-        values = _fields_of(cls, data, "cost model")
-        values["layers"] = tuple(_read(LayerCost, row) for row in _rows(values, "layers"))
-        values["exchanges"] = tuple(_read(Exchange, row) for row in _rows(values, "exchanges"))
-        values["links"] = tuple(_read(Link, row) for row in _rows(values, "links"))
+        values = fields_of(cls, data, "cost model")
+        for name, part in (("layers", LayerCost), ("exchanges", Exchange), ("links", Link)):
+            rows = rows_of(values, name)
+            values[name] = tuple(part(**fields_of(part, row, part.__name__)) for row in rows)
         return cls(**values)
 
     @classmethod
@@ -235,7 +243,7 @@ class CostModel:
                 data = json.load(file)
         except OSError as error:
             raise PlanError(f"cannot read the cost file {path}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"the cost file {path} is not JSON: {error}") from error
         try:
             return cls.from_json(data)
@@ -245,47 +253,3 @@ class CostModel:
     def renamed(self, name: str) -> CostModel:
         """The same constants under another name."""
         return replace(self, name=name)
-
-
-def _rows(values: dict[str, Any], name: str) -> list[Any]:
-    rows = values.get(name, [])
-    if not isinstance(rows, list | tuple):
-        raise PlanError(f"{name} must be a list of objects, got {type(rows).__name__}")
-    return list(rows)
-
-
-def _read(kind: type[Any], row: object) -> Any:
-    return kind(**_fields_of(kind, row, kind.__name__))
-
-
-def _fields_of(kind: type[Any], data: object, what: str) -> dict[str, Any]:
-    """The object's entries, after checking that none is missing or unknown."""
-    if not isinstance(data, dict):
-        raise PlanError(f"a {what} must be a JSON object, got {type(data).__name__}")
-    known = {entry.name for entry in fields(kind)}
-    needed = {
-        entry.name
-        for entry in fields(kind)
-        if repr(entry.default) == repr(entry.default_factory)  # both MISSING
-    }
-    for name in sorted(needed - data.keys()):
-        raise PlanError(f"{what} lacks {name!r}: add it")
-    for name in sorted(data.keys() - known):
-        raise PlanError(f"{what} has an unknown entry {name!r}: it knows {sorted(known)}")
-    return dict(data)
-
-
-_NUMBERS = ("_ms", "_bytes", "_token", "gib_per_s", "overlap", "degree", "nodes", "heads")
-
-
-def _check_constants(value: Any, what: str) -> None:
-    for entry in fields(value):
-        if not entry.name.endswith(_NUMBERS):
-            continue
-        number = getattr(value, entry.name)
-        if number is None and entry.default is None:
-            continue
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise PlanError(f"{what}: {entry.name} must be a number, got {number!r}")
-        if not math.isfinite(number) or number < 0:
-            raise PlanError(f"{what}: {entry.name} must be finite and at least 0, got {number}")

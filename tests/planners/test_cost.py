@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ from seqpar.errors import PlanError
 from seqpar.planners import CostModel, Exchange, Link, ScatterProblem, preset
 from seqpar.planners.presets import preset_names
 from tests.planners.test_plan import FLEXSP, SMALL
+
+LAYER = {"kind": "softmax", "quadratic_ms": 1e-6, "linear_ms": 0.0}
+EXCHANGE = asdict(SMALL.exchanges[0])
+LINK = asdict(SMALL.links[0])
 
 
 def test_the_formula_by_hand() -> None:
@@ -69,22 +74,50 @@ def test_json_round_trip(name: str, tmp_path: Path) -> None:
     ("change", "match"),
     [
         ({"fixed_ms": -1.0}, "fixed_ms must be finite and at least 0, got -1.0"),
+        ({"fixed_ms": math.nan}, "fixed_ms must be finite and at least 0, got nan"),
+        ({"fixed_ms": 10**400}, "fixed_ms must be at most 1e"),
         ({"memory_bytes_per_token": None}, "memory_bytes_per_token must be a number"),
         ({"nonsense": 1}, "unknown entry 'nonsense'"),
+        ({"name": 5}, "name must be a string"),
+        ({"errors": 5}, "errors must be an object"),
         ({"layers": []}, "at least one layer kind"),
+        ({"layers": {"kind": "softmax"}}, "layers must be a list"),
         ({"links": []}, "needs links"),
-        (
-            {"layers": [{"kind": "softmax", "quadratic_ms": "fast"}]},
-            "quadratic_ms must be a number",
-        ),
-        ({"exchanges": [{"strategy": "magic"}]}, "unknown strategy 'magic'"),
-        ({"memory_bytes_per_token": ...}, "lacks 'memory_bytes_per_token'"),
+        ({"layers": [LAYER | {"quadratic_ms": "fast"}]}, "quadratic_ms must be a number"),
+        ({"layers": [LAYER | {"linear_ms": -1e-9}]}, "linear_ms must be finite and at least 0"),
+        ({"layers": [LAYER | {"quadratic_ms": 0}], "fixed_ms": 0}, "a token must take time"),
+        ({"exchanges": [EXCHANGE | {"strategy": "magic"}]}, "unknown strategy 'magic'"),
+        ({"exchanges": [EXCHANGE | {"heads": 0}]}, "heads must be at least 1"),
+        ({"exchanges": [EXCHANGE | {"max_degree": 2.5}]}, "max_degree must be an integer"),
+        ({"exchanges": [EXCHANGE | {"overlap": 1.5}]}, "overlap is a share of 1"),
+        ({"links": [LINK | {"degree": 2.5}]}, "degree must be an integer"),
+        ({"links": [LINK | {"gib_per_s": 0}]}, "gib_per_s > 0"),
     ],
 )
 def test_bad_cost_files_are_named(change: dict[str, object], match: str, tmp_path: Path) -> None:
-    data = SMALL.to_json() | change
     path = tmp_path / "cost.json"
-    path.write_text(json.dumps({k: v for k, v in data.items() if v is not ...}))
+    path.write_text(json.dumps(SMALL.to_json() | change))
     with pytest.raises(PlanError, match=match) as error:
         CostModel.load(str(path))
     assert "cost.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("", "fixed_ms"), ("", "memory_bytes_per_token"), ("", "memory_sharded_bytes")]
+    + [("layers", name) for name in LAYER]
+    + [("exchanges", name) for name in EXCHANGE if name not in ("heads", "max_degree")]
+    + [("links", name) for name in LINK],
+)
+def test_a_cost_file_holds_every_constant(part: str, name: str) -> None:
+    data = json.loads(json.dumps(SMALL.to_json()))
+    del (data[part][0] if part else data)[name]
+    with pytest.raises(PlanError, match=f"lacks '{name}': add it"):
+        CostModel.from_json(data)
+
+
+def test_a_file_without_end_is_no_cost_file(tmp_path: Path) -> None:
+    path = tmp_path / "cost.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(PlanError, match=r"cost\.json is not JSON"):
+        CostModel.load(str(path))
