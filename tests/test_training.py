@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from seqpar.adapters.families import family_of
 from seqpar.adapters.tiny import tiny_model
-from seqpar.calibration import calibrate_model
+from seqpar.calibration import Calibration, calibrate_model, measured_shapes
 from seqpar.calibration_memory import saved_bytes_per_token
 from seqpar.comparison import FixedDegreeRival
 from seqpar.data import DocumentSampler, PlannedStep, PlannedSteps, recorded_plans
@@ -181,6 +181,26 @@ def test_calibration_tells_long_from_short_and_counts_memory() -> None:
         assert long_ms > 1.5 * short_ms > 0
         # Two layers of width 16 in float32 keep several activations of at least 64 bytes each.
         assert 20 * 64 < bytes_per_token < 200 * 64
+
+
+def _calibrated_late(rank: int) -> Calibration:
+    return calibrate_model(
+        _executor(), degrees=[1, 2], vocab_size=40, longest_tokens=512, limit_s=0.0
+    )
+
+
+def test_a_calibration_that_is_late_measures_what_tells_the_constants_and_no_more() -> None:
+    first, second = run_ranks(2, _calibrated_late)
+    shapes = [list(measured_shapes(degree, 512)) for degree in (1, 2)]
+    rows = [(1, lengths) for lengths in shapes[0][:3]] + [(2, lengths) for lengths in shapes[1][:2]]
+    for found in (first, second):
+        assert [(row.degree, row.lengths) for row in found.measurements] == rows
+        assert len(found.first_ms) == len(rows)
+        assert [link.degree for link in found.cost.links] == [2]
+        for row in found.measurements:  # as many rows as constants
+            off = abs(found.cost.group_ms(row.lengths, row.degree) - row.ms) / row.ms
+            assert off <= found.cost.errors["worst_relative"] + 1e-9
+    assert first.cost == second.cost
 
 
 def _rivalry(rank: int) -> tuple[Any, bool]:

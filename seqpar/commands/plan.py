@@ -17,6 +17,7 @@ from seqpar.errors import PlanError
 
 if TYPE_CHECKING:
     from seqpar.planners import Cluster, CostModel, Planner
+    from seqpar.planners.milp import ExactResult
     from seqpar.planners.workers import Workers
 
 
@@ -97,10 +98,13 @@ def command(
         assert lengths is not None
         problem = ScatterProblem(read_lengths(lengths), cluster, model, context_tokens or None)
         plan = replace(planner, bound="none").plan(problem)
+        checks: list[ExactResult] = []
         if exact:
             from seqpar.planners.milp import polish
 
-            plan = polish(problem, plan, solver=solver, time_limit_s=exact_seconds, workers=crew)
+            plan, checks = polish(
+                problem, plan, solver=solver, time_limit_s=exact_seconds, workers=crew
+            )
         if bound != "none":
             plan = bound_plan(problem, plan, kind=bound, workers=crew)
     if plot:
@@ -108,11 +112,13 @@ def command(
 
         plot_plan(plan, problem, plot)
     if as_json:
-        typer.echo(json.dumps(plan.to_json()))
+        programme = {"exact": [check.to_json() for check in checks]} if exact else {}
+        typer.echo(json.dumps(plan.to_json() | programme))
     else:
-        from seqpar.commands.plan_tables import print_plan
+        from seqpar.commands.plan_tables import print_exact, print_plan
 
         print_plan(plan, problem)
+        print_exact(checks, solver)
 
 
 def load_cost(name: str) -> CostModel:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from seqpar.planners import ScatterPlan, ScatterProblem
     from seqpar.planners.forecast import Forecast
+    from seqpar.planners.milp import ExactResult
 
 
 def print_plan(plan: ScatterPlan, problem: ScatterProblem) -> None:
@@ -51,6 +53,21 @@ def print_plan(plan: ScatterPlan, problem: ScatterProblem) -> None:
         )
     for name, ms in sorted(plan.baselines.items(), key=lambda entry: entry[1]):
         console.print(f"  {LABELS[name]}: {ms:.1f} ms, {ms / plan.makespan_ms:.2f} times the plan")
+
+
+def print_exact(checks: Sequence[ExactResult], solver: str) -> None:
+    """What the exact programme found for each micro-batch, and how far it is from its bound."""
+    from rich.console import Console
+
+    console = Console()
+    for check in checks:
+        found = "nothing" if check.packing is None else f"{check.makespan_ms:.1f} ms"
+        gap = "none told" if check.gap is None else f"{check.gap:.2%}"
+        lengths = "exact lengths" if check.exact_lengths else "lengths rounded up"
+        console.print(
+            f"  {solver}, {check.sequences} sequences: {found} in {check.solve_ms / 1e3:.1f} s, "
+            f"its own gap {gap} ({lengths})"
+        )
 
 
 def print_forecast(expected: Forecast, devices: int, needed: int | None) -> None:

@@ -66,7 +66,7 @@ class Planner:
         workers: processes to share micro-batches with, where a step is large; it changes no plan.
 
     Raises:
-        PlanError: a time limit that is not over 0, or an unknown bound.
+        PlanError: a time limit that is not over 0 or without end, or an unknown bound.
     """
 
     time_limit_ms: float = 200.0
@@ -76,8 +76,8 @@ class Planner:
     workers: Workers | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if not self.time_limit_ms > 0:
-            raise PlanError(f"time_limit_ms must be over 0, got {self.time_limit_ms}")
+        if not 0 < self.time_limit_ms < inf:
+            raise PlanError(f"time_limit_ms must be over 0 and finite, got {self.time_limit_ms}")
         if self.bound not in ("none", "degree", "configuration"):
             raise PlanError(f"bound is none, degree or configuration, got {self.bound!r}")
 

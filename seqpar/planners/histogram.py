@@ -59,7 +59,7 @@ class LengthHistogram:
             raise PlanError(
                 f"histogram {path} lacks {error}: it needs edges_tokens and counts"
             ) from error
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             if isinstance(error, PlanError):
                 raise PlanError(f"histogram {path}: {error}") from error
             raise PlanError(

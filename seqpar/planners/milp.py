@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from seqpar.errors import PlanError
 from seqpar.planners.batch import SortedBatch
 from seqpar.planners.buckets import optimal_buckets
 from seqpar.planners.improve import improve
+from seqpar.planners.milp_solvers import Solver
 from seqpar.planners.packing import Packing, makespan
 from seqpar.planners.plan import ScatterPlan, to_plan
 from seqpar.planners.problem import ScatterProblem
@@ -30,24 +30,25 @@ if TYPE_CHECKING:
 __all__ = ["ExactResult", "polish", "solve_exact"]
 
 BUCKETS = 16
-_ALIASES = {"cbc": "PULP_CBC_CMD", "highs": "HiGHS", "scip": "SCIP_PY"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExactResult:
     """What the programme found for one micro-batch.
 
     Args:
         packing: (degree line, members of the sorted batch) a group; None if nothing was found.
+        sequences: how many the micro-batch has.
         makespan_ms: of that packing with exact lengths; infinite if nothing was found.
         objective_ms: the programme's own objective, lengths rounded up to their buckets.
-        bound_ms: the solver's proven bound on the objective; None if it does not tell (CBC). A
-            bound on the exact problem too only if `exact_lengths`.
+        bound_ms: the solver's proven bound on the objective; None if it does not tell (HiGHS and
+            CBC do). A bound on the exact problem too only if `exact_lengths`.
         exact_lengths: every bucket holds one length, so that nothing was rounded.
         solve_ms: wall-clock, building the model included.
     """
 
     packing: Packing | None
+    sequences: int
     makespan_ms: float
     objective_ms: float
     bound_ms: float | None
@@ -56,8 +57,23 @@ class ExactResult:
 
     @property
     def gap(self) -> float | None:
-        """(objective - bound) / bound; None without a bound."""
-        return None if not self.bound_ms else self.objective_ms / self.bound_ms - 1
+        """(objective - bound) / bound; None without a bound or an answer."""
+        if self.packing is None or not self.bound_ms:
+            return None
+        return max(0.0, self.objective_ms / self.bound_ms - 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object, the groups apart; null where nothing was found or is known."""
+        found = self.packing is not None
+        return {
+            "sequences": self.sequences,
+            "makespan_ms": self.makespan_ms if found else None,
+            "objective_ms": self.objective_ms if found else None,
+            "bound_ms": self.bound_ms,
+            "gap": self.gap,
+            "exact_lengths": self.exact_lengths,
+            "solve_ms": self.solve_ms,
+        }
 
 
 def solve_exact(
@@ -80,17 +96,24 @@ def solve_exact(
         PlanError: an unknown solver, or one that is not installed.
     """
     start = time.perf_counter()
-    backend = _solver(solver, time_limit_s)
+    backend = Solver(solver, time_limit_s)
     with warnings.catch_warnings():
-        # PuLP 3.3.2 announces version 4's names; the ones used here work throughout 3.3.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         model = _Programme(batch, members, buckets)
-        model.problem.solve(backend)
+    bound_ms = backend.solve(model.problem)
     packing = model.packing()
     elapsed = (time.perf_counter() - start) * 1e3
     found_ms = makespan(batch, packing) if packing else math.inf
     objective = float(model.problem.objective.value()) if packing else math.inf
-    return ExactResult(packing, found_ms, objective, model.bound(), model.exact, elapsed)
+    return ExactResult(
+        packing=packing,
+        sequences=len(members),
+        makespan_ms=found_ms,
+        objective_ms=objective,
+        bound_ms=bound_ms,
+        exact_lengths=model.exact,
+        solve_ms=elapsed,
+    )
 
 
 def polish(
@@ -101,11 +124,12 @@ def polish(
     time_limit_s: float = 10.0,
     buckets: int = BUCKETS,
     workers: Workers | None = None,
-) -> ScatterPlan:
+) -> tuple[ScatterPlan, list[ExactResult]]:
     """The plan with each micro-batch's groups replaced by the programme's where those are better.
 
     `source` becomes "exact" if any was. Baselines are kept; bounds are to be attached again.
-    Workers share the micro-batches.
+    Beside it what the programme found for each micro-batch, in the given plan's order. Workers
+    share the micro-batches.
     """
     start = time.perf_counter()
     batch = SortedBatch.of(problem)
@@ -119,22 +143,25 @@ def polish(
         for micro_batch in plan.micro_batches
     ]
     tasks = [(batch, packing, solver, time_limit_s, buckets) for packing in started]
-    packings = map_with(workers, _polish, tasks)
+    found = map_with(workers, _polish, tasks)
+    packings = [packing for packing, _ in found]
     better = packings != started
     polished = to_plan(problem, batch, packings, source="exact" if better else plan.source)
     elapsed = (time.perf_counter() - start) * 1e3
-    return replace(polished, baselines=plan.baselines, solve_ms=plan.solve_ms + elapsed)
+    polished = replace(polished, baselines=plan.baselines, solve_ms=plan.solve_ms + elapsed)
+    return polished, [result for _, result in found]
 
 
-def _polish(task: tuple[SortedBatch, Packing, str, float, int]) -> Packing:
+def _polish(task: tuple[SortedBatch, Packing, str, float, int]) -> tuple[Packing, ExactResult]:
     """One micro-batch's packing, or the programme's, evened out, if that is better."""
     batch, current, solver, time_limit_s, buckets = task
     members = sorted(k for _, group in current for k in group)
     found = solve_exact(batch, members, solver=solver, time_limit_s=time_limit_s, buckets=buckets)
     if found.packing is None:
-        return current
+        return current, found
     best = improve(batch, found.packing, max_steps=200)
-    return best if makespan(batch, best) < makespan(batch, current) * (1 - 1e-12) else current
+    better = makespan(batch, best) < makespan(batch, current) * (1 - 1e-12)
+    return best if better else current, found
 
 
 class _Programme:
@@ -228,29 +255,3 @@ class _Programme:
         used = sum(lines[d].degree for d, _ in packing)
         fits = all(sum(tokens[k] for k in group) <= lines[d].capacity for d, group in packing)
         return fits and used <= self.batch.devices
-
-    def bound(self) -> float | None:
-        """HiGHS's own proven bound; other solvers do not report theirs through PuLP."""
-        model: Any = getattr(self.problem, "solverModel", None)
-        if model is None or not hasattr(model, "getInfo"):
-            return None
-        bound = float(model.getInfo().mip_dual_bound)
-        return bound if math.isfinite(bound) and bound > 0 else None
-
-
-def _solver(name: str, time_limit_s: float) -> Any:
-    import pulp
-
-    if not time_limit_s > 0:
-        raise PlanError(f"the exact programme's time limit must be over 0 s, got {time_limit_s}")
-    wanted = _ALIASES.get(name.lower(), name)
-    known = {solver.lower(): solver for solver in pulp.listSolvers()}
-    if wanted.lower() not in known:
-        raise PlanError(f"PuLP knows no solver {name!r}: choose one of {', '.join(known.values())}")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        backend = pulp.getSolver(known[wanted.lower()], msg=False, timeLimit=time_limit_s)
-        if not backend.available():
-            installed = ", ".join(pulp.listSolvers(onlyAvailable=True))
-            raise PlanError(f"the solver {name} is not installed; PuLP finds {installed}")
-    return backend

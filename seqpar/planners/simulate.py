@@ -119,10 +119,12 @@ def simulate(
         noise: standard deviation of the logarithm of each group's time about its prediction.
 
     Raises:
-        PlanError: sizes beyond 1..4,096, a negative noise, or batches without sequences.
+        PlanError: sizes beyond 1..4,096, a negative noise or batch, or batches without sequences.
     """
     if not devices or min(devices) < 1 or max(devices) > MAX_DEVICES:
         raise PlanError(f"simulate takes 1 to {MAX_DEVICES} devices, got {list(devices)}")
+    if not sequences_per_device > 0:
+        raise PlanError(f"sequences_per_device must be over 0, got {sequences_per_device}")
     if not 0 <= noise < 2:
         raise PlanError(f"noise is a standard deviation from 0 to 2, got {noise}")
     planner = planner or Planner(time_limit_ms=100)

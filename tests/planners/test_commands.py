@@ -70,6 +70,30 @@ def test_plan_as_a_table_with_a_plot_and_polished(tmp_path: Path) -> None:
     assert (tmp_path / "plan.png").stat().st_size > 1000
 
 
+def test_the_exact_programme_and_the_configuration_bound_in_json(tmp_path: Path) -> None:
+    path = lengths_file(tmp_path, lognormal(3, count=24), "txt")
+    words = ["plan", path, "--devices", "64", "--cost", "flexsp-7b", "--json", "--bound"]
+    plain = json.loads(run(*words, "degree").stdout)
+    words += ["configuration", "--exact", "--solver", "CBC", "--exact-seconds", "1"]
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert (plain["bound"], data["bound"]) == ("degree", "configuration")
+    assert "exact" not in plain
+    assert data["makespan_ms"] <= plain["makespan_ms"] * (1 + 1e-9)
+    assert data["lower_bound_ms"] <= data["makespan_ms"]
+    assert data["gap"] == pytest.approx(data["makespan_ms"] / data["lower_bound_ms"] - 1)
+    assert len(data["exact"]) == len(plain["micro_batches"])
+    assert sum(check["sequences"] for check in data["exact"]) == 24
+    for check in data["exact"]:
+        assert check["bound_ms"] > 0
+        assert check["gap"] is None or check["gap"] >= 0
+        assert check["solve_ms"] < 10_000
+    ScatterPlan.from_json(data).verify(
+        ScatterProblem(tuple(lognormal(3, count=24)), FLEXSP, preset("flexsp-7b"))
+    )
+
+
 def test_plan_from_a_histogram(tmp_path: Path) -> None:
     path = tmp_path / "h.json"
     path.write_text(json.dumps({"edges_tokens": [1, 1000, 50_000], "counts": [90, 10]}))
@@ -136,6 +160,9 @@ def test_a_byte_order_mark_is_no_part_of_a_length(tmp_path: Path) -> None:
         (["--devices", "8", "--cost", "flexsp-7b", "--degrees", "two"], "--degrees takes integers"),
         (["--devices", "8", "--cost", "flexsp-7b", "--bound", "best"], "bound is none"),
         (["--devices", "8", "--cost", "flexsp-7b", "--time-limit-ms", "0"], "time_limit_ms"),
+        (["--devices", "8", "--cost", "flexsp-7b", "--time-limit-ms", "inf"], "and finite"),
+        (["--devices", "8", "--cost", "flexsp-7b", "--exact", "--solver", "nope"], "no solver"),
+        (["--devices", "8", "--cost", "flexsp-7b", "--exact", "--solver", "GUROBI"], "installed"),
     ],
 )
 def test_bad_options(words: list[str], match: str, tmp_path: Path) -> None:

@@ -45,7 +45,14 @@ def test_a_histogram_of_lengths_counts_each_once() -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [{}, {"edges_tokens": [1, 2], "counts": []}, {"edges_tokens": [2, 1], "counts": [1]}, []],
+    [
+        {},
+        {"edges_tokens": [1, 2], "counts": []},
+        {"edges_tokens": [2, 1], "counts": [1]},
+        {"edges_tokens": [1, math.inf], "counts": [1]},
+        {"edges_tokens": [1, 9], "counts": [math.nan]},
+        [],
+    ],
 )
 def test_bad_histograms_are_named(data: object, tmp_path: Path) -> None:
     path = tmp_path / "h.json"
@@ -118,3 +125,10 @@ def test_simulation_and_plots(tmp_path: Path) -> None:
 def test_bad_simulations(devices: list[int], noise: float) -> None:
     with pytest.raises(PlanError):
         simulate(batches_of([5], batches=1), FLEXSP, SMALL, devices=devices, noise=noise)
+
+
+@pytest.mark.parametrize("sequences", [0.0, -8.0, math.nan])
+def test_a_batch_without_sequences_is_refused(sequences: float) -> None:
+    batches = batches_of([5], batches=1)
+    with pytest.raises(PlanError, match="sequences_per_device must be over 0"):
+        simulate(batches, FLEXSP, SMALL, devices=[4], sequences_per_device=sequences)
