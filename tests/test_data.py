@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from seqpar import comm
 from seqpar.data import (
     DocumentSampler,
     PlannedStep,
@@ -28,8 +29,10 @@ from seqpar.planners import (
     Planner,
     ScatterPlan,
     ScatterProblem,
+    preset,
 )
 from seqpar.training import PlanExecutor
+from tests.planners.test_plan import FLEXSP, lognormal
 from tests.ranks import run_ranks
 
 LENGTHS = [1, 700, 30, 999, 4, 4, 250, 61, 1000, 12]
@@ -140,6 +143,32 @@ def test_replayed_plans_give_the_same_bits(tmp_path: Path) -> None:
     assert any(group.degree == 2 for step in plans for batch in step for group in batch.groups)
     assert again == plans
     assert same_bits == bits
+
+
+def _messages_of_a_step(rank: int) -> tuple[int, int]:
+    """Collectives of one step's plan, of 512 sequences on 64 devices, and its bytes."""
+    lengths = lognormal(0)
+
+    def plan_documents(step: int, drawn: Any) -> ScatterPlan:
+        return Planner(time_limit_ms=20).plan(
+            ScatterProblem(tuple(drawn), FLEXSP, preset("flexsp-7b"))
+        )
+
+    steps = PlannedSteps(
+        DocumentSampler(lengths, budget_tokens=sum(lengths), seed=0),
+        plan_documents,
+        group=dist.group.WORLD,
+    )
+    with comm.count_traffic() as traffic:
+        planned = next(steps)
+    steps.close()
+    return traffic.calls, len(planned.to_json())
+
+
+def test_one_message_carries_a_plan() -> None:
+    for calls, message_bytes in run_ranks(2, _messages_of_a_step):
+        assert calls == 1
+        assert message_bytes > 10_000
 
 
 def test_a_recording_of_other_documents_or_torn_is_refused(tmp_path: Path) -> None:

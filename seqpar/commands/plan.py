@@ -77,6 +77,11 @@ def command(
 
     if bool(lengths) == bool(histogram):
         raise PlanError("give a file of lengths, or --histogram FILE: one of the two")
+    if histogram and (plot or exact):
+        raise PlanError(
+            "--plot and --exact need a file of lengths: a histogram has no one plan "
+            "(seqpar simulate --histogram draws its rates)"
+        )
     model = load_cost(cost)
     cluster = make_cluster(devices, devices_per_node, memory_gib, degrees, cost)
     planner = Planner(time_limit_ms=time_limit_ms, bound=bound)

@@ -172,6 +172,13 @@ def test_bad_options(words: list[str], match: str, tmp_path: Path) -> None:
         raise result.exception
 
 
+@pytest.mark.parametrize("option", [["--plot", "plan.png"], ["--exact"]])
+def test_a_histogram_has_no_one_plan(option: list[str]) -> None:
+    result = run("plan", "--histogram", "h.json", "--devices", "8", "--cost", "flexsp-7b", *option)
+    assert isinstance(result.exception, PlanError)
+    assert "need a file of lengths" in str(result.exception)
+
+
 def test_a_cost_file_and_a_sequence_that_fits_nowhere(tmp_path: Path) -> None:
     cost = tmp_path / "cost.json"
     cost.write_text(json.dumps(SMALL.to_json()))
