@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ from seqpar import comm
 from seqpar.batch import Batch, pack, shard
 from seqpar.loss import token_loss_sum
 from seqpar.mesh import GroupPool
+from seqpar.ops.softmax_choice import Strategy
 from seqpar.planners import Group, ScatterPlan
+from seqpar.wrap import takes_strategy
 
 __all__ = ["Parity", "PlanExecutor", "StepResult"]
 
@@ -63,7 +65,9 @@ class PlanExecutor:
     """Runs planned steps of a model whose forward is `model(**batch.inputs)`.
 
     That is a seqpar model, or one that `parallelize` has wrapped; it returns logits, or something
-    that has them.
+    that has them. Softmax layers exchange as the plan says for each group, if the model takes a
+    `strategy` with its call (seqpar's own and wrapped Hugging Face models do); a model of another
+    kind runs its own.
 
     Args:
         model: identical parameters on every rank.
@@ -96,6 +100,7 @@ class PlanExecutor:
         self.on_group = on_group
         self.rank = comm.group_rank(world)
         self.num_ranks = comm.group_size(world)
+        self._takes_strategy = takes_strategy(model)
 
     def forward_backward(self, plan: ScatterPlan, documents: Sequence[Tensor]) -> StepResult:
         """Leave the gradient of the step's mean loss in every parameter, on every rank.
@@ -116,7 +121,8 @@ class PlanExecutor:
                         self.on_group(index, group)
                     times[index, 0] = self._now() - start
                     parts = [documents[sequence] for sequence in group.sequences]
-                    loss_sum += self._backward(parts, self.pool.group(group.ranks), num_targets)
+                    ranks = self.pool.group(group.ranks)
+                    loss_sum += self._backward(parts, ranks, num_targets, _softmax_strategy(group))
                     times[index, 1] = self._now() - start
         self._sum_gradients()
         loss_sum = comm.all_reduce_sum(loss_sum.to(self.device), group=self.world).cpu()
@@ -163,20 +169,27 @@ class PlanExecutor:
         return found
 
     def _backward(
-        self, documents: Sequence[Tensor], group: ProcessGroup | None, num_targets: int
+        self,
+        documents: Sequence[Tensor],
+        group: ProcessGroup | None,
+        num_targets: int,
+        strategy: Strategy | None = None,
     ) -> Tensor:
         """Backward of this rank's share of one group's stream; its summed loss, float64."""
-        loss, _ = self._loss_sum(self._shard(documents, group))
+        loss, _ = self._loss_sum(self._shard(documents, group), strategy)
         (loss / max(num_targets, 1)).backward()  # type: ignore[no-untyped-call]
         return loss.detach().double().cpu()
 
     def _shard(self, documents: Sequence[Tensor], group: ProcessGroup | None) -> Batch:
         return shard(pack(documents), group, layout=self.layout, device=self.device)
 
-    def _loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _loss_sum(self, batch: Batch, strategy: Strategy | None = None) -> tuple[Tensor, Tensor]:
         """Summed loss of the batch's targets on this rank, and their number."""
+        inputs = batch.inputs
+        if strategy is not None and self._takes_strategy:
+            inputs["strategy"] = strategy
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            output = self.model(**batch.inputs)
+            output = self.model(**inputs)
             return token_loss_sum(getattr(output, "logits", output), batch.labels)
 
     def _sum_gradients(self) -> None:
@@ -210,6 +223,11 @@ class PlanExecutor:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def _softmax_strategy(group: Group) -> Strategy | None:
+    """The plan's word for a group's softmax layers; None if it says none ("local", "state")."""
+    return cast(Strategy, group.strategy) if group.strategy in get_args(Strategy) else None
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -38,7 +38,7 @@ from seqpar.layout import SequenceLayout
 from seqpar.ops.softmax_choice import Strategy
 from seqpar.ops.state_exchange import EXCHANGES
 
-__all__ = ["is_parallelized", "parallelize", "unparallelize"]
+__all__ = ["is_parallelized", "parallelize", "takes_strategy", "unparallelize"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -115,6 +115,16 @@ def unparallelize(model: M) -> M:
             config._attn_implementation = attention
         module.__dict__.pop(MARK, None)
     return model
+
+
+def takes_strategy(model: nn.Module) -> bool:
+    """Whether a call may say how softmax layers exchange: `model(**batch.inputs, strategy="ring")`.
+
+    Wrapped Hugging Face models do, and models whose forward names a `strategy`.
+    """
+    if is_parallelized(model) and hugging_face_model(model):
+        return True
+    return "strategy" in inspect.signature(model.forward).parameters
 
 
 def is_parallelized(model: nn.Module) -> bool:

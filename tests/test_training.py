@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from seqpar import comm
 from seqpar.adapters.families import family_of
 from seqpar.adapters.tiny import tiny_model
 from seqpar.calibration import Calibration, calibrate_model, measured_shapes
@@ -91,9 +93,9 @@ def _parity(rank: int, planted: str) -> tuple[Parity, float, float]:
 
 
 def _losing_a_document(backward: Any) -> Any:
-    def losing(documents: Any, group: Any, num_targets: int) -> torch.Tensor:
+    def losing(documents: Any, group: Any, num_targets: int, *strategy: Any) -> torch.Tensor:
         kept = documents[:1] if group is not None else documents
-        return backward(kept, group, num_targets)
+        return backward(kept, group, num_targets, *strategy)
 
     return losing
 
@@ -107,15 +109,41 @@ def test_a_mixed_plan_equals_one_process() -> None:
         assert abs(loss - heldout) < 1e-5 * heldout
 
 
-def _wrapped_parity(rank: int) -> Parity:
+def _wrapped_executor() -> PlanExecutor:
     torch.manual_seed(0)
     model = parallelize(tiny_model(family_of("llama")), None)
-    executor = PlanExecutor(model, GroupPool(), world=dist.group.WORLD, device=torch.device("cpu"))
-    return executor.check_parity(MIXED, _documents())
+    return PlanExecutor(model, GroupPool(), world=dist.group.WORLD, device=torch.device("cpu"))
+
+
+def _wrapped_parity(rank: int) -> Parity:
+    return _wrapped_executor().check_parity(MIXED, _documents())
 
 
 def test_a_wrapped_model_runs_plans() -> None:
     assert run_ranks(4, _wrapped_parity)[0].relative_error < 1e-5
+
+
+def _traffic_by_strategy(rank: int, wrapped: bool) -> list[tuple[dict[str, int], float]]:
+    """For every strategy of a plan: calls by operation, and the step's error against one rank."""
+    executor = _wrapped_executor() if wrapped else _executor()
+    found = []
+    for strategy in ("ring", "ulysses"):
+        group = replace(_group((0, 1), (0, 3, 7)), strategy=strategy)
+        plan = _plan((group, _group((2,), (1, 2, 4, 5, 6))))
+        with comm.count_traffic() as traffic:
+            executor.forward_backward(plan, _documents())
+        parity = executor.check_parity(plan, _documents())
+        calls = {name: operation.calls for name, operation in traffic.operations.items()}
+        found.append((calls, parity.relative_error))
+    return found
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_group_exchanges_as_its_plan_says(wrapped: bool) -> None:
+    ring, ulysses = run_ranks(4, _traffic_by_strategy, wrapped)[0]
+    assert max(ring[1], ulysses[1]) < 1e-5
+    # Trading heads takes two exchanges a pass, there and back; a ring of two takes one.
+    assert ulysses[0]["exchange"] == 2 * ring[0]["exchange"] > 0
 
 
 @pytest.mark.parametrize("planted", ["lost document", "wrong weight"])

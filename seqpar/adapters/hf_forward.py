@@ -12,6 +12,7 @@ from seqpar.adapters.hf_head import head_loss_sum
 from seqpar.adapters.wrapping import Bound, wrapping_of
 from seqpar.head_loss import HeadImplementation
 from seqpar.layout import SequenceLayout
+from seqpar.ops.softmax_choice import Strategy
 
 __all__ = ["hugging_face_forward"]
 
@@ -21,6 +22,7 @@ def hugging_face_forward(
     *args: Any,
     layout: SequenceLayout | None = None,
     group: Any = Bound,
+    strategy: Strategy | None = None,
     source_layout: SequenceLayout | None = None,
     head_labels: Tensor | None = None,
     head_implementation: HeadImplementation = "auto",
@@ -32,6 +34,7 @@ def hugging_face_forward(
 
     Args:
         layout, source_layout, group: of the batch; the group that was wrapped with by default.
+        strategy: of this call's softmax layers; the one that was wrapped with by default.
         head_labels: return the blockwise head's loss sum instead of an output.
         head_implementation: of that sum; see `lm_head_loss_sum`.
         original, whole: the model's own forward, and what to run in its place if it drops the
@@ -51,6 +54,7 @@ def hugging_face_forward(
         layout,
         group,
         tokens,
+        strategy=strategy,
         source_layout=source_layout,
         source_tokens=source_tokens,
         problem=_refusal(args, inputs),

@@ -46,6 +46,7 @@ class Wrapping:
         group: Any,
         tokens: Tensor | None,
         *,
+        strategy: Strategy | None = None,
         source_layout: SequenceLayout | None = None,
         source_tokens: Tensor | None = None,
         problem: str | None = None,
@@ -54,6 +55,7 @@ class Wrapping:
 
         Args:
             layout, group, tokens: of the call; a group that is `Bound` is the wrapped model's.
+            strategy: of the call; the wrapped model's by default.
             source_layout, source_tokens: the encoder's, in an encoder-decoder model.
             problem: what this rank has found wrong with the call already.
         """
@@ -64,7 +66,9 @@ class Wrapping:
                 "batch from seqpar.shard"
             )
             layout = SequenceLayout.contiguous((0,), group_size(group))
-        sequence = SequenceContext(layout, group, self.strategy, self.exchange, source_layout)
+        sequence = SequenceContext(
+            layout, group, strategy or self.strategy, self.exchange, source_layout
+        )
         problem = problem or _misfit(layout, sequence, tokens)
         if source_layout is not None:
             problem = problem or _misfit(source_layout, sequence, source_tokens)
@@ -72,7 +76,7 @@ class Wrapping:
             if sources != targets:
                 problem = problem or f"{sources} sources but {targets} targets: use pack_pairs"
         if group is not None and self.check:
-            agree(problem, group, same=(layout, source_layout))
+            agree(problem, group, same=(layout, source_layout, strategy))
         elif problem is not None:
             raise LayoutError(problem)
         return sequence

@@ -9,6 +9,7 @@ Shape letters: B batch, T tokens on this rank, C channels, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -119,11 +120,13 @@ class DecoderLayer(nn.Module):
         *,
         layout: SequenceLayout,
         group: ProcessGroup | None,
+        strategy: Strategy | None = None,
         check: bool = True,
     ) -> Tensor:
-        normed_BTC = self.mixer_norm(x_BTC)
-        mixed = self.mixer(normed_BTC, positions_T, layout=layout, group=group, check=check)
-        x_BTC = x_BTC + mixed
+        options: dict[str, Any] = {"layout": layout, "group": group, "check": check}
+        if isinstance(self.mixer, SoftmaxMixer):
+            options["strategy"] = strategy
+        x_BTC = x_BTC + self.mixer(self.mixer_norm(x_BTC), positions_T, **options)
         out: Tensor = x_BTC + self.feed_forward(self.feed_forward_norm(x_BTC))
         return out
 
@@ -158,6 +161,7 @@ class Decoder(nn.Module):
         *,
         layout: SequenceLayout | None = None,
         group: ProcessGroup | None = None,
+        strategy: Strategy | None = None,
     ) -> Tensor:
         """Logits [B, T, V] of the rank's tokens.
 
@@ -167,6 +171,7 @@ class Decoder(nn.Module):
             layout: where the packed stream's tokens live; by default each row is one whole
                 document on this rank alone.
             group: the ranks of the layout; None for this rank alone.
+            strategy: how softmax layers exchange in this call; the configured one by default.
         """
         if layout is None:
             layout = SequenceLayout.contiguous((0, input_ids.shape[1]), 1)
@@ -175,6 +180,13 @@ class Decoder(nn.Module):
         x_BTC, positions_T = self.embedding(input_ids), position_ids[0]
         for index, layer in enumerate(self.layers):
             # What fits one layer fits all of them: the ranks compare notes once a batch.
-            x_BTC = layer(x_BTC, positions_T, layout=layout, group=group, check=index == 0)
+            x_BTC = layer(
+                x_BTC,
+                positions_T,
+                layout=layout,
+                group=group,
+                strategy=strategy,
+                check=index == 0,
+            )
         logits_BTV: Tensor = self.head(self.norm(x_BTC))
         return logits_BTV

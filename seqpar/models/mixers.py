@@ -114,6 +114,7 @@ class SoftmaxMixer(nn.Module):
         *,
         layout: SequenceLayout,
         group: ProcessGroup | None,
+        strategy: Strategy | None = None,
         check: bool = True,
     ) -> Tensor:
         parts = self.projection(x_BTC).split([*self.sizes, self.sizes[0]], dim=-1)
@@ -124,7 +125,7 @@ class SoftmaxMixer(nn.Module):
             v_BTGK,
             layout=layout,
             group=group,
-            strategy=self.strategy,
+            strategy=strategy or self.strategy,
             check=check,
         )
         gated: Tensor = self.norm(mixed_BTHK.flatten(2)) * parts[3]
