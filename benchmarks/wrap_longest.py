@@ -1,8 +1,10 @@
 """The longest stream that trains: peak memory of a step, AdamW's states included, way by way.
 
-Peaks at two lengths give a line; where it meets 95% of the device is the longest stream. It is a
-line if at no tokens it meets what is held before a step (parameters, AdamW's states, and the
-head's gradient): then nothing of a fixed size was the peak at either length. Steps at the longest
+Peaks at two lengths give a line; where it meets 95% of the device is the longest stream. A peak is
+the largest of several lines over the number of tokens (moments of a step), none of which begins
+below what is held before a step. So far out it rises at least as fast as the line through both
+peaks, and at most as fast as the line from what is held to the longer stream's: the longest stream
+lies between the two. They agree where nothing of a fixed size was the peak. Steps at the longest
 length itself would take minutes: attention is quadratic, memory is not. So one length far out is
 run with two of the sixteen layers, and compared with what the line says of it. What tiling and
 offloading cost in time is a section of its own (`tiling_time`): memory may be measured beside
@@ -113,7 +115,7 @@ def longest(machine: Machine) -> Iterator[dict[str, Any]]:
         trainer.peak_gib(step, FIRST)
     found["held_before_a_step_gib"] = trainer.held_gib()
     for name in WAYS:
-        found[name] = machine.left_out() or _row(trainer, name)
+        found[name] = machine.left_out() or _row(trainer, name, found["held_before_a_step_gib"])
         yield found
         if name == "seqpar_ring_tiled_offloaded":
             found["far_out"] = machine.left_out() or _far_out(machine, found)
@@ -131,25 +133,27 @@ def tiling_time(machine: Machine) -> dict[str, Any]:
     return found
 
 
-def _row(trainer: Trainer, name: str) -> dict[str, Any]:
+def _row(trainer: Trainer, name: str, held_gib: float) -> dict[str, Any]:
     try:
         with WAYS[name](trainer.machine, trainer.model) as step:
             peaks = {count: trainer.peak_gib(step, count) for count in LENGTHS}
-            return {"peak_gib": peaks, **_line(peaks)}
+            return {"peak_gib": peaks, **_line(peaks, held_gib)}
     except FAILURES as error:
         return {"failed": f"{type(error).__name__}: {error}"[:300]}
 
 
-def _line(peaks: dict[int, float]) -> dict[str, Any]:
+def _line(peaks: dict[int, float], held_gib: float) -> dict[str, Any]:
     (low, at_low), (high, at_high) = peaks.items()
     if not torch.cuda.is_available():
         return {"left_out": "the steps ran, but peak memory is read on CUDA only"}
-    slope = (at_high - at_low) / (high - low)
-    room = torch.cuda.get_device_properties(0).total_memory / 2**30 * SHARE_OF_DEVICE
+    slope, most = (at_high - at_low) / (high - low), (at_high - held_gib) / high
+    room = torch.cuda.get_device_properties(0).total_memory / 2**30 * SHARE_OF_DEVICE - at_high
     return {
         "kib_per_token": round(slope * 2**20, 3),
+        "kib_per_token_at_most": round(most * 2**20, 3),
         "gib_at_no_tokens": round(at_high - high * slope, 3),
-        "longest_tokens_by_the_line": int(high + (room - at_high) / slope),
+        "longest_tokens_by_the_line": int(high + room / slope),
+        "longest_tokens_at_least": int(high + room / most),
     }
 
 
