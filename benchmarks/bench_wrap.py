@@ -10,9 +10,11 @@
   (share = one GPU's time over ranks times ours) and against peers (wrap_peers.py).
 - hybrid: seven lightning layers to one softmax layer, with experts: share of ideal scaling.
 - longest: the longest stream that trains, ours and the peers' (wrap_longest.py).
+- tiling_time: what tiling and offloading cost a step.
 
 A section that would begin after the time limit is left out and said so. The file's other sections
 stay as they were, so that sections may be measured one by one; each carries its own command.
+Results are written whenever a section has more of them.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.wrap_head import head
-from benchmarks.wrap_longest import FAILURES, longest
+from benchmarks.wrap_longest import FAILURES, longest, tiling_time
 from benchmarks.wrap_peers import deepspeed_ulysses, torch_context_parallel
 from benchmarks.wrapped import LLAMA, MINIMAX, Machine
 from seqpar.adapters.tiny import tiny_model, tiny_stream
@@ -147,20 +149,25 @@ def _rate(count: int, took_ms: float, ranks: int, one_ms: float, loss: float) ->
     }
 
 
-SECTIONS = {f.__name__: f for f in (parity, overhead, head, scaling, hybrid, longest)}
+SECTIONS: dict[str, Callable[[Machine], Any]] = {
+    f.__name__: f for f in (parity, overhead, head, scaling, hybrid, longest, tiling_time)
+}
 
 
-def run(name: str, machine: Machine) -> dict[str, Any]:
-    """A section's results, unless the time is up; what fails is recorded, not hidden."""
+def run(name: str, machine: Machine) -> Iterator[dict[str, Any]]:
+    """A section's results as they grow, unless the time is up; what fails is recorded."""
     found = machine.left_out()
     if found is not None:
-        return found
+        yield found
+        return
+    found = {}
     try:
-        found = SECTIONS[name](machine)
+        section = SECTIONS[name](machine)
+        for found in [section] if isinstance(section, dict) else section:
+            yield found
     except FAILURES as error:
-        found = {"failed": f"{type(error).__name__}: {error}"[:600]}
+        yield {**found, "failed": f"{type(error).__name__}: {error}"[:600]}
     machine.free()
-    return found
 
 
 def main() -> None:
@@ -181,15 +188,16 @@ def main() -> None:
         **machine.hardware(),
     }
     for name in options.sections.split(","):
-        found = run(name, machine)
-        if dist.get_rank() == 0:
-            print(
-                f"[{time.perf_counter() - machine.began:5.1f} s] {name}: {json.dumps(found)}",
-                flush=True,
-            )
-            if "left_out" not in found or name not in results:
-                results[name] = {"measured": measured, **found}
-            out.write_text(json.dumps(results, indent=2) + "\n")
+        shown: set[str] = set()
+        for found in run(name, machine):
+            if dist.get_rank() == 0:
+                news = {key: value for key, value in found.items() if key not in shown}
+                elapsed = time.perf_counter() - machine.began
+                print(f"[{elapsed:5.1f} s] {name}: {json.dumps(news)}", flush=True)
+                if "left_out" not in found or name not in results:
+                    results[name] = {"measured": measured, **found}
+                out.write_text(json.dumps(results, indent=2) + "\n")
+            shown.update(found)
     dist.destroy_process_group()
 
 

@@ -1,16 +1,19 @@
 """The longest stream that trains: peak memory of a step, AdamW's states included, way by way.
 
-Peaks at two lengths give a line; where it meets 95% of the device is the longest stream. It is a
-line if at no tokens it meets what is held before a step (parameters, AdamW's states, and the
-head's gradient): then nothing of a fixed size was the peak at either length. Steps at the longest
+Peaks at two lengths give a line; where it meets 95% of the device is the longest stream. A peak is
+the largest of several lines over the number of tokens (moments of a step), none of which begins
+below what is held before a step. So far out it rises at least as fast as the line through both
+peaks, and at most as fast as the line from what is held to the longer stream's: the longest stream
+lies between the two. They agree where nothing of a fixed size was the peak. Steps at the longest
 length itself would take minutes: attention is quadratic, memory is not. So one length far out is
-run with two of the sixteen layers, and compared with what the line says of it.
+run with two of the sixteen layers, and compared with what the line says of it. What tiling and
+offloading cost in time is a section of its own (`tiling_time`): memory may be measured beside
+other work on the device, time may not.
 """
 
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -27,7 +30,7 @@ from seqpar.wrap import parallelize, unparallelize
 
 FIRST = 8192  # the optimizer's states exist after one step
 LENGTHS = (65536, 81920)
-FAR_LAYERS, FAR_TOKENS = 2, 524288
+FAR_LAYERS, FAR_TOKENS = 2, 262144
 SHARE_OF_DEVICE = 0.95
 FAILURES = (RuntimeError, ImportError, ValueError, TypeError, AttributeError, AssertionError)
 Step = Callable[[int], Tensor]
@@ -72,16 +75,16 @@ RING = {"strategy": "ring", "layout": "zigzag"}
 ULYSSES = {"strategy": "ulysses", "layout": "contiguous"}
 WAYS: dict[str, Callable[[Machine, nn.Module], Any]] = {
     "seqpar_ring_tiled": functools.partial(wrapped, **RING, tiled=True),
-    "seqpar_ring_tiled_offloaded": functools.partial(wrapped, **RING, tiled=True, offload=True),
     "deepspeed_ulysses_tiled_mlp": functools.partial(deepspeed_ulysses, tiled_mlp=True),
     "seqpar_ulysses_tiled": functools.partial(wrapped, **ULYSSES, tiled=True),
     "torch_context_parallel": torch_ring,
+    "seqpar_ring_tiled_offloaded": functools.partial(wrapped, **RING, tiled=True, offload=True),
     "seqpar_ring": functools.partial(wrapped, **RING, tiled=False),
     "deepspeed_ulysses": functools.partial(deepspeed_ulysses, tiled_mlp=False),
     "seqpar_ulysses": functools.partial(wrapped, **ULYSSES, tiled=False),
 }
 """In order of worth: a time limit leaves out the last. Torch's holds whole logits, no other way."""
-TIMED = ("seqpar_ring_tiled", "seqpar_ring_tiled_offloaded", "seqpar_ring")
+TIMED = ("seqpar_ring", "seqpar_ring_tiled", "seqpar_ring_tiled_offloaded")
 
 
 class Trainer:
@@ -104,52 +107,53 @@ class Trainer:
         self.machine.free()
         return self.machine.peak_gib()
 
-    def time_ms(self, step: Step, count: int) -> float:
-        """Forward and backward at a length that has been run."""
-        self.machine.wait()
-        started = time.perf_counter()
-        step(self.machine.tokens(count))
-        self.machine.wait()
-        took = self.machine.slowest((time.perf_counter() - started) * 1e3)
-        self.optimizer.zero_grad(set_to_none=True)
-        return round(took, 1)
 
-
-def longest(machine: Machine) -> dict[str, Any]:
-    """Peaks and the line through them, for seqpar and its peers."""
+def longest(machine: Machine) -> Iterator[dict[str, Any]]:
+    """Peaks and the line through them, for seqpar and its peers; yields after every row."""
     trainer, found = Trainer(machine), dict[str, Any]()
     with WAYS["seqpar_ring_tiled"](machine, trainer.model) as step:
         trainer.peak_gib(step, FIRST)
     found["held_before_a_step_gib"] = trainer.held_gib()
     for name in WAYS:
-        found[name] = machine.left_out() or _row(trainer, name)
-        if name == "deepspeed_ulysses_tiled_mlp":
+        found[name] = machine.left_out() or _row(trainer, name, found["held_before_a_step_gib"])
+        yield found
+        if name == "seqpar_ring_tiled_offloaded":
             found["far_out"] = machine.left_out() or _far_out(machine, found)
+            yield found
+
+
+def tiling_time(machine: Machine) -> dict[str, Any]:
+    """Forward and backward at the longer length: as it is, tiled, tiled and offloaded."""
+    model = machine.model("llama", LLAMA, checkpointed=True)
+    count = machine.tokens(LENGTHS[-1])
+    found: dict[str, Any] = {"tokens": count}
+    for name in TIMED:
+        with WAYS[name](machine, model) as step:
+            found[f"{name}_ms"] = machine.time_ms(model, lambda: step(count), repeats=1)[0]
     return found
 
 
-def _row(trainer: Trainer, name: str) -> dict[str, Any]:
+def _row(trainer: Trainer, name: str, held_gib: float) -> dict[str, Any]:
     try:
         with WAYS[name](trainer.machine, trainer.model) as step:
             peaks = {count: trainer.peak_gib(step, count) for count in LENGTHS}
-            row: dict[str, Any] = {"peak_gib": peaks, **_line(peaks)}
-            if name in TIMED:
-                row["ms"] = {LENGTHS[-1]: trainer.time_ms(step, LENGTHS[-1])}
+            return {"peak_gib": peaks, **_line(peaks, held_gib)}
     except FAILURES as error:
-        row = {"failed": f"{type(error).__name__}: {error}"[:300]}
-    return row
+        return {"failed": f"{type(error).__name__}: {error}"[:300]}
 
 
-def _line(peaks: dict[int, float]) -> dict[str, Any]:
+def _line(peaks: dict[int, float], held_gib: float) -> dict[str, Any]:
     (low, at_low), (high, at_high) = peaks.items()
     if not torch.cuda.is_available():
         return {"left_out": "the steps ran, but peak memory is read on CUDA only"}
-    slope = (at_high - at_low) / (high - low)
-    room = torch.cuda.get_device_properties(0).total_memory / 2**30 * SHARE_OF_DEVICE
+    slope, most = (at_high - at_low) / (high - low), (at_high - held_gib) / high
+    room = torch.cuda.get_device_properties(0).total_memory / 2**30 * SHARE_OF_DEVICE - at_high
     return {
         "kib_per_token": round(slope * 2**20, 3),
+        "kib_per_token_at_most": round(most * 2**20, 3),
         "gib_at_no_tokens": round(at_high - high * slope, 3),
-        "longest_tokens_by_the_line": int(high + (room - at_high) / slope),
+        "longest_tokens_by_the_line": int(high + room / slope),
+        "longest_tokens_at_least": int(high + room / most),
     }
 
 

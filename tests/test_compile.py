@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from seqpar.adapters.tiny import tiny_model, tiny_stream
 from seqpar.batch import shard
 from seqpar.loss import chunked_token_loss, token_loss
 from seqpar.wrap import parallelize
+from tests.ranks import run_ranks
 from tests.tolerances import MODEL_GRADIENT, relative_error
 
 pytest.importorskip("transformers")
@@ -55,3 +59,28 @@ def test_compile_breaks_at_exchanges_and_not_for_new_layouts(family: str, chunke
     places = {reason.partition("<function ")[2].split()[0] for reason in counters["graph_break"]}
     assert places == BREAKS[family] | ({"lm_head_loss_sum"} if chunked else set())
     assert graphs == [GRAPHS[family] + chunked] * 2  # another layout is not another compilation
+
+
+def _compiled_on_ranks(rank: int) -> dict[str, list[float]]:
+    """Relative errors of each parameter's gradient, compiled against not, on this rank."""
+    warnings.simplefilter("ignore")
+    found = {}
+    for family in ("llama", "bamba"):  # bamba has every kind of exchange
+        model = parallelize(tiny_model(family), dist.group.WORLD)
+        eager: Any = copy.deepcopy(model)
+        compiled = torch.compile(model, backend="aot_eager", dynamic=True)
+        for lengths, layout in zip(LENGTHS, ("contiguous", "zigzag"), strict=True):
+            batch = shard(tiny_stream(model, lengths), dist.group.WORLD, layout=layout)  # type: ignore[arg-type]
+            for called in (compiled, eager):
+                token_loss(called(**batch.inputs).logits, batch).backward()
+        pairs = zip(model.parameters(), eager.parameters(), strict=True)
+        found[family] = [relative_error(ours.grad, plain.grad) for ours, plain in pairs]
+    return found
+
+
+@pytest.mark.slow
+def test_compiled_on_two_ranks_and_backward_too() -> None:
+    for found in run_ranks(2, _compiled_on_ranks, timeout_s=120):
+        for family, errors in found.items():
+            assert len(errors) > 5
+            assert max(errors) < MODEL_GRADIENT, family

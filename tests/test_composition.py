@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from seqpar.adapters.tiny import TINY_VOCABULARY, tiny_model, tiny_stream
-from seqpar.batch import Batch, shard
+from seqpar.batch import Batch, PackedStream, shard
 from seqpar.errors import UnsupportedModelError
 from seqpar.gradients import reduce_gradients
 from seqpar.loss import chunked_token_loss, count_targets, token_loss
@@ -21,6 +21,7 @@ from seqpar.parity import check_parity
 from seqpar.tiles import tile_tokens
 from seqpar.wrap import is_parallelized, parallelize
 from tests.ranks import run_ranks
+from tests.recompute import recompute_layers
 from tests.tolerances import MODEL_GRADIENT, MODEL_LOSS, RELATIVE, relative_error
 
 pytest.importorskip("transformers")
@@ -42,17 +43,26 @@ def _batches(model: nn.Module, mesh: Any) -> list[Batch]:
     ]
 
 
-def _one_device(model: nn.Module) -> tuple[float, dict[str, Tensor], float]:
-    """The step's mean loss over all documents, its gradients and their norm."""
+def _step_of(model: nn.Module) -> list[PackedStream]:
+    """The streams of all data-parallel ranks."""
+    return [
+        tiny_stream(model, lengths, seed=10 * dp_rank + i)
+        for dp_rank, micro_batches in STEP.items()
+        for i, lengths in enumerate(micro_batches)
+    ]
+
+
+def _one_device(
+    model: nn.Module, streams: list[PackedStream]
+) -> tuple[float, dict[str, Tensor], float]:
+    """The mean loss over all documents of the streams, its gradients and their norm."""
     nll, targets = torch.zeros(()), 0
-    for dp_rank, micro_batches in STEP.items():
-        for i, lengths in enumerate(micro_batches):
-            stream = tiny_stream(model, lengths, seed=10 * dp_rank + i)
-            for a, b in itertools.pairwise(stream.cu_seqlens):
-                logits = model(input_ids=stream.ids[:, a:b], use_cache=False).logits[0]
-                labels = stream.labels[0, a:b]
-                nll = nll + nn.functional.cross_entropy(logits, labels, reduction="sum")
-                targets += int((labels >= 0).sum())
+    for stream in streams:
+        for a, b in itertools.pairwise(stream.cu_seqlens):
+            logits = model(input_ids=stream.ids[:, a:b], use_cache=False).logits[0]
+            labels = stream.labels[0, a:b]
+            nll = nll + nn.functional.cross_entropy(logits, labels, reduction="sum")
+            targets += int((labels >= 0).sum())
     loss = nll / targets
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -94,7 +104,7 @@ def _around(rank: int) -> dict[str, dict[str, Any]]:
     found = {}
     for way, options in ways.items():
         model = parallelize(tiny_model("llama").train(), mesh["sp"])
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(model)
         if way == "tiled MLP":
             for layer in model.model.layers:
                 tile_tokens(layer.mlp, tokens=5)
@@ -117,7 +127,8 @@ def _around(rank: int) -> dict[str, dict[str, Any]]:
 
 def test_every_way_to_train_gives_the_one_device_step() -> None:
     results = run_ranks(4, _around, timeout_s=120)
-    loss, gradients, norm = _one_device(tiny_model("llama"))
+    model = tiny_model("llama")
+    loss, gradients, norm = _one_device(model, _step_of(model))
     for result in results:
         for way, found in result.items():
             assert abs(found["loss"] / loss - 1) < MODEL_LOSS, way
@@ -125,6 +136,50 @@ def test_every_way_to_train_gives_the_one_device_step() -> None:
             assert found["gradients"].keys() == gradients.keys()
             for name, gradient in found["gradients"].items():
                 assert relative_error(gradient, gradients[name]) < MODEL_GRADIENT, (way, name)
+
+
+# -- every split, sharded ------------------------------------------------------------------------
+
+DOCUMENTS = ((13, 1, 29), (3, 40), (8,), (1, 2, 31))
+"""Four streams of one step, dealt to the data-parallel ranks."""
+
+
+def _sharded_on(dp: int) -> tuple[float, dict[str, Tensor]]:
+    """One step on dp x (4 / dp) ranks: each data-parallel rank accumulates its streams."""
+    mesh = init_device_mesh("cpu", (dp, 4 // dp), mesh_dim_names=("dp", "sp"))
+    flat = init_device_mesh("cpu", (4,), mesh_dim_names=("fsdp",))
+    model = parallelize(tiny_model("llama").train(), mesh["sp"])
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=flat)
+    fully_shard(model, mesh=flat)
+    batches = [
+        shard(tiny_stream(model, lengths, seed=i), mesh["sp"], layout=LAYOUTS[i % 2])  # type: ignore[arg-type]
+        for i, lengths in enumerate(DOCUMENTS)
+        if i % dp == mesh.get_local_rank("dp")
+    ]
+    targets, total = count_targets(batches, mesh=mesh), 0.0
+    for batch in batches:
+        loss = token_loss(model(**batch.inputs).logits, batch, mesh=mesh, num_targets=targets)
+        loss.backward()
+        total += loss.item()
+    return total, {name: _full(p.grad) for name, p in model.named_parameters()}
+
+
+def _sharded_on_every_split(rank: int) -> dict[int, tuple[float, dict[str, Tensor]]]:
+    return {dp: _sharded_on(dp) for dp in (1, 2, 4)}
+
+
+def test_sharded_on_every_split_gives_the_one_device_step() -> None:
+    results = run_ranks(4, _sharded_on_every_split)
+    model = tiny_model("llama")
+    streams = [tiny_stream(model, lengths, seed=i) for i, lengths in enumerate(DOCUMENTS)]
+    loss, gradients, _ = _one_device(model, streams)
+    for result in results:
+        for dp, (ours, found) in result.items():
+            assert abs(ours / loss - 1) < MODEL_LOSS, dp
+            assert found.keys() == gradients.keys()
+            for name, gradient in found.items():
+                assert relative_error(gradient, gradients[name]) < MODEL_GRADIENT, (dp, name)
 
 
 # -- adapters, autocast, compile ------------------------------------------------------------------
@@ -194,16 +249,9 @@ LENGTHS = (13, 1, 29, 7)
 
 
 def _whole_documents(family: str) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of one device, document by document."""
     model = tiny_model(family)
-    stream = tiny_stream(model, LENGTHS)
-    nll = torch.zeros(())
-    for a, b in itertools.pairwise(stream.cu_seqlens):
-        logits = model(input_ids=stream.ids[:, a:b], use_cache=False).logits[0]
-        nll = nll + nn.functional.cross_entropy(logits, stream.labels[0, a:b], reduction="sum")
-    loss = nll / (stream.labels >= 0).sum()
-    loss.backward()
-    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+    loss, gradients, _ = _one_device(model, [tiny_stream(model, LENGTHS)])
+    return loss, gradients
 
 
 def _every_kind(rank: int) -> dict[tuple[str, str], Any]:
@@ -219,7 +267,7 @@ def _every_kind(rank: int) -> dict[tuple[str, str], Any]:
         found[family, "autocast"] = (model.get_output_embeddings().weight.grad, logits.dtype)
 
         model = parallelize(tiny_model(family).train(), mesh)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(model)
         for layer in model.base_model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -78,7 +80,8 @@ def _streams_of(dp_rank: int, dp: int) -> list[PackedStream]:
     return [pack(documents) for documents in STEP[dp_rank::dp]]
 
 
-def _split_loss(dp: int, sp: int, grad_reduction: str, fused: bool) -> tuple[float, Tensor]:
+def _split_loss(dp: int, grad_reduction: str, fused: bool) -> tuple[float, Tensor]:
+    sp = dist.get_world_size() // dp
     mesh = dist.device_mesh.init_device_mesh("cpu", (dp, sp), mesh_dim_names=("dp", "sp"))
     embedding, head = _weights()
     layouts = ("contiguous", "zigzag")
@@ -103,7 +106,8 @@ def _split_loss(dp: int, sp: int, grad_reduction: str, fused: bool) -> tuple[flo
     return total, embedding.grad
 
 
-SPLITS = [(1, 4, "mean", False), (2, 2, "mean", True), (4, 1, "sum", False), (2, 2, "sum", False)]
+SPLITS = list(itertools.product((1, 2, 4), ("mean", "sum"), (False, True)))
+"""Ranks of the data-parallel axis of four, the gradients' reduction, whether the head is fused."""
 
 
 def _all_splits(rank: int) -> list[tuple[float, Tensor]]:

@@ -17,20 +17,15 @@ from seqpar.errors import UnsupportedModelError
 from seqpar.loss import chunked_token_loss
 from seqpar.offload import offload_checkpoints, offloaded
 from seqpar.wrap import parallelize
+from tests.recompute import keep_activations, recompute_layers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RECOMPUTED = {"use_reentrant": False}
 
 
-def _recompute(model: Any, *, use_reentrant: bool = False) -> None:
-    """By the name that this release of transformers does not warn of."""
-    old = model.gradient_checkpointing_enable
-    getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": use_reentrant})
-
-
 def _model() -> Any:
     model: Any = tiny_model("llama").to(DEVICE)
-    _recompute(model)
+    recompute_layers(model)
     return parallelize(model.train(), None)
 
 
@@ -94,10 +89,9 @@ def test_disabling_checkpointing_undoes_it(monkeypatch: pytest.MonkeyPatch) -> N
     taken = _watched(monkeypatch)
     model = offload_checkpoints(_model(), least_bytes=1)
     batch = [shard(tiny_stream(model, (13, 9)), None, device=DEVICE)]
-    old = model.gradient_checkpointing_disable
-    getattr(model, "activation_checkpointing_disable", old)()
+    keep_activations(model)
     _gradients(model, batch)
-    _recompute(model)
+    recompute_layers(model)
     _gradients(model, batch)
     assert not taken
 
@@ -106,7 +100,7 @@ def test_models_that_recompute_nothing_are_refused() -> None:
     model: Any = tiny_model("llama")
     with pytest.raises(UnsupportedModelError, match="none of its layers is recomputed"):
         offload_checkpoints(model)
-    _recompute(model, use_reentrant=True)
+    recompute_layers(model, use_reentrant=True)
     with pytest.raises(UnsupportedModelError, match="reentrant"):
         offload_checkpoints(model)
 

@@ -17,6 +17,7 @@ from seqpar.gradients import reduce_gradients, seed_ranks
 from seqpar.loss import chunked_token_loss
 from seqpar.wrap import parallelize
 from tests.ranks import run_ranks
+from tests.recompute import recompute_layers
 
 pytest.importorskip("transformers")
 
@@ -28,7 +29,7 @@ def _mesh() -> Any:
 def _model(mesh: Any, *, checkpointed: bool) -> nn.Module:
     model = parallelize(tiny_model("gpt_neox", hidden_dropout=0.5).train(), mesh["sp"])
     if checkpointed:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(model)
     return model
 
 

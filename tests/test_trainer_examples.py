@@ -12,9 +12,11 @@ from types import ModuleType
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 from seqpar.errors import DataError
-from seqpar.loaders import SequenceParallelLoader, collate_documents, stream_of
+from seqpar.loaders import SequenceParallelLoader, TrainerLoader, collate_documents, stream_of
 from tests.ranks import run_ranks
 
 pytest.importorskip("transformers")
@@ -74,6 +76,30 @@ def test_ranks_take_turns_until_the_last_row() -> None:
     first, second = run_ranks(2, _uneven_loaders)
     whole = [a + b for a, b in zip(first, second, strict=True)]
     assert whole == [[1, 2, 3], [4, 5], [6, 7, 8, 9], [10]]
+
+
+def _shuffled_epochs(rank: int) -> list[list[list[int]]]:
+    """A DataLoader as distributed training builds it: shuffled anew by epoch, each row once."""
+    rows = [{"input_ids": list(range(10 * n, 10 * n + 3 + n % 4))} for n in range(8)]
+    sampler = DistributedSampler(rows, num_replicas=2, rank=rank, shuffle=True, seed=3)
+    loader = DataLoader(rows, batch_size=2, sampler=sampler, collate_fn=collate_documents)  # type: ignore[arg-type]
+    trainer_loader = TrainerLoader(loader, dist.group.WORLD)
+    assert len(trainer_loader) == 4
+    assert trainer_loader.dataset is rows
+    epochs = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        epochs.append([inputs["input_ids"][0].tolist() for inputs in trainer_loader])
+    return epochs
+
+
+def test_any_data_loader_gives_every_row_once_an_epoch() -> None:
+    first, second = run_ranks(2, _shuffled_epochs)
+    expected = sorted(token for n in range(8) for token in range(10 * n, 10 * n + 3 + n % 4))
+    for ours, theirs in zip(first, second, strict=True):
+        assert len(ours) == len(theirs) == 4
+        assert sorted(token for batch in (*ours, *theirs) for token in batch) == expected
+    assert first[0] != first[1]  # another epoch, another order
 
 
 def test_rows_of_every_kind_become_the_same_stream() -> None:

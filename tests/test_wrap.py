@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from seqpar.adapters.hf_attention import ATTENTION_NAME, hf_attention
+from seqpar.adapters.sequence import SequenceContext
 from seqpar.adapters.tiny import TINY_VOCABULARY, tiny_model, tiny_stream
 from seqpar.batch import Batch, PackedStream, pack, shard
 from seqpar.errors import LayoutError, MeshError, UnsupportedModelError
@@ -21,6 +23,7 @@ from seqpar.loss import count_targets, token_loss
 from seqpar.parity import check_parity
 from seqpar.wrap import is_parallelized, parallelize, unparallelize
 from tests.ranks import run_ranks
+from tests.recompute import recompute_layers
 from tests.small_hybrid import small_hybrid
 from tests.tolerances import MODEL_GRADIENT, relative_error
 
@@ -102,6 +105,7 @@ def _with_rope(rope_type: str) -> Callable[[], nn.Module]:
         (lambda: _With(nn.LSTM(4, 4)), "mixer (LSTM)", "mixes tokens"),
         (lambda: _With(nn.BatchNorm1d(4)), "mixer (BatchNorm1d)", "mixes tokens"),
         (lambda: _With(nn.Conv1d(4, 4, 3)), "mixer (Conv1d)", "mixes tokens"),
+        (lambda: _With(nn.MultiheadAttention(4, 2)), "mixer (MultiheadAttention)", "mixes tokens"),
     ],
 )
 def test_what_cannot_be_exact_is_refused_by_name(
@@ -133,6 +137,9 @@ def test_wrapping_twice_or_over_two_axes_is_refused() -> None:
         ({"attention_mask": torch.ones(1, 12)}, "attention_mask: turn padding"),
         ({"labels": torch.zeros(1, 12, dtype=torch.int64)}, "token_loss"),
         ({"use_cache": True}, "unparallelize"),
+        ({"past_key_values": object()}, "past_key_values: caches are for generation"),
+        ({"logits_to_keep": 1}, "logits_to_keep: take the logits"),
+        ({"output_attentions": True}, "output_attentions: attention weights exist on no rank"),
         ({"input_ids": torch.zeros(1, 5, dtype=torch.int64)}, "has 5 tokens but the layout"),
         ({"input_ids": torch.zeros(2, 12, dtype=torch.int64)}, "one packed stream"),
         ({"layout": SequenceLayout.contiguous((0, 12), 2)}, "2 ranks but the group has 1"),
@@ -143,6 +150,47 @@ def test_calls_that_do_not_fit_are_refused(change: dict[str, Any], message: str)
     inputs = shard(_stream(12), None).inputs
     with pytest.raises(LayoutError, match=message):
         model(**{**inputs, **change})
+
+
+def _call_of_attention(**options: Any) -> Callable[[], object]:
+    """A layer's call as transformers makes it, with what a model of its own kind might add."""
+    x = torch.randn(1, 2, 12, 8)
+    place = {"sequence": SequenceContext(SequenceLayout.contiguous((0, 12), 1), None)}
+    inputs = {"attention_mask": None, **place, **options}
+    return lambda: hf_attention(nn.Identity(), x, x, x, **inputs)
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (_call_of_attention(attention_mask=torch.ones(1, 1, 12, 12)), "an attention mask of shape"),
+        (_call_of_attention(dropout=0.1), "dropout 0.1 on the attention weights"),
+        (_call_of_attention(softcap=30.0), "it takes 'softcap'"),
+        (_call_of_attention(s_aux=torch.zeros(2)), "it takes 's_aux'"),
+        (lambda: _mask_of_attention(use_vmap=True), "a mask function of its own"),
+    ],
+)
+def test_what_a_layer_s_attention_cannot_express_is_refused(
+    call: Callable[[], object], reason: str
+) -> None:
+    """Layers change after they are wrapped; transformers would drop what a function ignores."""
+    with pytest.raises(UnsupportedModelError) as caught:
+        call()
+    assert reason in caught.value.reason
+
+
+def _mask_of_attention(**described: Any) -> object:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    parallelize(tiny_model("llama"), None)  # which registers it
+    return ALL_MASK_ATTENTION_FUNCTIONS[ATTENTION_NAME](config=None, **described)
+
+
+def test_attention_without_a_layout_and_masks_of_padding_are_refused() -> None:
+    with pytest.raises(LayoutError, match="needs the layout of its batch"):
+        _call_of_attention(sequence=None)()
+    with pytest.raises(LayoutError, match="turn padding into documents"):
+        _mask_of_attention(attention_mask=torch.ones(1, 12))
 
 
 def _one_rank_does_not_fit(rank: int) -> str:
@@ -175,11 +223,15 @@ def test_one_rank_that_does_not_fit_stops_all_of_them() -> None:
 # -- layouts never mix ----------------------------------------------------------------------------
 
 
+INTERLEAVED = ("llama", "minimax", "bamba")
+"""Softmax; lightning; Mamba-2, which has a convolution besides."""
+
+
 def _interleaved(rank: int) -> dict[str, dict[str, Tensor]]:
     """Two forwards before two backwards, layers recomputed in backward, layouts unlike."""
-    models = {"llama": tiny_model("llama"), "minimax": tiny_model("minimax")}
+    models = {family: tiny_model(family) for family in INTERLEAVED}
     for model in models.values():
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(model)
     models["own"] = small_hybrid(checkpointed=True)
     batches = [
         shard(_stream(21, 4, seed=1), dist.group.WORLD, layout="contiguous"),
@@ -222,7 +274,7 @@ def _reference_gradients(model: nn.Module, *, own: bool) -> dict[str, Tensor]:
 
 def test_two_forwards_before_two_backwards_use_each_their_own_layout() -> None:
     results = run_ranks(3, _interleaved)
-    for name in ("llama", "minimax", "own"):
+    for name in (*INTERLEAVED, "own"):
         model = small_hybrid() if name == "own" else tiny_model(name)
         expected = _reference_gradients(model, own=name == "own")
         for result in results:
@@ -231,6 +283,18 @@ def test_two_forwards_before_two_backwards_use_each_their_own_layout() -> None:
                 if gradient.norm() > 1e-3:
                     error = relative_error(result[name][parameter], gradient)
                     assert error < MODEL_GRADIENT, (name, parameter)
+
+
+def _positions_left_out(rank: int) -> tuple[Tensor, Tensor]:
+    model = parallelize(tiny_model("llama"), dist.group.WORLD)
+    inputs = shard(_stream(21, 4), dist.group.WORLD, layout="zigzag").inputs
+    given = model(**inputs).logits
+    return given, model(**{**inputs, "position_ids": None}).logits
+
+
+def test_positions_are_the_layout_s_own_where_none_are_given() -> None:
+    for given, left_out in run_ranks(2, _positions_left_out):
+        assert torch.equal(given, left_out)
 
 
 # -- fewer tokens than ranks ----------------------------------------------------------------------
@@ -255,7 +319,7 @@ def test_a_rank_may_hold_nothing() -> None:
 # -- and back -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "minimax"])
+@pytest.mark.parametrize("family", ["llama", "minimax", "bamba", "mamba2"])
 def test_unparallelize_gives_the_model_back(family: str) -> None:
     model, untouched = tiny_model(family), tiny_model(family)
     ids = _stream(12).ids

@@ -50,7 +50,13 @@ _SIZES: dict[str, dict[str, Any]] = {
         "mamba_chunk_size": 8,
     },
     "bert": {**_ENCODER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "gemma2": {**_DECODER, **_WINDOWED, "head_dim": 8, "attn_logit_softcapping": None},
+    "gemma2": {
+        **_DECODER,
+        **_WINDOWED,
+        "head_dim": 8,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": 2.0,  # low enough to be felt by so small a model
+    },
     "gemma3_text": {**_DECODER, **_WINDOWED, "head_dim": 8},
     "deepseek_v3": {
         **_DECODER,
