@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from seqpar.errors import LayoutError, MeshError, SeqparError
+from seqpar.kernels.recorder import current_recorder
 from seqpar.traffic import (
     Operation,
     Traffic,
@@ -145,6 +146,8 @@ def all_gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
     peers = _SHARED.get(group) if _SHARED else None
     if peers is not None and peers.takes(message):
         peers.all_gather(message, gathered)
+    elif (recorder := current_recorder()) is not None:
+        recorder.do(_gathering(group), gathered, message)
     else:
         _GATHER(gathered, message, group=group)
     return gathered
@@ -183,6 +186,16 @@ def all_gather_async(x: Tensor, group: ProcessGroup | None) -> Pending[Tensor]:
     landing, outgoing = (t.view(-1).view(torch.uint8) for t in (gathered, message))
     work = _GATHER(landing, outgoing, group=group, async_op=True)
     return Pending((work,), lambda: gathered.to(x.device) if staged else gathered, keep=message)
+
+
+def _gathering(group: ProcessGroup) -> Callable[[Tensor, Tensor], None]:
+    """all_gather into memory that is there; whoever keeps this does not keep the group."""
+    reference = weakref.ref(group)
+
+    def gather(gathered: Tensor, message: Tensor) -> None:
+        _GATHER(gathered, message, group=reference())
+
+    return gather
 
 
 def _gather_buffers(x: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from seqpar import comm
+from seqpar.kernels.recorder import not_recorded
 
 __all__ = [
     "AllGather",
@@ -159,6 +160,7 @@ def _on_stream(
     steps: Steps[T], group: ProcessGroup | None, side: torch.cuda.Stream
 ) -> comm.Pending[T]:
     """All steps queued on a stream; to wait makes the current stream wait for it."""
+    not_recorded("work on two streams")
     side.wait_stream(torch.cuda.current_stream(side.device))
     with torch.cuda.stream(side):
         result = run_steps(steps, group)
