@@ -3,9 +3,10 @@
     torchrun --nproc-per-node 2 benchmarks/bench_state.py --tokens 8192 65536
     torchrun ... benchmarks/bench_state.py --lasp CHECKOUT   # also OpenNLPLab/LASP, from a checkout
 
-First the results are checked against one device; then the exchanges are timed alone; then forward
-and backward of one layer, H = 32, D = 128, bfloat16. A time is the slowest rank's, the median of
-rounds in which all forms take turns, so that their ratios are of one run.
+Forward and backward of one layer, H = 32, D = 128, bfloat16; results against one device; the
+exchanges alone: in order of worth, so that a run that is cut short has what matters. A time is the
+slowest rank's, the median of rounds in which all forms take turns, so that their ratios are of one
+run.
 
 Legend: T tokens of one rank, W ranks, H heads, D key and value dim.
 """
@@ -13,6 +14,7 @@ Legend: T tokens of one rank, W ranks, H heads, D key and value dim.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import itertools
 import json
 import os
@@ -46,6 +48,7 @@ TOLERANCE = 8e-3
 def main(arguments: list[str] | None = None) -> int:
     start = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hang-limit", type=float, help="s; say where it stands then, and end")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 65536], help="per rank")
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--dim", type=int, default=128)
@@ -59,6 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lasp", type=Path, help="a checkout of OpenNLPLab/LASP to measure too")
     parser.add_argument("--out", type=Path, help="folder for state.json")
     options = parser.parse_args(arguments)
+    if options.hang_limit:
+        faulthandler.dump_traceback_later(options.hang_limit, exit=True)
     setup = _setup(options)
     folder = options.out or Path("benchmarks/results") / _hardware(setup)["folder"]
     results: dict[str, Any] = {"hardware": _hardware(setup), "world_size": setup.world_size}
@@ -99,11 +104,11 @@ def _parts(
         rows = time_layer(setup, tokens, "slopes", decays["slopes"], options.lasp, None)
         return {"peers": results.get("peers", []) + rows}
 
-    parts: list[Part] = [
-        ("check", lambda: {"errors": check(setup, ["slopes"], ["auto", "all_gather"])})
-    ]
+    parts: list[Part] = []
     for name, tokens in itertools.product(options.decays, options.tokens):
         parts.append((f"{name}, {tokens} tokens", partial(layer, name, tokens)))
+    quick = partial(check, setup, ["slopes"], ["auto", "all_gather"])
+    parts.append(("check", lambda: {"errors": quick()}))
     for tokens in options.tokens if options.lasp else ():
         parts.append((f"peers, {tokens} tokens", partial(peers, tokens)))
     parts.append(

@@ -102,7 +102,7 @@ def state_attention(
     """
     call = None
     alone = initial_state is None and not return_final_state and not check
-    if alone and group is not None and q.is_cuda:
+    if alone and group is not None and q.is_cuda and not torch.cuda.is_current_stream_capturing():
         options = (exchange, truncate, overlap, link)
         call = recorded_call(q, k, v, log_decay, layout, group, options)
         if call is not None and call.is_ready:

@@ -1,13 +1,16 @@
 """What only several GPUs can show, for torchrun: `torchrun --nproc-per-node 2 state_on_gpus.py`.
 
-Memory that peers read delivers what NCCL delivers, whatever the order in which ranks arrive,
-eagerly and replayed; a layer captured in a CUDA graph gives what it gives eagerly; and one that
+A number after it says how many seconds it may take. Memory that peers read delivers what
+NCCL delivers, whatever the order in which ranks arrive, eagerly and replayed; a layer captured in a CUDA graph gives what it gives eagerly; and one that
 is repeated from its recording gives what it gave before.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -21,9 +24,13 @@ from seqpar.ops.state import state_attention
 
 LENGTHS = (4, 64, 4096, 40000, 524288, 1048576)
 """float32 elements of a message: one program, several, and several tiles a program."""
+LIMIT_S = 120
+"""Ranks that wait for one another say where they stand, and end."""
+START = time.monotonic()
 
 
 def main() -> None:
+    faulthandler.dump_traceback_later(float(sys.argv[1]) if sys.argv[1:] else LIMIT_S, exit=True)
     world_size = int(os.environ["WORLD_SIZE"])
     group = init_mesh(sp=world_size)["sp"].get_group()
     pool = GroupPool()
@@ -35,18 +42,18 @@ def main() -> None:
         say("peer memory delivers what NCCL delivers")
     else:
         say("these devices cannot read each other's memory")
-    for each in (group, over_nccl):
-        _layer_in_a_graph(each, world_size)
+    for each, name in ((group, "peer memory"), (over_nccl, "NCCL")):
         _layer_again(each, world_size)
-    say("a captured layer gives what it gives eagerly")
-    say("a layer repeated from its recording gives what it gave")
+        say(f"a layer repeated from its recording gives what it gave, over {name}")
+        _layer_in_a_graph(each, world_size)
+        say(f"a captured layer gives what it gives eagerly, over {name}")
     pool.close()
     dist.destroy_process_group()
 
 
 def say(text: str) -> None:
     if dist.get_rank() == 0:
-        print(text, flush=True)
+        print(f"[{time.monotonic() - START:.1f} s] {text}", flush=True)
 
 
 def _random(count: int) -> Tensor:
@@ -102,7 +109,7 @@ def _layer_again(group: dist.ProcessGroup, world_size: int) -> None:
 
 def _layer_in_a_graph(group: dist.ProcessGroup, world_size: int) -> None:
     layout = SequenceLayout.contiguous((0, 1000, 1024 * world_size), world_size)
-    shape = (1, 1024, 8, 64)
+    shape = (1, 1024, 8, 128)
     leaves = [
         torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3)
     ]
