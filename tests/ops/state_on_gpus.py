@@ -1,8 +1,8 @@
 """What only several GPUs can show, for torchrun: `torchrun --nproc-per-node 2 state_on_gpus.py`.
 
-A number after it says how many seconds it may take. Memory that peers read delivers what
-NCCL delivers, whatever the order in which ranks arrive, eagerly and replayed; a layer captured in a CUDA graph gives what it gives eagerly; and one that
-is repeated from its recording gives what it gave before.
+A number after it says how many seconds it may take. Memory that peers read delivers what NCCL
+delivers, whatever the order in which ranks arrive, eagerly and replayed; a layer captured in a CUDA
+graph gives what it gives eagerly; and one that is repeated from its recording gives what it gave.
 """
 
 from __future__ import annotations
