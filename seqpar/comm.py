@@ -19,7 +19,7 @@ from __future__ import annotations
 import pickle
 import weakref
 import zlib
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Collection, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -135,18 +135,34 @@ def backend_of(group: ProcessGroup | None) -> str:
 # -- collectives ------------------------------------------------------------------------------
 
 
-def all_gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
+def all_gather(
+    x: Tensor,
+    group: ProcessGroup | None,
+    *,
+    gives: bool = True,
+    sources: Collection[int] | None = None,
+) -> Tensor:
     """[W, *x.shape]: every rank's tensor in rank order; x has one shape and dtype on all ranks.
 
     On CUDA it is queued on the current stream, which costs less than to post it and wait at once.
+
+    Args:
+        gives: whether any rank reads this one's tensor.
+        sources: ranks whose tensors are wanted, which all give; None: all ranks. The others' may
+            be anything. Over memory that peers read only these are moved and waited for.
     """
     if group is None or not x.is_cuda or _on_host(group) or not x.numel():
         return all_gather_async(x, group).wait()
-    gathered, message = _gather_buffers(x, group.size())
+    size = group.size()
     peers = _SHARED.get(group) if _SHARED else None
-    if peers is not None and peers.takes(message):
-        peers.all_gather(message, gathered)
-    elif (recorder := current_recorder()) is not None:
+    if peers is not None and peers.takes(x):
+        wanted = range(size) if sources is None else sources
+        others = len(wanted) - (group.rank() in wanted)
+        gathered, message = _gather_buffers(x, size, size - 1 if gives else 0, others)
+        peers.all_gather(message, gathered, gives=gives, sources=wanted)
+        return gathered
+    gathered, message = _gather_buffers(x, size, size - 1, size - 1)
+    if (recorder := current_recorder()) is not None:
         recorder.do(_gathering(group), gathered, message)
     else:
         _GATHER(gathered, message, group=group)
@@ -179,7 +195,8 @@ def all_gather_async(x: Tensor, group: ProcessGroup | None) -> Pending[Tensor]:
     if group is None:
         return Pending((), lambda: x.detach().clone()[None])
     staged = x.is_cuda and _on_host(group)
-    gathered, message = _gather_buffers(x.cpu() if staged else x, group.size())
+    others = group.size() - 1
+    gathered, message = _gather_buffers(x.cpu() if staged else x, others + 1, others, others)
     if not message.numel():
         return Pending((), lambda: gathered)
     # gloo wants them flat, and knows fewer dtypes than torch.
@@ -198,12 +215,15 @@ def _gathering(group: ProcessGroup) -> Callable[[Tensor, Tensor], None]:
     return gather
 
 
-def _gather_buffers(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Memory for what an all_gather of x delivers, and x as it is sent; counts the bytes."""
+def _gather_buffers(x: Tensor, size: int, sends: int, receives: int) -> tuple[Tensor, Tensor]:
+    """Memory for what an all_gather of x delivers, and x as it is sent.
+
+    Counts the bytes: to so many ranks and from so many.
+    """
     message = (x.detach() if x.requires_grad else x).contiguous()
-    received_bytes = (size - 1) * message.numel() * message.element_size()
-    if received_bytes:
-        count("all_gather", received_bytes, received_bytes)
+    message_bytes = message.numel() * message.element_size()
+    if message_bytes and size > 1:
+        count("all_gather", sends * message_bytes, receives * message_bytes)
     return message.new_empty((size, *message.shape)), message
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class PeerMemory:
 
         self.capacity_bytes = capacity_bytes
         self._rank, self._size = group.rank(), group.size()
-        self._launches: dict[int, Any] = {}
+        self._launches: dict[tuple[int, bool, int], Any] = {}
         self._capacity_words = -(-capacity_bytes // _ALIGNMENT) * _ALIGNMENT // _WORD_BYTES
         flags = _MAX_BLOCKS + 2 * _MAX_BLOCKS * self._size
         words = flags + _BUFFERS * self._capacity_words
@@ -81,17 +82,25 @@ class PeerMemory:
         size = message.numel() * message.element_size()
         return size <= self.capacity_bytes and size % _WORD_BYTES == 0
 
-    def all_gather(self, message: Tensor, gathered: Tensor) -> None:
-        """Fill `gathered` [W, *message.shape], queued on the current stream; both contiguous."""
+    def all_gather(
+        self, message: Tensor, gathered: Tensor, *, gives: bool, sources: Iterable[int]
+    ) -> None:
+        """Fill `gathered` [W, *message.shape], queued on the current stream; both contiguous.
+
+        Args:
+            gives: whether any rank reads this one's message.
+            sources: ranks to read, which give; a rank that reads nothing does not wait.
+        """
         if message.data_ptr() % _ALIGNMENT:
             message = message.clone()
         words = message.numel() * message.element_size() // _WORD_BYTES
-        launch = self._launches.get(words)
+        key = (words, gives, sum(1 << rank for rank in sources))
+        launch = self._launches.get(key)
         if launch is None:
-            launch = self._launches[words] = self._launch(words)
+            launch = self._launches[key] = self._launch(*key)
         launch(message, gathered)
 
-    def _launch(self, words: int) -> Any:
+    def _launch(self, words: int, gives: bool, sources: int) -> Any:
         from seqpar.kernels.launch import Launch
         from seqpar.kernels.peer_gather_kernel import peer_gather_kernel
 
@@ -99,6 +108,8 @@ class PeerMemory:
             "p_peers": self._peers,
             "words": words,
             "capacity": self._capacity_words,
+            "GIVES": gives,
+            "SOURCES": sources,
             "RANK": self._rank,
             "W": self._size,
             "BLOCKS": _MAX_BLOCKS,

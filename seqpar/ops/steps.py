@@ -36,9 +36,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class AllGather:
-    """Delivers [W, *message.shape]."""
+    """Delivers [W, *message.shape]: of the ranks in `sources`; the others' may be anything."""
 
     message: Tensor
+    gives: bool = True
+    """Whether this rank is among anyone's sources."""
+    sources: tuple[int, ...] | None = None
+    """None: all ranks."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,8 @@ def run_steps(steps: Steps[T], group: ProcessGroup | None) -> T:
 def _answer(request: Request, group: ProcessGroup | None) -> Any:
     """What a request delivers, waited for."""
     match request:
-        case AllGather(message):
-            return comm.all_gather(message, group)
+        case AllGather(message, gives, sources):
+            return comm.all_gather(message, group, gives=gives, sources=sources)
         case AllReduceSum(message):
             return comm.all_reduce_sum(message, group)
         case Beside(exchange, work):
