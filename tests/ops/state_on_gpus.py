@@ -101,6 +101,9 @@ def _layer_again(group: dist.ProcessGroup, world_size: int) -> None:
                 )
                 found.append([o, *torch.autograd.grad(o, leaves, streams[turn % 2 * 4 + 3])])
             assert traffic["all_gather"].calls == 2, (turn, traffic)
+            # Earlier ranks' states forward, later ranks' gradients backward; NCCL brings all twice.
+            states = (world_size - 1) * (1 if comm.shares_memory(group) else 2)
+            assert traffic.received_bytes == states * 8 * 128 * 128 * 4, (turn, traffic)
             for x, expected in zip(found[-1], found[turn % 2], strict=True):
                 assert torch.equal(x, expected), (tokens, turn)
         kinds = [x.call for x in state_recorded._CALLS[group].values() if x.layout is layout]
