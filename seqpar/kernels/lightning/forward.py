@@ -71,7 +71,13 @@ def summarize(
 
 
 def summary_triton(
-    plan: Plan, y: Tensor, z: Tensor, log_decay: Tensor | None, *, reverse: bool, leaving: bool
+    plan: Plan,
+    y: Tensor,
+    z: Tensor,
+    log_decay: Tensor | None,
+    *,
+    reverse: bool,
+    leaving: bool = True,
 ) -> tuple[Tensor, SegmentStates]:
     """What leaves each sequence for zero in: [S, H, K, V], of (k, v), or of (q, do) reversed.
 
