@@ -185,9 +185,10 @@ def share_memory(group: ProcessGroup | None, *, max_bytes: int = 8 * 2**20) -> b
     return _SHARED[group] is not None
 
 
-def shares_memory(group: ProcessGroup | None) -> bool:
-    """Whether `share_memory` is in force for the group."""
-    return bool(_SHARED) and group is not None and _SHARED.get(group) is not None
+def shares_memory(group: ProcessGroup | None, num_bytes: int = 0) -> bool:
+    """Whether `share_memory` is in force for the group, and for messages of so many bytes."""
+    peers = _SHARED.get(group) if _SHARED and group is not None else None
+    return peers is not None and num_bytes <= peers.capacity_bytes
 
 
 def all_gather_async(x: Tensor, group: ProcessGroup | None) -> Pending[Tensor]:

@@ -178,7 +178,9 @@ def _scatter(
     call: RecordedCall | None,
 ) -> tuple[Tensor, Tensor | None]:
     assert plan.rank_plan is not None
-    job = StateJob(RankPart(mixer, plan.rank_plan), plan.exchange, return_final_state)
+    scan = plan.rank_plan.backward_scan
+    late = comm.shares_memory(group, scan.numel * scan.dtype.itemsize)
+    job = StateJob(RankPart(mixer, plan.rank_plan), plan.exchange, return_final_state, late)
     start = None
     if initial_state is not None:
         shape, dtype = plan.rank_plan.state_shape, plan.rank_plan.state_dtype

@@ -5,7 +5,8 @@ Legend: B batch, T tokens on this rank.
 What `state_steps` and `state_local` do for any layout and exchange, these do for a rank whose
 tokens belong to one document and are one span, with no state in or out. They ask for the same
 messages as the general steps, so ranks of one group may take either. A rank whose state nobody
-takes does not make it; and in backward, such a rank waits for nothing before it must.
+takes does not make it; and in backward, if nobody waits for it, such a rank queues dq before it
+waits. A collective would hold up its peers for as long.
 """
 
 from __future__ import annotations
@@ -41,13 +42,14 @@ def lean_backward(job: StateJob, kept: Kept, do: Tensor) -> Steps[tuple[Tensor |
     local = (kept.inputs, do, summary, entry)
     if scan.gives:
         grad_summary = mixer.summarize_grad(*local, None)
-        exit_grad = yield from _exit_grad(job, grad_summary)
-        finish = mixer.begin_backward(*local)
     else:
         grad_summary = mixer.summarize_grad_within(*local)
+    if job.takes_late and not scan.gives:
         finish = mixer.begin_backward(*local)
         exit_grad = yield from _exit_grad(job, grad_summary)
-    return finish(grad_summary, exit_grad)
+        return finish(grad_summary, exit_grad)
+    exit_grad = yield from _exit_grad(job, grad_summary)
+    return mixer.backward(kept.inputs, do, summary, grad_summary, entry, exit_grad, None)
 
 
 def _exit_grad(job: StateJob, grad_summary: Summary) -> Steps[Tensor | None]:
