@@ -3,9 +3,10 @@
     torchrun --nproc-per-node 2 benchmarks/bench_state.py --tokens 8192 65536
     torchrun ... benchmarks/bench_state.py --lasp CHECKOUT   # also OpenNLPLab/LASP, from a checkout
 
-First the results are checked against one device; then the exchanges are timed alone; then forward
-and backward of one layer, H = 32, D = 128, bfloat16. A time is the slowest rank's, the median of
-rounds in which all forms take turns, so that their ratios are of one run.
+Forward and backward of one layer, H = 32, D = 128, bfloat16; results against one device; the
+exchanges alone: in order of worth, so that a run that is cut short has what matters. A time is the
+slowest rank's, the median of rounds in which all forms take turns, so that their ratios are of one
+run.
 
 Legend: T tokens of one rank, W ranks, H heads, D key and value dim.
 """
@@ -13,9 +14,13 @@ Legend: T tokens of one rank, W ranks, H heads, D key and value dim.
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import itertools
 import json
 import os
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +46,9 @@ TOLERANCE = 8e-3
 
 
 def main(arguments: list[str] | None = None) -> int:
+    start = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hang-limit", type=float, help="s; say where it stands then, and end")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 65536], help="per rank")
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--dim", type=int, default=128)
@@ -49,34 +56,73 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--decays", nargs="+", default=["slopes", "no decay"])
     parser.add_argument("--forms", nargs="+", help="only these forms, and the local kernel")
     parser.add_argument("--check-only", action="store_true", help="time nothing")
+    parser.add_argument("--time-limit", type=float, default=1e9, help="s; begin nothing after it")
     parser.add_argument("--quick", action="store_true", help="check and time less")
     parser.add_argument("--share-memory", action="store_true", help="let peers read memory")
     parser.add_argument("--lasp", type=Path, help="a checkout of OpenNLPLab/LASP to measure too")
     parser.add_argument("--out", type=Path, help="folder for state.json")
     options = parser.parse_args(arguments)
+    if options.hang_limit:
+        faulthandler.dump_traceback_later(options.hang_limit, exit=True)
     setup = _setup(options)
     folder = options.out or Path("benchmarks/results") / _hardware(setup)["folder"]
     results: dict[str, Any] = {"hardware": _hardware(setup), "world_size": setup.world_size}
-    decays = {"slopes": setup.slopes(), "no decay": None}
-    layers = [(name, tokens) for name in options.decays for tokens in options.tokens]
-    quick, every = ["slopes"], ["slopes", "none", "fast", "per token"]
+    every = ["slopes", "none", "fast", "per token"]
     every_exchange = ["auto", *EXCHANGES, "all_to_all"]
     if options.check_only:
         check(setup, every, every_exchange)
         dist.destroy_process_group()
         return 0
-    _keep(setup, folder, results, errors=check(setup, quick, ["auto", "all_gather"]))
-    for name, tokens in layers:
-        rows = time_layer(setup, tokens, name, decays[name], None, options.forms)
-        _keep(setup, folder, results, layer=results.get("layer", []) + rows)
-    _keep(setup, folder, results, exchange_ms=time_exchanges(setup, [options.heads, 512]))
-    if not options.quick:
-        _keep(setup, folder, results, errors=check(setup, every, every_exchange))
-    for tokens in options.tokens if options.lasp else ():
-        rows = time_layer(setup, tokens, "slopes", decays["slopes"], options.lasp, None)
-        _keep(setup, folder, results, peers=results.get("peers", []) + rows)
+    for name, part in _parts(setup, options, results, every, every_exchange):
+        if _time_is_up(setup, start + options.time_limit):
+            setup.say(f"left out, the time is up: {name}")
+            continue
+        _keep(setup, folder, results, **part())
+        setup.say(f"[{time.monotonic() - start:.0f} s]")
     dist.destroy_process_group()
     return 0
+
+
+Part = tuple[str, Callable[[], dict[str, Any]]]
+
+
+def _parts(
+    setup: Setup,
+    options: argparse.Namespace,
+    results: dict[str, Any],
+    every: list[str],
+    every_exchange: list[str],
+) -> list[Part]:
+    """What a run does, in order of worth: what does not fit into the time is at the end."""
+    decays = {"slopes": setup.slopes(), "no decay": None}
+
+    def layer(name: str, tokens: int) -> dict[str, Any]:
+        rows = time_layer(setup, tokens, name, decays[name], None, options.forms)
+        return {"layer": results.get("layer", []) + rows}
+
+    def peers(tokens: int) -> dict[str, Any]:
+        rows = time_layer(setup, tokens, "slopes", decays["slopes"], options.lasp, None)
+        return {"peers": results.get("peers", []) + rows}
+
+    parts: list[Part] = []
+    for name, tokens in itertools.product(options.decays, options.tokens):
+        parts.append((f"{name}, {tokens} tokens", partial(layer, name, tokens)))
+    quick = partial(check, setup, ["slopes"], ["auto", "all_gather"])
+    parts.append(("check", lambda: {"errors": quick()}))
+    for tokens in options.tokens if options.lasp else ():
+        parts.append((f"peers, {tokens} tokens", partial(peers, tokens)))
+    parts.append(
+        ("exchanges", lambda: {"exchange_ms": time_exchanges(setup, [options.heads, 512])})
+    )
+    if not options.quick:
+        parts.append(("check all", lambda: {"errors": check(setup, every, every_exchange)}))
+    return parts
+
+
+def _time_is_up(setup: Setup, until: float) -> bool:
+    """Whether it is on any rank: all of them stop together."""
+    late = torch.tensor([time.monotonic() > until], device=setup.device)
+    return bool(comm.all_gather(late, setup.group).any())
 
 
 def _keep(setup: Setup, folder: Path, results: dict[str, Any], **found: Any) -> None:

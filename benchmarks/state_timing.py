@@ -87,15 +87,24 @@ def take_turns(setup: Setup, forms: dict[str, Callable[[], None]]) -> dict[str, 
         slowest = float(comm.all_gather(once, setup.group).max())
         inner[name] = max(1, min(60, round(SAMPLE_MS / slowest)))
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
-    for _ in range(setup.rounds):
-        for name, form in forms.items():
-            samples[name].append(timed(setup, form, inner[name]))
+    for turn in range(setup.rounds):
+        for name in _order(list(forms), turn):
+            samples[name].append(timed(setup, forms[name], inner[name]))
     medians = [
         [statistics.median(column) for column in zip(*samples[name], strict=True)] for name in forms
     ]
     mine = torch.tensor(medians, device=setup.device)
     slowest_rank = comm.all_gather(mine, setup.group).amax(0).tolist()
     return {name: Times(*pair) for name, pair in zip(forms, slowest_rank, strict=True)}
+
+
+def _order(names: list[str], turn: int) -> list[str]:
+    """Another first form each turn, and every other turn backwards: what ran just before a form,
+    and how warm it left the device, is not always the same.
+    """
+    first = turn // 2 % len(names)
+    order = names[first:] + names[:first]
+    return order[::-1] if turn % 2 else order
 
 
 def graphed(setup: Setup, forms: dict[str, Callable[[], None]]) -> dict[str, Callable[[], None]]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import pickle
 import weakref
 import zlib
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Collection, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from seqpar.errors import LayoutError, MeshError, SeqparError
+from seqpar.kernels.recorder import current_recorder
 from seqpar.traffic import (
     Operation,
     Traffic,
@@ -134,17 +135,35 @@ def backend_of(group: ProcessGroup | None) -> str:
 # -- collectives ------------------------------------------------------------------------------
 
 
-def all_gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
+def all_gather(
+    x: Tensor,
+    group: ProcessGroup | None,
+    *,
+    gives: bool = True,
+    sources: Collection[int] | None = None,
+) -> Tensor:
     """[W, *x.shape]: every rank's tensor in rank order; x has one shape and dtype on all ranks.
 
     On CUDA it is queued on the current stream, which costs less than to post it and wait at once.
+
+    Args:
+        gives: whether any rank reads this one's tensor.
+        sources: ranks whose tensors are wanted, which all give; None: all ranks. The others' may
+            be anything. Over memory that peers read only these are moved and waited for.
     """
     if group is None or not x.is_cuda or _on_host(group) or not x.numel():
         return all_gather_async(x, group).wait()
-    gathered, message = _gather_buffers(x, group.size())
+    size = group.size()
     peers = _SHARED.get(group) if _SHARED else None
-    if peers is not None and peers.takes(message):
-        peers.all_gather(message, gathered)
+    if peers is not None and peers.takes(x):
+        wanted = range(size) if sources is None else sources
+        others = len(wanted) - (group.rank() in wanted)
+        gathered, message = _gather_buffers(x, size, size - 1 if gives else 0, others)
+        peers.all_gather(message, gathered, gives=gives, sources=wanted)
+        return gathered
+    gathered, message = _gather_buffers(x, size, size - 1, size - 1)
+    if (recorder := current_recorder()) is not None:
+        recorder.do(_gathering(group), gathered, message)
     else:
         _GATHER(gathered, message, group=group)
     return gathered
@@ -166,9 +185,10 @@ def share_memory(group: ProcessGroup | None, *, max_bytes: int = 8 * 2**20) -> b
     return _SHARED[group] is not None
 
 
-def shares_memory(group: ProcessGroup | None) -> bool:
-    """Whether `share_memory` is in force for the group."""
-    return bool(_SHARED) and group is not None and _SHARED.get(group) is not None
+def shares_memory(group: ProcessGroup | None, num_bytes: int = 0) -> bool:
+    """Whether `share_memory` is in force for the group, and for messages of so many bytes."""
+    peers = _SHARED.get(group) if _SHARED and group is not None else None
+    return peers is not None and num_bytes <= peers.capacity_bytes
 
 
 def all_gather_async(x: Tensor, group: ProcessGroup | None) -> Pending[Tensor]:
@@ -176,7 +196,8 @@ def all_gather_async(x: Tensor, group: ProcessGroup | None) -> Pending[Tensor]:
     if group is None:
         return Pending((), lambda: x.detach().clone()[None])
     staged = x.is_cuda and _on_host(group)
-    gathered, message = _gather_buffers(x.cpu() if staged else x, group.size())
+    others = group.size() - 1
+    gathered, message = _gather_buffers(x.cpu() if staged else x, others + 1, others, others)
     if not message.numel():
         return Pending((), lambda: gathered)
     # gloo wants them flat, and knows fewer dtypes than torch.
@@ -185,12 +206,25 @@ def all_gather_async(x: Tensor, group: ProcessGroup | None) -> Pending[Tensor]:
     return Pending((work,), lambda: gathered.to(x.device) if staged else gathered, keep=message)
 
 
-def _gather_buffers(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Memory for what an all_gather of x delivers, and x as it is sent; counts the bytes."""
+def _gathering(group: ProcessGroup) -> Callable[[Tensor, Tensor], None]:
+    """all_gather into memory that is there; whoever keeps this does not keep the group."""
+    reference = weakref.ref(group)
+
+    def gather(gathered: Tensor, message: Tensor) -> None:
+        _GATHER(gathered, message, group=reference())
+
+    return gather
+
+
+def _gather_buffers(x: Tensor, size: int, sends: int, receives: int) -> tuple[Tensor, Tensor]:
+    """Memory for what an all_gather of x delivers, and x as it is sent.
+
+    Counts the bytes: to so many ranks and from so many.
+    """
     message = (x.detach() if x.requires_grad else x).contiguous()
-    received_bytes = (size - 1) * message.numel() * message.element_size()
-    if received_bytes:
-        count("all_gather", received_bytes, received_bytes)
+    message_bytes = message.numel() * message.element_size()
+    if message_bytes and size > 1:
+        count("all_gather", sends * message_bytes, receives * message_bytes)
     return message.new_empty((size, *message.shape)), message
 
 

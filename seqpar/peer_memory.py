@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,15 +25,15 @@ _WORD_BYTES = 4
 _ALIGNMENT = 16
 _TILE_WORDS = 8192
 _MAX_BLOCKS = 64
-_SLOTS = 2
+_BUFFERS = 2
 """While the last but one call is being read, the next can be written."""
 
 
 class PeerMemory:
     """Memory of a group's devices, in one host, that each of them can read.
 
-    Each call uses the next slot: all ranks make the same calls in the same order. A rank writes to
-    a slot only when all peers have read what it held, so no rank runs ahead by more than two calls.
+    Each call uses the other buffer: all ranks make the same calls in the same order. A rank writes
+    to a buffer only when all peers have read what it held, so none runs ahead by over two calls.
     As with NCCL, a rank that never arrives leaves the others waiting on the device.
     """
 
@@ -40,11 +41,11 @@ class PeerMemory:
         from torch.distributed import _symmetric_memory
 
         self.capacity_bytes = capacity_bytes
-        self._rank, self._size, self._calls = group.rank(), group.size(), 0
-        self._launches: dict[tuple[int, int], Any] = {}
+        self._rank, self._size = group.rank(), group.size()
+        self._launches: dict[tuple[int, bool, int], Any] = {}
         self._capacity_words = -(-capacity_bytes // _ALIGNMENT) * _ALIGNMENT // _WORD_BYTES
-        flags = _SLOTS * _MAX_BLOCKS * self._size
-        words = 2 * flags + _SLOTS * self._capacity_words
+        flags = _MAX_BLOCKS + 2 * _MAX_BLOCKS * self._size
+        words = flags + _BUFFERS * self._capacity_words
         device = torch.device("cuda", torch.cuda.current_device())
         # Kept for as long as this object: peers read it.
         self._memory = _symmetric_memory.empty(words, dtype=torch.int32, device=device)
@@ -54,7 +55,6 @@ class PeerMemory:
         addresses = [address + offset for address in handle.buffer_ptrs]
         self._peers = torch.tensor(addresses, dtype=torch.int64, device=device)
         self._memory.zero_()
-        self._memory[flags : 2 * flags].fill_(1)  # nothing waits to be read
         torch.cuda.synchronize()
         dist.barrier(group)
 
@@ -82,18 +82,25 @@ class PeerMemory:
         size = message.numel() * message.element_size()
         return size <= self.capacity_bytes and size % _WORD_BYTES == 0
 
-    def all_gather(self, message: Tensor, gathered: Tensor) -> None:
-        """Fill `gathered` [W, *message.shape], queued on the current stream; both contiguous."""
+    def all_gather(
+        self, message: Tensor, gathered: Tensor, *, gives: bool, sources: Iterable[int]
+    ) -> None:
+        """Fill `gathered` [W, *message.shape], queued on the current stream; both contiguous.
+
+        Args:
+            gives: whether any rank reads this one's message.
+            sources: ranks to read, which give; a rank that reads nothing does not wait.
+        """
         if message.data_ptr() % _ALIGNMENT:
             message = message.clone()
         words = message.numel() * message.element_size() // _WORD_BYTES
-        slot, self._calls = self._calls % _SLOTS, self._calls + 1
-        launch = self._launches.get((words, slot))
+        key = (words, gives, sum(1 << rank for rank in sources))
+        launch = self._launches.get(key)
         if launch is None:
-            launch = self._launches[words, slot] = self._launch(words, slot)
+            launch = self._launches[key] = self._launch(*key)
         launch(message, gathered)
 
-    def _launch(self, words: int, slot: int) -> Any:
+    def _launch(self, words: int, gives: bool, sources: int) -> Any:
         from seqpar.kernels.launch import Launch
         from seqpar.kernels.peer_gather_kernel import peer_gather_kernel
 
@@ -101,10 +108,10 @@ class PeerMemory:
             "p_peers": self._peers,
             "words": words,
             "capacity": self._capacity_words,
+            "GIVES": gives,
+            "SOURCES": sources,
             "RANK": self._rank,
             "W": self._size,
-            "SLOT": slot,
-            "SLOTS": _SLOTS,
             "BLOCKS": _MAX_BLOCKS,
             "TILE": _TILE_WORDS,
         }

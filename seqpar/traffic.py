@@ -66,6 +66,15 @@ class Traffic:
         operation.sent_bytes += sent_bytes
         operation.received_bytes += received_bytes
 
+    def merge(self, other: Traffic) -> None:
+        """Count what another counter has counted."""
+        for name, found in other.operations.items():
+            operation = self.operations.setdefault(name, Operation())
+            operation.calls += found.calls
+            operation.sent_bytes += found.sent_bytes
+            operation.received_bytes += found.received_bytes
+            operation.saved_bytes += found.saved_bytes
+
 
 _TRAFFIC: ContextVar[Traffic | None] = ContextVar("seqpar_traffic", default=None)
 

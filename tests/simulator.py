@@ -110,8 +110,7 @@ def _answers(requests: list[Any]) -> list[Any]:
     match requests[0]:
         case AllGather(message):
             assert len({request.message.shape for request in requests}) == 1
-            gathered = torch.stack([request.message for request in requests])
-            return [gathered] * len(requests)
+            return [_gathered(requests, request) for request in requests]
         case AllReduceSum(message):
             assert all(request.message.shape == message.shape for request in requests)
             return [torch.stack([request.message for request in requests]).sum(0)] * len(requests)
@@ -123,3 +122,14 @@ def _answers(requests: list[Any]) -> list[Any]:
                 answers.append(parts)
             return answers
     raise AssertionError(f"unknown request {requests[0]}")
+
+
+def _gathered(requests: list[AllGather], wanting: AllGather) -> Tensor:
+    """What one rank gets; of ranks that are none of its sources, nothing that could be used."""
+    gathered = torch.stack([request.message for request in requests])
+    for rank, request in enumerate(requests):
+        if wanting.sources is None or rank in wanting.sources:
+            assert request.gives, f"rank {rank} gives nothing"
+        else:
+            gathered[rank] = float("nan")
+    return gathered

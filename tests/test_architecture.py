@@ -14,7 +14,7 @@ ALLOWED = {
     "errors": set(),
     "layout": {"errors"},
     "balance": {"errors", "layout"},
-    "comm": {"errors", "layout", "peer_memory"},
+    "comm": {"errors", "layout", "kernels", "peer_memory"},
     "peer_memory": {"kernels"},
     "mesh": {"errors", "layout", "comm"},
     "kernels": {"errors", "layout"},

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqpar.kernels.recorder import not_recorded
+
 __all__ = ["ChainTable", "can_sum", "chain_sums"]
 
 _BLOCK = 1024
@@ -78,6 +80,7 @@ def chain_sums(
 
     from seqpar.kernels.chain_sum_kernel import chain_sum_kernel
 
+    not_recorded("chain_sums is launched through Triton")
     numel, batch = math.prod(state_shape), state_shape[0]
     width = messages.shape[1]
     entries = messages.new_empty(table.num_entries, *state_shape)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DirectLaunch", "UnknownLayoutError"]
+__all__ = ["DirectLaunch", "LaunchConfig", "TensorMaps", "UnknownLayoutError"]
 
 _MAP_BYTES = 128
 _ELEMENT_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
@@ -31,8 +31,6 @@ _MOST_MAPS = 1024
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 """CUlaunchAttributeID of a launch that may start before the one before it has ended."""
-
-
 _INVALID_CONTEXT = 201
 """CUDA_ERROR_INVALID_CONTEXT."""
 
@@ -51,7 +49,7 @@ class _LaunchAttribute(ctypes.Structure):
         super().__init__(name, 0, value)
 
 
-class _LaunchConfig(ctypes.Structure):
+class LaunchConfig(ctypes.Structure):
     """CUlaunchConfig."""
 
     _fields_ = (
@@ -130,8 +128,8 @@ class DirectLaunch:
         self._compiled, self._fixed = compiled, fixed  # keeps the module and the tables alive
         sizes = _checked_sizes(compiled)
         maps = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
-        self._maps: list[tuple[int, TensorMaps]] = []
-        self._addresses: list[int] = []
+        self.maps: list[tuple[int, TensorMaps]] = []
+        self.addresses: list[int] = []
         slots: list[tuple[str, int]] = []
         constants: list[bytes] = []
         position = {name: index for index, name in enumerate(given)}
@@ -140,14 +138,14 @@ class DirectLaunch:
                 continue
             if kind.startswith("tensordesc"):
                 maps_of = _maps_for(given[name], next(maps))
-                slots.append(("map", len(self._maps)))
-                self._maps.append((position[name], maps_of))
+                slots.append(("map", len(self.maps)))
+                self.maps.append((position[name], maps_of))
                 for number in (*given[name].shape, *given[name].strides):
                     slots.append(("constant", len(constants)))
                     constants.append(struct.pack("<q", number))
             elif name in given:
-                slots.append(("address", len(self._addresses)))
-                self._addresses.append(position[name])
+                slots.append(("address", len(self.addresses)))
+                self.addresses.append(position[name])
             else:
                 value = fixed[name]
                 number = value.data_ptr() if isinstance(value, Tensor) else int(value)
@@ -158,52 +156,75 @@ class DirectLaunch:
             constants.append(struct.pack("<q", 0))
         if len(slots) != len(sizes):
             raise UnknownLayoutError(f"{len(sizes)} parameters instead of {len(slots)}")
-        self._lay_out(slots, constants)
-        self._bind_call(compiled, grid)
-
-    def _lay_out(self, slots: list[tuple[str, int]], constants: list[bytes]) -> None:
-        """One buffer: maps, addresses, constants; and a pointer to each parameter in it."""
-        offsets = {"map": 0, "address": _MAP_BYTES * len(self._maps)}
-        offsets["constant"] = offsets["address"] + 8 * len(self._addresses)
-        step = {"map": _MAP_BYTES, "address": 8, "constant": 8}
-        self._format = struct.Struct(f"<{'128s' * len(self._maps)}{len(self._addresses)}Q")
-        end = offsets["constant"] + 8 * len(constants)
-        self._buffer = ctypes.create_string_buffer(end)
+        self._slots, self._constants = slots, ctypes.create_string_buffer(b"".join(constants))
+        self._format = struct.Struct(f"<{'128s' * len(self.maps)}{len(self.addresses)}Q")
+        self._buffer = ctypes.create_string_buffer(self._format.size)
         base = ctypes.addressof(self._buffer)
-        ctypes.memmove(base + offsets["constant"], b"".join(constants), 8 * len(constants))
-        pointers = [base + offsets[kind] + step[kind] * index for kind, index in slots]
-        self._parameters = (ctypes.c_void_p * len(slots))(*pointers)
+        after = base + _MAP_BYTES * len(self.maps)
+        self._parameters = self.parameters(
+            [base + _MAP_BYTES * index for index in range(len(self.maps))],
+            [after + 8 * index for index in range(len(self.addresses))],
+        )
         self._lock = threading.Lock()
+        self._bind_call(grid)
 
-    def _bind_call(self, compiled: Any, grid: tuple[int, ...]) -> None:
+    def _bind_call(self, grid: tuple[int, ...]) -> None:
         from triton.runtime.driver import driver
 
         self._stream_of = driver.active.get_current_stream
         self._device = driver.active.get_current_device()
-        self._launch = _driver().cuLaunchKernelEx
-        self._function = compiled.function
-        metadata = compiled.metadata
-        self._config = _LaunchConfig(
-            (*grid, 1, 1)[:3], (32 * metadata.num_warps, 1, 1), metadata.shared
-        )
-        if getattr(metadata, "launch_pdl", False):
-            self._attribute = _LaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 1)
-            self._config.attributes = ctypes.addressof(self._attribute)
-            self._config.num_attributes = 1
-        self._config_at = ctypes.addressof(self._config)
+        self._grid = grid
+        self._attribute = _LaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 1)
+        self._config = self.new_config()
+        self._at_config = ctypes.addressof(self._config)
+        self._launch, self.function = _driver().cuLaunchKernelEx, self._compiled.function
         self._context = ctypes.c_void_p()
         _driver().cuCtxGetCurrent(ctypes.byref(self._context))
 
+    def new_config(self) -> LaunchConfig:
+        """On how many blocks it runs, and when it may start; the stream is the caller's to set."""
+        metadata = self._compiled.metadata
+        blocks, threads = (*self._grid, 1, 1)[:3], (32 * metadata.num_warps, 1, 1)
+        config = LaunchConfig(blocks, threads, metadata.shared)
+        if getattr(metadata, "launch_pdl", False):
+            config.attributes = ctypes.addressof(self._attribute)
+            config.num_attributes = 1
+        return config
+
+    def launch(self, config: int, function: int, parameters: Any, extra: None) -> int:
+        """cuLaunchKernelEx, in a thread that need not have called CUDA before."""
+        status = self._launch(config, function, parameters, extra)
+        if status == _INVALID_CONTEXT:
+            _driver().cuCtxSetCurrent(self._context)
+            status = self._launch(config, function, parameters, extra)
+        return int(status)
+
+    @property
+    def stream(self) -> int:
+        """The current stream."""
+        return int(self._stream_of(self._device))
+
+    def parameters(self, map_cells: list[int], address_cells: list[int]) -> Any:
+        """What a launch reads its parameters from: a pointer to each of them.
+
+        Maps and addresses are read from where the caller says, in the order of `maps` and
+        `addresses`, at the moment of the launch.
+        """
+        first = ctypes.addressof(self._constants)
+        cells = {"map": map_cells, "address": address_cells}
+        pointers = [
+            first + 8 * index if kind == "constant" else cells[kind][index]
+            for kind, index in self._slots
+        ]
+        return (ctypes.c_void_p * len(pointers))(*pointers)
+
     def __call__(self, *tensors: Tensor) -> None:
-        values: list[bytes | int] = [maps.at(tensors[i].data_ptr()) for i, maps in self._maps]
-        values += [tensors[i].data_ptr() for i in self._addresses]
+        values: list[bytes | int] = [maps.at(tensors[i].data_ptr()) for i, maps in self.maps]
+        values += [tensors[i].data_ptr() for i in self.addresses]
         with self._lock:  # the buffer is this object's, whichever thread calls
             self._format.pack_into(self._buffer, 0, *values)
             self._config.stream = self._stream_of(self._device)
-            status = self._launch(self._config_at, self._function, self._parameters, None)
-            if status == _INVALID_CONTEXT:  # this is its thread's first call of CUDA
-                _driver().cuCtxSetCurrent(self._context)
-                status = self._launch(self._config_at, self._function, self._parameters, None)
+            status = self.launch(self._at_config, self.function, self._parameters, None)
         if status != 0:
             raise RuntimeError(f"launching {self._compiled.name} failed with CUDA error {status}")
 

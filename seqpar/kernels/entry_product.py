@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqpar.kernels.recorder import not_recorded
+
 __all__ = ["LOG_FLOOR", "add_entry_product", "reached_tokens"]
 
 LOG_FLOOR = -16.635532
@@ -84,6 +86,7 @@ def _launch(
     width = out.shape[-1]
     grid = (triton.cdiv(reached, _BLOCK_T), triton.cdiv(width, _BLOCK_Y), batch * heads)
     kernel: Any = entry_product_kernel
+    not_recorded("add_entry_product is launched through Triton")
     kernel[grid](
         out,
         x,

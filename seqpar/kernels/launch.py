@@ -6,6 +6,7 @@ that takes 60 us a launch this outlasts the kernels of a short sequence. A `Laun
 with everything bound but the addresses of its tensors. The first call goes through Triton, which
 compiles; the following ones hand the same compiled function its parameters through the driver's
 own `cuLaunchKernelEx`: a few addresses packed into a buffer, descriptors looked up by address.
+A `Recorder` is told of every launch while it is in force.
 
 Where the compiled kernel's parameters are not laid out as expected (another version of Triton),
 and under the interpreter, every call goes through Triton.
@@ -21,6 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from seqpar.kernels.direct_launch import DirectLaunch, UnknownLayoutError
+from seqpar.kernels.recorder import current_recorder
 
 __all__ = ["Launch", "Window"]
 
@@ -94,11 +96,18 @@ class Launch:
         self._can_bind = True
 
     @property
-    def is_direct(self) -> bool:
-        """Whether calls go past Triton: from the second on, on a GPU."""
-        return self._direct is not None
+    def direct(self) -> DirectLaunch | None:
+        """How calls go past Triton: from the second on, on a GPU."""
+        return self._direct
 
     def __call__(self, *tensors: Tensor) -> None:
+        recorder = current_recorder()
+        if recorder is None:
+            self._run(*tensors)
+        else:
+            recorder.do(self._run, *tensors, step=self)
+
+    def _run(self, *tensors: Tensor) -> None:
         if self._direct is not None:
             self._direct(*tensors)
         else:

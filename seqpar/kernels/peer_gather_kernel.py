@@ -3,9 +3,12 @@
 
 Legend: i_ index, o_ offset, p_ pointer, m_ mask, b_ block value.
 
-Every rank's memory holds, in words of 4 bytes: flags `full` [SLOTS, BLOCKS, W], flags `read`
-[SLOTS, BLOCKS, W], and SLOTS buffers. A flag is 0 or 1, and whoever waits for a 1 takes it away: so
-nothing counts calls, and a captured graph can be replayed.
+Every rank's memory holds, in words of 4 bytes: `calls` [BLOCKS], how many calls program i has taken
+part in; `full` [BLOCKS, W], the last call for which a peer's buffer is filled; `read` [BLOCKS, W],
+the last call of which a peer needs nothing more from here; and two buffers, of which calls use one
+after the other.
+All numbers live on the device, so a captured graph can be replayed, and the host need not know
+which call this is. They are compared by their difference, so they may overflow.
 """
 
 from __future__ import annotations
@@ -17,16 +20,16 @@ __all__ = ["peer_gather_kernel"]
 
 
 @triton.jit
-def _wait(p_flag):
-    """Until the flag is 1; then it is 0, and what was written before it was set can be read."""
-    while tl.atomic_cas(p_flag, 1, 0, sem="acquire", scope="sys") != 1:
+def _wait(p_flag, call):
+    """Until the flag has reached a call; then what was written before it was set can be read."""
+    while tl.atomic_add(p_flag, 0, sem="acquire", scope="sys") - call < 0:
         pass
 
 
 @triton.jit
-def _set(p_flag):
-    """The flag is 1 for all devices, after everything that this program wrote or read before."""
-    tl.atomic_xchg(p_flag, 1, sem="release", scope="sys")
+def _set(p_flag, call):
+    """The flag shows a call to all devices, after all that this program wrote or read before."""
+    tl.atomic_xchg(p_flag, call, sem="release", scope="sys")
 
 
 @triton.jit
@@ -42,14 +45,16 @@ def peer_gather_kernel(
     p_peers,
     words,
     capacity,
+    GIVES: tl.constexpr,
+    SOURCES: tl.constexpr,
     RANK: tl.constexpr,
     W: tl.constexpr,
-    SLOT: tl.constexpr,
-    SLOTS: tl.constexpr,
     BLOCKS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """gathered[r] = rank r's message, words of 4 bytes. Grid: the same number of programs on all.
+    """gathered[r] = rank r's message, words of 4 bytes, for each bit r of SOURCES; only from ranks
+    that give. Who reads nothing waits for nobody's message. Grid: the same number of programs on
+    all.
 
     Program i carries tiles i, i + programs, ... and waits for program i of its peers alone.
     `peers` [W] int64 holds the addresses of the ranks' memories as this device sees them. Buffers
@@ -59,33 +64,41 @@ def peer_gather_kernel(
     p_from = p_message.to(tl.pointer_type(tl.int32))
     p_to = p_gathered.to(tl.pointer_type(tl.int32))
     p_own = _memory_of(p_peers, RANK)
-    o_full = (SLOT * BLOCKS + i_b) * W
-    o_read = SLOTS * BLOCKS * W + o_full
-    o_slot = 2 * SLOTS * BLOCKS * W + SLOT * capacity
+    call = tl.load(p_own + i_b) + 1
+    o_full = BLOCKS + i_b * W
+    o_read = BLOCKS * W + o_full
+    o_slot = BLOCKS + 2 * BLOCKS * W + (call & 1) * capacity
     num_tiles = tl.cdiv(words, TILE)
-    for i_step in tl.static_range(1, W):
-        _wait(p_own + o_read + (RANK + i_step) % W)
-    tl.debug_barrier()
-    for i in range(i_b, num_tiles, num_b):
-        o_word = i * TILE + tl.arange(0, TILE)
-        m_word = o_word < words
-        b_word = tl.load(p_from + o_word, mask=m_word)
-        tl.store(tl.multiple_of(p_own + o_slot + o_word, 16), b_word, mask=m_word)
-        tl.store(p_to + RANK * words + o_word, b_word, mask=m_word)
-    tl.debug_barrier()
-    for i_step in tl.static_range(1, W):
-        p_peer = _memory_of(p_peers, (RANK + i_step) % W)
-        _set(p_peer + o_full + RANK)
-    for i_step in tl.static_range(1, W):
-        i_peer = (RANK + i_step) % W
-        p_peer = _memory_of(p_peers, i_peer)
-        _wait(p_own + o_full + i_peer)
+    if GIVES:
+        for i_step in tl.static_range(1, W):
+            _wait(p_own + o_read + (RANK + i_step) % W, call - 2)
         tl.debug_barrier()
+    if GIVES or (SOURCES >> RANK) & 1:
         for i in range(i_b, num_tiles, num_b):
             o_word = i * TILE + tl.arange(0, TILE)
             m_word = o_word < words
-            p_word = tl.multiple_of(p_peer + o_slot + o_word, 16)
-            b_word = tl.load(p_word, mask=m_word, cache_modifier=".cv")
-            tl.store(p_to + i_peer * words + o_word, b_word, mask=m_word)
+            b_word = tl.load(p_from + o_word, mask=m_word)
+            if GIVES:
+                tl.store(tl.multiple_of(p_own + o_slot + o_word, 16), b_word, mask=m_word)
+            if (SOURCES >> RANK) & 1:
+                tl.store(p_to + RANK * words + o_word, b_word, mask=m_word)
+    if GIVES:
         tl.debug_barrier()
-        _set(p_peer + o_read + RANK)
+        for i_step in tl.static_range(1, W):
+            p_peer = _memory_of(p_peers, (RANK + i_step) % W)
+            _set(p_peer + o_full + RANK, call)
+    for i_step in tl.static_range(1, W):
+        i_peer = (RANK + i_step) % W
+        p_peer = _memory_of(p_peers, i_peer)
+        if (SOURCES >> i_peer) & 1:
+            _wait(p_own + o_full + i_peer, call)
+            tl.debug_barrier()
+            for i in range(i_b, num_tiles, num_b):
+                o_word = i * TILE + tl.arange(0, TILE)
+                m_word = o_word < words
+                p_word = tl.multiple_of(p_peer + o_slot + o_word, 16)
+                b_word = tl.load(p_word, mask=m_word, cache_modifier=".cv")
+                tl.store(p_to + i_peer * words + o_word, b_word, mask=m_word)
+            tl.debug_barrier()
+        _set(p_peer + o_read + RANK, call)
+    tl.store(p_own + i_b, call)

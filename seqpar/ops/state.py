@@ -11,6 +11,7 @@ is of the size of a state, whatever the number of tokens.
 from __future__ import annotations
 
 import zlib
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -21,13 +22,17 @@ from torch.distributed import ProcessGroup
 
 from seqpar import comm
 from seqpar.errors import LayoutError
+from seqpar.kernels.lightning.plan import dense
+from seqpar.kernels.recorded_call import RecordedCall
+from seqpar.kernels.recorder import Recorder
 from seqpar.layout import SequenceLayout
 from seqpar.ops.state_auto import choose_for, default_link
-from seqpar.ops.state_call import call_plan
+from seqpar.ops.state_call import CallPlan, call_plan
 from seqpar.ops.state_job import Kept, StateJob
 from seqpar.ops.state_lightning import LightningMixer, fixed_on_host
 from seqpar.ops.state_local import RankPart
 from seqpar.ops.state_mixer import Mixer
+from seqpar.ops.state_recorded import recorded_call
 from seqpar.ops.state_saved import put_tensors, take_tensors
 from seqpar.ops.state_steps import backward_steps, forward_steps
 from seqpar.ops.steps import run_steps
@@ -95,19 +100,16 @@ def state_attention(
     Source: Qin et al., arXiv 2405.17381 (the recurrence); LASP, arXiv 2404.02882; LASP-2,
     arXiv 2502.07563.
     """
+    call = None
+    alone = initial_state is None and not return_final_state and not check
+    if alone and group is not None and q.is_cuda and not torch.cuda.is_current_stream_capturing():
+        options = (exchange, truncate, overlap, link)
+        call = recorded_call(q, k, v, log_decay, layout, group, options)
+        if call is not None and call.is_ready:
+            return call(q, k, v, log_decay), None
     mixer, inputs = _lightning(q, k, v, log_decay, truncate)
-    return scatter_mixer(
-        mixer,
-        *inputs,
-        layout=layout,
-        group=group,
-        initial_state=initial_state,
-        return_final_state=return_final_state,
-        exchange=exchange,
-        overlap=overlap,
-        link=link,
-        check=check,
-    )
+    plan = _plan(mixer, inputs, layout, group, initial_state, exchange, overlap, link, check)
+    return _scatter(mixer, inputs, plan, group, initial_state, return_final_state, call)
 
 
 def scatter_mixer(
@@ -131,6 +133,22 @@ def scatter_mixer(
     The other arguments, results and errors are those of `state_attention`, with the mixer's state
     shape in place of (H, K, V).
     """
+    plan = _plan(mixer, inputs, layout, group, initial_state, exchange, overlap, link, check)
+    return _scatter(mixer, inputs, plan, group, initial_state, return_final_state, None)
+
+
+def _plan(
+    mixer: Mixer,
+    inputs: tuple[Tensor, ...],
+    layout: SequenceLayout,
+    group: ProcessGroup | None,
+    initial_state: Tensor | None,
+    exchange: str,
+    overlap: bool | None,
+    link: Link | None,
+    check: bool,
+) -> CallPlan:
+    """What the call is to do, or its refusal: on all ranks alike if they check."""
     plan = call_plan(
         mixer.kind(inputs),
         layout,
@@ -147,14 +165,28 @@ def scatter_mixer(
         comm.agree(plan.problem, group, same=what)
     elif plan.problem is not None:
         raise LayoutError(plan.problem)
+    return plan
+
+
+def _scatter(
+    mixer: Mixer,
+    inputs: tuple[Tensor, ...],
+    plan: CallPlan,
+    group: ProcessGroup | None,
+    initial_state: Tensor | None,
+    return_final_state: bool,
+    call: RecordedCall | None,
+) -> tuple[Tensor, Tensor | None]:
     assert plan.rank_plan is not None
-    job = StateJob(RankPart(mixer, plan.rank_plan), plan.exchange, return_final_state)
+    scan = plan.rank_plan.backward_scan
+    late = comm.shares_memory(group, scan.numel * scan.dtype.itemsize)
+    job = StateJob(RankPart(mixer, plan.rank_plan), plan.exchange, return_final_state, late)
     start = None
     if initial_state is not None:
         shape, dtype = plan.rank_plan.state_shape, plan.rank_plan.state_dtype
         start = initial_state.expand(shape).to(dtype)
     o, finals = _ScatteredMixer.apply(  # type: ignore[no-untyped-call]
-        job, group, start, *inputs
+        job, group, call, start, *inputs
     )
     return o, finals.flatten(0, 1) if return_final_state else None
 
@@ -204,18 +236,24 @@ class _ScatteredMixer(torch.autograd.Function):
         ctx: Any,
         job: StateJob,
         group: ProcessGroup | None,
+        call: RecordedCall | None,
         initial_state: Tensor | None,
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        done = run_steps(forward_steps(job, inputs, initial_state), group)
+        given = (*inputs, job.part.mixer.log_decay_per_token)[:4]
+        recorder = None if call is None else call.recorder(given)
+        with recorder or nullcontext():
+            done = run_steps(forward_steps(job, inputs, initial_state), group)
         kept = done.kept
         saved = [*kept.inputs, *kept.entries.values()]
         ctx.num_inputs, ctx.links = len(kept.inputs), tuple(kept.entries)
         ctx.summary = take_tensors(kept.summary, saved)
         ctx.save_for_backward(*saved)
-        ctx.job, ctx.group = job, group
+        ctx.job, ctx.group, ctx.call = job, group, call
         ctx.initial = None if initial_state is None else (initial_state.shape, initial_state.dtype)
         ctx.traffic = comm.current_traffic()
+        if call is not None:
+            ctx.trace = call.forward_ended(recorder, [done.o], [*saved, given[-1]])
         return done.o, done.final_states
 
     @staticmethod
@@ -225,16 +263,22 @@ class _ScatteredMixer(torch.autograd.Function):
         inputs = saved[: ctx.num_inputs]
         entries = dict(zip(ctx.links, saved[ctx.num_inputs :], strict=False))
         kept = Kept(inputs, put_tensors(ctx.summary, saved), entries)
-        wanted = ctx.needs_input_grad[2]
+        wanted = ctx.needs_input_grad[3]
+        recorder = None
+        if ctx.call is not None and ctx.trace is not None:
+            do = dense(do)
+            recorder = Recorder([*saved, ctx.job.part.mixer.log_decay_per_token, do])
         steps = backward_steps(ctx.job, kept, do, dfinals, wants_initial_grad=wanted)
-        with comm.count_into(ctx.traffic):
+        with comm.count_into(ctx.traffic), recorder or nullcontext():
             dinputs, dinitial = run_steps(steps, ctx.group)
+        if ctx.call is not None:
+            ctx.call.backward_ended(ctx.trace, recorder, (*dinputs, None)[:4])
         if not wanted:
-            return None, None, None, *dinputs
+            return None, None, None, None, *dinputs
         if dinitial is None:
             shape, dtype = ctx.initial
             dinitial = torch.zeros(shape, dtype=dtype, device=do.device)
-        return None, None, dinitial, *dinputs
+        return None, None, None, dinitial, *dinputs
 
 
 @lru_cache(maxsize=64)

@@ -16,7 +16,7 @@ from seqpar.ops.state_chain import decayed
 from seqpar.ops.state_scan import Entries, Scan, ScanPlan
 from seqpar.ops.steps import AllGather, Steps, Swap, Together
 
-__all__ = ["all_gather_states", "entry_of"]
+__all__ = ["all_gather_states", "entry_of", "gathering"]
 
 
 def all_gather_states(scan: Scan) -> Steps[Entries]:
@@ -24,7 +24,8 @@ def all_gather_states(scan: Scan) -> Steps[Entries]:
 
     Bytes received per rank: (W - 1) * M * 4 * B * (H' * K * V + H' if the decay is per token), M
     the most giving links on one rank, H' the heads that are not cut off. Heads that are cut off
-    cost one state for each taking link, point to point.
+    cost one state for each taking link, point to point. Over memory that peers read, only messages
+    of ranks whose links' states enter here are received: in place of W - 1, as many as those are.
 
     Source: LASP-2, arXiv 2502.07563; LASP+, arXiv 2501.08313 section 3.2.
     """
@@ -33,16 +34,21 @@ def all_gather_states(scan: Scan) -> Steps[Entries]:
         return {}
     far, near = plan.far_heads, plan.near_heads
     if far is None:
-        return _prefixes(scan, (yield AllGather(_message(scan))))
+        return _prefixes(scan, (yield gathering(plan, _message(scan))))
     _report_saved(plan)
     swap, finish_near = _neighbours(scan.of_heads(near))
     if not far:
         yield swap
         return finish_near()
     of_far = scan.of_heads(far)
-    _, gathered = yield Together([swap, AllGather(_message(of_far))])
+    _, gathered = yield Together([swap, gathering(plan, _message(of_far))])
     nears, fars = finish_near(), _prefixes(of_far, gathered)
     return {link: _joined(near, nears[link], far, fars[link]) for link in nears}
+
+
+def gathering(plan: ScanPlan, message: Tensor) -> AllGather:
+    """The request for what enters this rank's links."""
+    return AllGather(message, gives=plan.gives, sources=plan.sources)
 
 
 def _message(scan: Scan) -> Tensor:

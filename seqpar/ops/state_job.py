@@ -23,6 +23,8 @@ class StateJob:
     part: RankPart
     exchange: str
     return_final_state: bool
+    takes_late: bool = False
+    """A rank that takes from a gather may come to it late: no rank waits for it there."""
 
     @property
     def is_lean(self) -> bool:

@@ -5,7 +5,7 @@ Legend: B batch, T tokens, H heads, K key dim, V value dim, S sequences.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -105,6 +105,11 @@ class LightningMixer(Mixer):
         )
         return self._summary(kept)
 
+    def summarize_within(self, inputs: Inputs) -> Summary:
+        decay = self._decay(inputs)
+        kept = lightning.key_value_summary(inputs[1], inputs[2], log_decay=decay, leaving=False)
+        return self._summary(kept)
+
     def output(
         self, inputs: Inputs, summary: Summary, entry: Tensor | None, cu_seqlens: Tensor | None
     ) -> Tensor:
@@ -132,6 +137,26 @@ class LightningMixer(Mixer):
         )
         return self._summary(kept)
 
+    def summarize_grad_within(
+        self, inputs: Inputs, do: Tensor, summary: Summary, entry: Tensor | None
+    ) -> Summary:
+        decay = self._decay(inputs)
+        kept = lightning.query_grad_summary(inputs[0], do, log_decay=decay, leaving=False)
+        return self._summary(kept)
+
+    def begin_backward(
+        self, inputs: Inputs, do: Tensor, summary: Summary, entry: Tensor | None
+    ) -> Callable[[Summary, Tensor | None], tuple[Tensor | None, ...]]:
+        q, k, v = inputs[:3]
+        dq = None
+        if not self.per_token:  # else it comes with the decays' gradient
+            dq = lightning.query_grad(
+                q, k, v, do, summary.kept, log_decay=self.log_decay, entry_state=entry
+            )
+        return lambda grad_summary, exit_grad: self._backward(
+            inputs, do, summary, grad_summary, entry, exit_grad, None, dq
+        )
+
     def backward(
         self,
         inputs: Inputs,
@@ -141,6 +166,19 @@ class LightningMixer(Mixer):
         entry: Tensor | None,
         exit_grad: Tensor | None,
         cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        return self._backward(inputs, do, summary, grad_summary, entry, exit_grad, cu_seqlens, None)
+
+    def _backward(
+        self,
+        inputs: Inputs,
+        do: Tensor,
+        summary: Summary,
+        grad_summary: Summary,
+        entry: Tensor | None,
+        exit_grad: Tensor | None,
+        cu_seqlens: Tensor | None,
+        dq: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         q, k, v = inputs[:3]
         dq, dk, dv, dlog_decay = lightning.attend_backward(
@@ -154,6 +192,7 @@ class LightningMixer(Mixer):
             cu_seqlens=cu_seqlens,
             entry_state=entry,
             exit_state_grad=exit_grad,
+            query_grad=dq,
         )
         return (dq, dk, dv, dlog_decay) if self.per_token else (dq, dk, dv)
 

@@ -13,6 +13,7 @@ on the CPU, [S + 1]), B = 1 and the row is S sequences packed end to end, each o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +102,27 @@ class Mixer(ABC):
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs through o and through the states X that leave."""
+
+    def summarize_within(self, inputs: Inputs) -> Summary:
+        """`summarize` of whole rows where nobody asks for `state`, which may be anything."""
+        return self.summarize(inputs, None)
+
+    def summarize_grad_within(
+        self, inputs: Inputs, do: Tensor, summary: Summary, entry: Tensor | None
+    ) -> Summary:
+        """`summarize_grad` of whole rows where nobody asks for `state`, which may be anything."""
+        return self.summarize_grad(inputs, do, summary, entry, None)
+
+    def begin_backward(
+        self, inputs: Inputs, do: Tensor, summary: Summary, entry: Tensor | None
+    ) -> Callable[[Summary, Tensor | None], tuple[Tensor | None, ...]]:
+        """Queue what of `backward`, of whole rows, needs no gradients of states.
+
+        Returns what does the rest, given them: `grad_summary` and `exit_grad`.
+        """
+        return lambda grad_summary, exit_grad: self.backward(
+            inputs, do, summary, grad_summary, entry, exit_grad, None
+        )
 
     def add_entry(self, o: Tensor, inputs: Inputs, entry: Tensor) -> None:
         """Add to o [B, n, ...], in place, what states entering before its first token give it."""

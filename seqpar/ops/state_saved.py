@@ -1,4 +1,6 @@
-"""Tensors out of frozen dataclasses, and back: what autograd is to keep, it must be handed.
+"""Tensors out of frozen dataclasses and named tuples, and back.
+
+What autograd is to keep, it must be handed.
 
 A tensor that a Function keeps anywhere but in `save_for_backward` is not seen by activation
 checkpointing and lives on.
@@ -6,7 +8,6 @@ checkpointing and lives on.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -24,7 +25,7 @@ class _Slot:
 
 
 def take_tensors(value: Any, found: list[Tensor]) -> Any:
-    """The value with a slot for each float tensor in its dataclasses; they go to `found`."""
+    """The value with a slot for each float tensor in it; they go to `found`."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():  # a table, kept by those who made it
             return value
@@ -35,7 +36,7 @@ def take_tensors(value: Any, found: list[Tensor]) -> Any:
         part = getattr(value, name)
         if part is not None and (emptied := take_tensors(part, found)) is not part:
             changed[name] = emptied
-    return replace(value, **changed) if changed else value
+    return _changed(value, changed)
 
 
 def put_tensors(value: Any, tensors: tuple[Tensor, ...]) -> Any:
@@ -47,10 +48,20 @@ def put_tensors(value: Any, tensors: tuple[Tensor, ...]) -> Any:
         part = getattr(value, name)
         if part is not None and (filled := put_tensors(part, tensors)) is not part:
             changed[name] = filled
-    return replace(value, **changed) if changed else value
+    return _changed(value, changed)
+
+
+def _changed(value: Any, changed: dict[str, Any]) -> Any:
+    if not changed:
+        return value
+    if isinstance(value, tuple):
+        return value._replace(**changed)  # type: ignore[attr-defined]
+    return replace(value, **changed)
 
 
 @lru_cache(maxsize=256)
-def _names(kind: Hashable) -> tuple[str, ...]:
-    """Fields of a dataclass; none of anything else."""
+def _names(kind: Any) -> tuple[str, ...]:
+    """Fields of a dataclass or a named tuple; none of anything else."""
+    if issubclass(kind, tuple):
+        return getattr(kind, "_fields", ())
     return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()

@@ -57,6 +57,17 @@ class ScanPlan:
         return [link for link in self.own_links if self.chain.links[link].takes]
 
     @cached_property
+    def gives(self) -> bool:
+        """Whether a state of this rank enters any other link."""
+        return any(self.chain.links[link].gives for link in self.own_links)
+
+    @cached_property
+    def sources(self) -> tuple[int, ...]:
+        """Ranks of the links whose states make up what enters this rank's links."""
+        links = {x for link in self.takers for x in range(self.first_source(link), link)}
+        return tuple(sorted({self.chain.links[x].rank for x in links}))
+
+    @cached_property
     def far_heads(self) -> list[int] | None:
         """Heads that still matter beyond some link that they pass; None: no head is cut off."""
         passing = [link.num_tokens for link in self.chain.links if link.passes]

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from seqpar import comm
+from seqpar.kernels.recorder import not_recorded
 
 __all__ = [
     "AllGather",
@@ -35,9 +36,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class AllGather:
-    """Delivers [W, *message.shape]."""
+    """Delivers [W, *message.shape]: of the ranks in `sources`; the others' may be anything."""
 
     message: Tensor
+    gives: bool = True
+    """Whether this rank is among anyone's sources."""
+    sources: tuple[int, ...] | None = None
+    """None: all ranks."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,8 @@ def run_steps(steps: Steps[T], group: ProcessGroup | None) -> T:
 def _answer(request: Request, group: ProcessGroup | None) -> Any:
     """What a request delivers, waited for."""
     match request:
-        case AllGather(message):
-            return comm.all_gather(message, group)
+        case AllGather(message, gives, sources):
+            return comm.all_gather(message, group, gives=gives, sources=sources)
         case AllReduceSum(message):
             return comm.all_reduce_sum(message, group)
         case Beside(exchange, work):
@@ -159,6 +164,7 @@ def _on_stream(
     steps: Steps[T], group: ProcessGroup | None, side: torch.cuda.Stream
 ) -> comm.Pending[T]:
     """All steps queued on a stream; to wait makes the current stream wait for it."""
+    not_recorded("work on two streams")
     side.wait_stream(torch.cuda.current_stream(side.device))
     with torch.cuda.stream(side):
         result = run_steps(steps, group)

@@ -81,12 +81,12 @@ def test_parameters_lie_as_direct_launches_expect_them() -> None:
 
 def test_launch_structures_lie_as_the_driver_expects_them() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    from seqpar.kernels.direct_launch import _LaunchAttribute, _LaunchConfig
+    from seqpar.kernels.direct_launch import LaunchConfig, _LaunchAttribute
 
     assert ctypes.sizeof(_LaunchAttribute) == 72
     assert _LaunchAttribute.value.offset == 8
-    assert ctypes.sizeof(_LaunchConfig) == 56
-    assert _LaunchConfig.stream.offset == 32
+    assert ctypes.sizeof(LaunchConfig) == 56
+    assert LaunchConfig.stream.offset == 32
 
 
 def test_the_passes_by_hand_compile_for_hopper_without_a_gpu() -> None:

@@ -318,7 +318,7 @@ def test_launches_bind_to_the_compiled_kernels() -> None:
     plan = plan_for(public_case("fixed"))
     outputs_and_gradients(public_case("fixed"))
     assert plan.cut.launches
-    assert all(launch.is_direct for launch in plan.cut.launches.values())
+    assert all(launch.direct for launch in plan.cut.launches.values())
 
 
 def plan_for(inputs: dict[str, Tensor | None]) -> Plan:

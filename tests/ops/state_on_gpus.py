@@ -1,12 +1,16 @@
 """What only several GPUs can show, for torchrun: `torchrun --nproc-per-node 2 state_on_gpus.py`.
 
-Memory that peers read delivers what NCCL delivers, whatever the order in which ranks arrive,
-eagerly and replayed; and a layer captured in a CUDA graph gives what it gives eagerly.
+A number after it says how many seconds it may take. Memory that peers read delivers what NCCL
+delivers, whatever the order in which ranks arrive, eagerly and replayed; a layer captured in a CUDA
+graph gives what it gives eagerly; and one that is repeated from its recording gives what it gave.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -15,13 +19,18 @@ from torch import Tensor
 from seqpar import comm
 from seqpar.layout import SequenceLayout
 from seqpar.mesh import GroupPool, init_mesh
+from seqpar.ops import state_recorded
 from seqpar.ops.state import state_attention
 
 LENGTHS = (4, 64, 4096, 40000, 524288, 1048576)
 """float32 elements of a message: one program, several, and several tiles a program."""
+LIMIT_S = 120
+"""Ranks that wait for one another say where they stand, and end."""
+START = time.monotonic()
 
 
 def main() -> None:
+    faulthandler.dump_traceback_later(float(sys.argv[1]) if sys.argv[1:] else LIMIT_S, exit=True)
     world_size = int(os.environ["WORLD_SIZE"])
     group = init_mesh(sp=world_size)["sp"].get_group()
     pool = GroupPool()
@@ -33,16 +42,18 @@ def main() -> None:
         say("peer memory delivers what NCCL delivers")
     else:
         say("these devices cannot read each other's memory")
-    for each in (group, over_nccl):
+    for each, name in ((group, "peer memory"), (over_nccl, "NCCL")):
+        _layer_again(each, world_size)
+        say(f"a layer repeated from its recording gives what it gave, over {name}")
         _layer_in_a_graph(each, world_size)
-    say("a captured layer gives what it gives eagerly")
+        say(f"a captured layer gives what it gives eagerly, over {name}")
     pool.close()
     dist.destroy_process_group()
 
 
 def say(text: str) -> None:
     if dist.get_rank() == 0:
-        print(text, flush=True)
+        print(f"[{time.monotonic() - START:.1f} s] {text}", flush=True)
 
 
 def _random(count: int) -> Tensor:
@@ -73,9 +84,35 @@ def _replays_like_nccl(group: dist.ProcessGroup, over_nccl: dist.ProcessGroup) -
             assert torch.equal(found, comm.all_gather(message * factor, over_nccl)), turn
 
 
+def _layer_again(group: dist.ProcessGroup, world_size: int) -> None:
+    """The first call of a kind runs as it is, the second is recorded, the third repeated."""
+    torch.manual_seed(3 + dist.get_rank())
+    for tokens, decays in ((1024, True), (5000, True), (8192, False)):
+        layout = SequenceLayout.contiguous((0, tokens * world_size), world_size)
+        slopes = -torch.exp2(-torch.arange(8.0, device="cuda") - 4)
+        shape, log_decay = (1, tokens, 8, 128), slopes if decays else None
+        streams = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
+        found = []
+        for turn in range(6):
+            leaves = [x.clone().requires_grad_() for x in streams[turn % 2 * 4 :][:3]]
+            with comm.count_traffic() as traffic:
+                o, _ = state_attention(
+                    *leaves, log_decay=log_decay, layout=layout, group=group, check=False
+                )
+                found.append([o, *torch.autograd.grad(o, leaves, streams[turn % 2 * 4 + 3])])
+            assert traffic["all_gather"].calls == 2, (turn, traffic)
+            # Earlier ranks' states forward, later ranks' gradients backward; NCCL brings all twice.
+            states = (world_size - 1) * (1 if comm.shares_memory(group) else 2)
+            assert traffic.received_bytes == states * 8 * 128 * 128 * 4, (turn, traffic)
+            for x, expected in zip(found[-1], found[turn % 2], strict=True):
+                assert torch.equal(x, expected), (tokens, turn)
+        kinds = [x.call for x in state_recorded._CALLS[group].values() if x.layout is layout]
+        assert [call.is_ready for call in kinds] == [True], kinds
+
+
 def _layer_in_a_graph(group: dist.ProcessGroup, world_size: int) -> None:
     layout = SequenceLayout.contiguous((0, 1000, 1024 * world_size), world_size)
-    shape = (1, 1024, 8, 64)
+    shape = (1, 1024, 8, 128)
     leaves = [
         torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3)
     ]

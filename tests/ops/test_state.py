@@ -32,7 +32,8 @@ def _lean(stream: Stream, layout: SequenceLayout) -> tuple[Tensor, tuple[Tensor,
     mixer, ranks = LightningMixer(stream.log_decay), range(layout.world_size)
     inputs = [tuple(layout.shard(x, rank) for x in stream.tensors) for rank in ranks]
     parts = [RankPart.of(mixer, layout, r, inputs[r], overlap=False) for r in ranks]
-    jobs = [StateJob(part, "all_gather", False) for part in parts]
+    late = layout.world_size % 2 == 0
+    jobs = [StateJob(part, "all_gather", False, takes_late=late) for part in parts]
     assert all(job.is_lean == (len(layout.runs(r)) == 1) for r, job in enumerate(jobs))
     done = simulate([forward_steps(jobs[r], inputs[r], None) for r in ranks])
     backward = [

@@ -7,6 +7,7 @@ from seqpar.kernels.lightning.function import (
     key_value_summary,
     lightning_attention,
     lightning_step,
+    query_grad,
     query_grad_summary,
 )
 
@@ -17,5 +18,6 @@ __all__ = [
     "key_value_summary",
     "lightning_attention",
     "lightning_step",
+    "query_grad",
     "query_grad_summary",
 ]

@@ -31,7 +31,7 @@ from seqpar.kernels.lightning.launch_pair import can_pair, output_pair
 from seqpar.kernels.lightning.plan import Plan
 from seqpar.kernels.lightning.tuning import with_gradient
 
-__all__ = ["Gradients", "backward_triton"]
+__all__ = ["Gradients", "backward_triton", "query_grad_triton"]
 
 
 class Gradients(NamedTuple):
@@ -55,11 +55,12 @@ def backward_triton(
     grad_states: SegmentStates | None,
     decay_grad: bool,
     entry_grad: bool,
+    query_grad: Tensor | None = None,
 ) -> Gradients:
     """Gradients of q, k, v and what else is asked for.
 
     `inputs` are q, k, v, do; `states` are those of (k, v), `grad_states` those of (q, do). What the
-    caller does not have is made.
+    caller does not have is made, dq too (`query_grad`, padded), which decays that learn take along.
     """
     q, k, v, do = (plan.aligned(x) for x in inputs)
     entry_state, exit_state_grad = plan.state(entry_state), plan.state(exit_state_grad)
@@ -71,11 +72,9 @@ def backward_triton(
         tile = plan.transposed_config.value_tile
         passed_on = cut.segments.num_cut > 0 or exit_state_grad is not None
         of_q, of_k = learn(q, k, plan.value_dim, cut, tile, exits=passed_on)
-    dq = _empty(q)  # before the other states, so that the device starts early
-    _pass(
-        plan, (do, v, k), dq, states, entry_state,
-        reverse=False, transposed=True, learning=of_q,
-    )  # fmt: skip
+    dq = query_grad
+    if dq is None or learns:  # before the other states, so that the device starts early
+        dq = query_grad_triton(plan, (q, k, v, do), entry_state, states, learning=of_q)
     if grad_states is None:
         grad_states, _ = summarize(plan, q, do, log_decay, reverse=True, final=False)
     dentry = plan.new_state() if entry_grad else None
@@ -87,6 +86,24 @@ def backward_triton(
         _two_passes(*given, of_k)
     dlog_decay = decay_gradient(of_q, of_k, cut) if of_q and of_k else None
     return _trimmed(plan, dq, dk, dv, dlog_decay, dentry)
+
+
+def query_grad_triton(
+    plan: Plan,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    entry_state: Tensor | None,
+    states: SegmentStates,
+    *,
+    learning: Learning | None = None,
+) -> Tensor:
+    """dq, padded where the plan pads, which needs nothing from backward in time."""
+    q, k, v, do = (plan.aligned(x) for x in inputs)
+    dq = _empty(q)
+    _pass(
+        plan, (do, v, k), dq, states, plan.state(entry_state),
+        reverse=False, transposed=True, learning=learning,
+    )  # fmt: skip
+    return dq
 
 
 def _empty(x: Tensor) -> Tensor:

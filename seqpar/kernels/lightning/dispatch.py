@@ -53,12 +53,16 @@ def summary(
     cu_seqlens: Tensor | None,
     *,
     reverse: bool,
+    leaving: bool,
 ) -> tuple[Tensor, LocalStates | None]:
-    """What leaves each sequence for zero in: [S, H, K, V], of (k, v), or of (q, do) reversed."""
+    """What leaves each sequence for zero in: [S, H, K, V], of (k, v), or of (q, do) reversed.
+
+    Unless `leaving`, that may be anything.
+    """
     if plan.on_triton:
         from seqpar.kernels.lightning.forward import summary_triton
 
-        return summary_triton(plan, y, z, log_decay, reverse=reverse)
+        return summary_triton(plan, y, z, log_decay, reverse=reverse, leaving=leaving)
     state_of = chunked.query_grad_state_chunked if reverse else chunked.key_value_state_chunked
     return state_of(y, z, log_decay=log_decay, cu_seqlens=cu_seqlens), None
 
@@ -83,6 +87,20 @@ def attend(
     )[0]
 
 
+def query_grad(
+    plan: Plan,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    entry_state: Tensor | None,
+    states: LocalStates | None,
+) -> Tensor | None:
+    """dq ahead of `backward`; None unless it is a launch of its own, whose states are there."""
+    if plan.on_triton and states is not None:
+        from seqpar.kernels.lightning.backward import query_grad_triton
+
+        return query_grad_triton(plan, inputs, entry_state, states)
+    return None
+
+
 def backward(
     plan: Plan,
     inputs: tuple[Tensor, Tensor, Tensor, Tensor],
@@ -95,6 +113,7 @@ def backward(
     grad_states: LocalStates | None,
     decay_grad: bool,
     entry_grad: bool,
+    query_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """dq, dk, dv, dlog_decay [B, T, H] (per-token decay only), dentry [S, H, K, V].
 
@@ -113,6 +132,7 @@ def backward(
             grad_states=grad_states,
             decay_grad=decay_grad,
             entry_grad=entry_grad,
+            query_grad=query_grad,
         )
     return chunked.attend_backward_chunked(
         *inputs,

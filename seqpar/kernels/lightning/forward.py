@@ -71,12 +71,22 @@ def summarize(
 
 
 def summary_triton(
-    plan: Plan, y: Tensor, z: Tensor, log_decay: Tensor | None, *, reverse: bool
+    plan: Plan,
+    y: Tensor,
+    z: Tensor,
+    log_decay: Tensor | None,
+    *,
+    reverse: bool,
+    leaving: bool = True,
 ) -> tuple[Tensor, SegmentStates]:
-    """What leaves each sequence for zero in: [S, H, K, V], of (k, v), or of (q, do) reversed."""
+    """What leaves each sequence for zero in: [S, H, K, V], of (k, v), or of (q, do) reversed.
+
+    Unless `leaving`, that is memory as it was found.
+    """
     y, z = plan.aligned(y), plan.aligned(z)
-    states, final = summarize(plan, y, z, log_decay, reverse=reverse, final=True)
-    assert final is not None
+    states, final = summarize(plan, y, z, log_decay, reverse=reverse, final=leaving)
+    if final is None:
+        final = plan.new_state()
     return plan.trimmed(final, plan.problem.key_dim, plan.problem.value_dim), states
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "key_value_summary",
     "lightning_attention",
     "lightning_step",
+    "query_grad",
     "query_grad_summary",
 ]
 
@@ -162,16 +163,24 @@ def _as_input(grad: Tensor | None, given: Tensor | None) -> Tensor | None:
 
 
 def key_value_summary(
-    k: Tensor, v: Tensor, *, log_decay: Tensor | None = None, cu_seqlens: Tensor | None = None
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    leaving: bool = True,
 ) -> Summary:
     """What the local keys and values do to a passing state, without any output.
 
-    Args: as for `lightning_attention`. Not differentiable by autograd: `attend_backward` is the
-    backward of `attend` and this together.
+    Args: as for `lightning_attention`; without `leaving`, `final_state` may be anything, and only
+    what `attend` needs is sure to be computed. Not differentiable by autograd: `attend_backward` is
+    the backward of `attend` and this together.
     """
     plan = plan_of(k, v, log_decay=log_decay, cu_seqlens=cu_seqlens)
     with torch.no_grad():
-        state, local = dispatch.summary(plan, k, v, log_decay, cu_seqlens, reverse=False)
+        state, local = dispatch.summary(
+            plan, k, v, log_decay, cu_seqlens, reverse=False, leaving=leaving
+        )
     return Summary(state, plan, log_decay, local)
 
 
@@ -200,16 +209,46 @@ def attend(
 
 
 def query_grad_summary(
-    q: Tensor, do: Tensor, *, log_decay: Tensor | None = None, cu_seqlens: Tensor | None = None
+    q: Tensor,
+    do: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    leaving: bool = True,
 ) -> Summary:
     """The gradient of the entry state that comes from local outputs alone, and its transition.
 
-    Args: q [B, T, H, K] and do [B, T, H, V]; the rest as for `lightning_attention`.
+    Args: q [B, T, H, K] and do [B, T, H, V]; the rest as for `key_value_summary`, with
+    `attend_backward` in place of `attend`.
     """
     plan = plan_of(q, do, log_decay=log_decay, cu_seqlens=cu_seqlens)
     with torch.no_grad():
-        grad, local = dispatch.summary(plan, q, do, log_decay, cu_seqlens, reverse=True)
+        grad, local = dispatch.summary(
+            plan, q, do, log_decay, cu_seqlens, reverse=True, leaving=leaving
+        )
     return Summary(grad, plan, log_decay, local)
+
+
+def query_grad(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    summary: Summary,
+    *,
+    log_decay: Tensor | None = None,
+    entry_state: Tensor | None = None,
+) -> Tensor | None:
+    """The gradient of q, which needs no gradients of states, ahead of `attend_backward`.
+
+    Args: those of `attend_backward`; whole rows, and no decay per token.
+
+    Returns:
+        What `attend_backward` takes as `query_grad`; None where it comes with the rest at no less.
+    """
+    plan = plan_of(k, v, queries=q, output_grads=do, log_decay=log_decay, cu_seqlens=None)
+    with torch.no_grad():
+        return dispatch.query_grad(plan, (q, k, v, do), entry_state, summary.local_states)
 
 
 def attend_backward(
@@ -224,12 +263,14 @@ def attend_backward(
     cu_seqlens: Tensor | None = None,
     entry_state: Tensor | None = None,
     exit_state_grad: Tensor | None = None,
+    query_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of the local q, k, v and per-token log_decay.
 
     Args: as for `lightning_attention`, with do [B, T, H, V], the summaries of (k, v) and (q, do),
     the states that enter, and the gradients of the states that leave, [S, H, K, V] float32 each
-    (None: zero). The gradient of the entry state itself is
+    (None: zero), and what the function `query_grad` gave, if it was called. The gradient of the
+    entry state itself is
     grad_summary.final_state + exp(grad_summary.log_transition) * exit_state_grad.
 
     Returns:
@@ -252,6 +293,7 @@ def attend_backward(
             grad_states=grad_summary.local_states,
             decay_grad=True,
             entry_grad=False,
+            query_grad=query_grad,
         )
     return dq, dk, dv, dlog_decay
 

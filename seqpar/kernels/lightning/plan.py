@@ -21,6 +21,7 @@ from seqpar.errors import KernelInputError
 from seqpar.kernels.lightning.inputs import Spec, check_inputs
 from seqpar.kernels.lightning.segments import Segments, cut
 from seqpar.kernels.lightning.tuning import Config, configuration, for_states
+from seqpar.kernels.recorder import lasting
 
 __all__ = ["Cut", "Plan", "Problem", "dense", "plan_of", "runs_by_hand"]
 
@@ -154,7 +155,7 @@ class Plan:
 
         Copied from the host, which waits: calls on any stream may use it.
         """
-        return torch.zeros(self.problem.heads).to(self.problem.device)
+        return lasting(torch.zeros(self.problem.heads).to(self.problem.device))
 
     @cached_property
     def lengths(self) -> Tensor:
