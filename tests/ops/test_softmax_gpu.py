@@ -28,8 +28,11 @@ pytestmark = pytest.mark.gpu
 HEADS = {1: (4, 2, 128, 128), 2: (3, 1, 40, 24)}  # by batch
 BACKENDS = {
     "cudnn": (DenseBackend(Cudnn()), torch.bfloat16),
+    "cudnn fp16": (DenseBackend(Cudnn()), torch.float16),
     "flash": (FlashPacked(), torch.bfloat16),
+    "flash fp16": (FlashPacked(), torch.float16),
     "efficient": (DenseBackend(Efficient()), torch.bfloat16),
+    "efficient fp16": (DenseBackend(Efficient()), torch.float16),
     "efficient fp32": (DenseBackend(Efficient()), torch.float32),
 }
 
@@ -61,7 +64,7 @@ def test_cuda_conforms(backend: str, name: str, batch: int) -> None:
     chosen, dtype = BACKENDS[backend]
     factor = 13  # no multiple of a kernel's block
     tiles = scaled(TILES[name], factor)
-    if backend == "cudnn" and any(
+    if backend.startswith("cudnn") and any(
         not (piece.is_full or piece.is_causal) for tile in tiles for piece in cut(tile)
     ):
         pytest.skip("cuDNN through torch has no windows")
@@ -76,7 +79,8 @@ def test_choice() -> None:
         return choose_backend(x, x).name
 
     on_hopper = torch.cuda.get_device_capability() >= (9, 0)
-    assert choose(torch.bfloat16) == ("cudnn+flash" if on_hopper else "flash")
+    for dtype in (torch.bfloat16, torch.float16):
+        assert choose(dtype) == ("cudnn+flash" if on_hopper else "flash")
     assert choose(torch.bfloat16, 192) == "flash"
     assert choose(torch.float32) == choose(torch.bfloat16, 320) == "efficient"
     with pytest.raises(KernelInputError, match="float64"):
@@ -85,16 +89,16 @@ def test_choice() -> None:
     assert choose(torch.bfloat16) == "flash"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_large_and_small_tiles_together(batch: int) -> None:
+def test_large_and_small_tiles_together(batch: int, dtype: torch.dtype) -> None:
     """Documents on both kernels, one of them cut; a rectangle whose rest meets the same rows."""
     split = SplitBackend(DenseBackend(Cudnn()), FlashPacked(), least_work=0)
     documents = [(0, 100), (100, 2300), (2300, 2500)]
     causal = [Tile(a, b, a, b, None, 0) for a, b in documents]
     for tiles in (causal, [Tile(0, 2400, 0, 2100), Tile(2400, 2500, 2100, 2500)]):
         conforms(
-            tiles, (2, 1, 64, 64), torch.bfloat16, "cuda", num_tokens=2500, batch=batch,
-            backend=split,
+            tiles, (2, 1, 64, 64), dtype, "cuda", num_tokens=2500, batch=batch, backend=split,
         )  # fmt: skip
 
 
@@ -170,7 +174,7 @@ def test_deterministic_mode_repeats_every_bit() -> None:
             assert torch.equal(x, again)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_merge_kernel_equals_torch(dtype: torch.dtype) -> None:
     out, new_out = (torch.randn(2, 37, 6, 48, device="cuda") for _ in range(2))
     lse, new_lse = (4 * torch.randn(2, 6, 37, device="cuda").transpose(1, 2) for _ in range(2))

@@ -48,7 +48,9 @@ def sees(tiles: list[Tile], rows: int, columns: int) -> Tensor:
     return mask
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 @pytest.mark.parametrize("heads", [(4, 4, 16, 16), (4, 2, 8, 8), (3, 1, 8, 5)], ids=str)
 @pytest.mark.parametrize("name", TILES)
 def test_cpu_conforms(name: str, heads: tuple[int, int, int, int], dtype: torch.dtype) -> None:
