@@ -70,3 +70,16 @@ def test_importing_seqpar_and_its_planners_loads_nothing_heavy() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_training_needs_no_package_that_is_only_for_some() -> None:
+    """As in `make demo` and a plain installation: no Triton, transformers, Ray or matplotlib."""
+    missing = ["triton", "transformers", "ray", "matplotlib", "liger_kernel", "megatron", "peft"]
+    code = (
+        "import sys, importlib; "
+        f"sys.modules.update(dict.fromkeys({missing})); "
+        "import seqpar; [getattr(seqpar, name) for name in dir(seqpar)]; "
+        "[importlib.import_module(f'seqpar.{name}') for name in "
+        "('training', 'calibration', 'comparison', 'feedback', 'models', 'report', 'cli')]"
+    )
+    subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,7 +9,8 @@ own `cuLaunchKernelEx`: a few addresses packed into a buffer, descriptors looked
 A `Recorder` is told of every launch while it is in force.
 
 Where the compiled kernel's parameters are not laid out as expected (another version of Triton),
-and under the interpreter, every call goes through Triton.
+and under the interpreter, every call goes through Triton. Triton is imported by the first launch:
+recordings name `Launch` where no GPU and no Triton is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import logging
 from typing import Any
 
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from seqpar.kernels.direct_launch import DirectLaunch, UnknownLayoutError
 from seqpar.kernels.recorder import current_recorder
@@ -44,7 +44,7 @@ class Window:
     def of(self, x: Tensor) -> Any:
         """The descriptor of a tensor."""
         if x.ndim == 2:
-            return TensorDescriptor(x, list(x.shape), list(x.stride()), self.block)
+            return _descriptor(x, list(x.shape), list(x.stride()), self.block)
         batch, tokens, heads, dim = x.shape
         if self.flat:
             shape, strides = [batch * tokens, heads * dim], [x.stride(1), 1]
@@ -52,7 +52,13 @@ class Window:
             shape, strides = [batch * tokens, heads, dim], [x.stride(1), x.stride(2), 1]
         if self.for_gluon:
             return _gluon_descriptor(x, shape, strides, self.block)
-        return TensorDescriptor(x, shape, strides, self.block)
+        return _descriptor(x, shape, strides, self.block)
+
+
+def _descriptor(x: Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, shape, strides, block)
 
 
 def _gluon_descriptor(x: Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:
