@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from first_run_watch import Watch, difference
-from hybrid_job import HybridJob, long_tailed, start_ranks
+from hybrid_job import HybridJob, long_tailed, run_on_ranks
 
 from seqpar import comm
 from seqpar.calibration import every_rank_busy, measured_shapes
@@ -168,15 +168,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     options = parse_arguments()
-    if not torch.distributed.is_torchelastic_launched():
-        start_ranks(Path(__file__), sys.argv[1:])
-        return
-    bench = FirstRuns(options)
-    results = bench.run()
-    if bench.job.rank == 0:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
-        print(json.dumps(results["summary"], indent=1), flush=True)
-    bench.job.close()
+    run_on_ranks(Path(__file__), options.out, lambda: FirstRuns(options))
 
 
 if __name__ == "__main__":

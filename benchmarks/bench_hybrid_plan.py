@@ -16,14 +16,13 @@ for its plan, and the memory left. Results are JSON; the table is printed.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
-from hybrid_job import HybridJob, long_tailed, start_ranks
+from hybrid_job import HybridJob, long_tailed, run_on_ranks
 from hybrid_rows import compared, described, summary
 
 from seqpar import comm
@@ -192,15 +191,7 @@ class Bench:
 
 def main() -> None:
     options = parse_arguments()
-    if not torch.distributed.is_torchelastic_launched():
-        start_ranks(Path(__file__), sys.argv[1:])
-        return
-    bench = Bench(options)
-    results = bench.run()
-    if bench.job.rank == 0:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
-        print(json.dumps(results["summary"], indent=1), flush=True)
-    bench.job.close()
+    run_on_ranks(Path(__file__), options.out, lambda: Bench(options))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,15 @@ Not a benchmark itself; `bench_hybrid_plan.py` and `bench_first_runs.py` run on 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from seqpar.models import Decoder, DecoderConfig, hybrid
 from seqpar.planners import Group, MicroBatch, ScatterPlan
 from seqpar.training import PlanExecutor
 
-__all__ = ["HybridJob", "long_tailed", "start_ranks"]
+__all__ = ["HybridJob", "long_tailed", "run_on_ranks"]
 
 MEMORY_SHARE = 0.8
 """Of a device's memory that plans may use: layouts balance tokens to 3%, and an allocator that
@@ -137,12 +139,31 @@ def long_tailed(
     return limit_documents(whole, context_tokens=context_tokens, over_limit="split")
 
 
-def start_ranks(script: Path, arguments: list[str], *, ranks: int = 2) -> None:
-    """The script once more, on ranks of its own."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, *command, str(script), *arguments],
-        env=os.environ | environment,
-        check=True,
-    )
+class Bench(Protocol):
+    """One rank's part of a benchmark: its results hold a `summary`."""
+
+    job: HybridJob
+
+    def run(self) -> dict[str, Any]: ...
+
+
+def run_on_ranks(script: Path, out: Path, make: Callable[[], Bench], *, ranks: int = 2) -> None:
+    """Run the script once more on ranks of its own; there, the benchmark: write and print."""
+    if not dist.is_torchelastic_launched():
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        environment = {
+            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+            "OMP_NUM_THREADS": "1",
+        }
+        subprocess.run(
+            [sys.executable, *command, str(script), *sys.argv[1:]],
+            env=os.environ | environment,
+            check=True,
+        )
+        return
+    bench = make()
+    results = bench.run()
+    if bench.job.rank == 0:
+        out.write_text(json.dumps(results, indent=1) + "\n")
+        print(json.dumps(results["summary"], indent=1), flush=True)
+    bench.job.close()
