@@ -95,7 +95,8 @@ class TensorMaps:
     def _encode(self, address: int) -> bytes:
         room = ctypes.create_string_buffer(_MAP_BYTES + 64)
         start = -ctypes.addressof(room) % 64
-        status = _driver().cuTensorMapEncodeTiled(
+        status = _in_context(
+            _driver().cuTensorMapEncodeTiled,
             ctypes.addressof(room) + start, self._type, self._rank, address, self._shape,
             self._strides, self._block, self._steps, 0, self._swizzle, _PROMOTE_TO_128_BYTES, 0,
         )  # fmt: skip
@@ -178,8 +179,6 @@ class DirectLaunch:
         self._config = self.new_config()
         self._at_config = ctypes.addressof(self._config)
         self._launch, self.function = _driver().cuLaunchKernelEx, self._compiled.function
-        self._context = ctypes.c_void_p()
-        _driver().cuCtxGetCurrent(ctypes.byref(self._context))
 
     def new_config(self) -> LaunchConfig:
         """On how many blocks it runs, and when it may start; the stream is the caller's to set."""
@@ -193,11 +192,7 @@ class DirectLaunch:
 
     def launch(self, config: int, function: int, parameters: Any, extra: None) -> int:
         """cuLaunchKernelEx, in a thread that need not have called CUDA before."""
-        status = self._launch(config, function, parameters, extra)
-        if status == _INVALID_CONTEXT:
-            _driver().cuCtxSetCurrent(self._context)
-            status = self._launch(config, function, parameters, extra)
-        return int(status)
+        return _in_context(self._launch, config, function, parameters, extra)
 
     @property
     def stream(self) -> int:
@@ -227,6 +222,20 @@ class DirectLaunch:
             status = self.launch(self._at_config, self.function, self._parameters, None)
         if status != 0:
             raise RuntimeError(f"launching {self._compiled.name} failed with CUDA error {status}")
+
+
+def _in_context(call: Any, *arguments: Any) -> int:
+    """A driver call's status; binds the device's context to a thread that has none.
+
+    Such is a thread of autograd that has called nothing of CUDA before.
+    """
+    status = call(*arguments)
+    if status == _INVALID_CONTEXT:
+        context = ctypes.c_void_p()
+        _driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), torch.cuda.current_device())
+        _driver().cuCtxSetCurrent(context)
+        status = call(*arguments)
+    return int(status)
 
 
 def _maps_for(descriptor: Any, meta: dict[str, Any]) -> TensorMaps:
@@ -289,7 +298,8 @@ def _driver() -> Any:
     driver = ctypes.PyDLL("libcuda.so.1")
     number, pointer = ctypes.c_uint32, ctypes.c_void_p
     driver.cuLaunchKernelEx.argtypes = [pointer] * 4
-    driver.cuCtxGetCurrent.argtypes = driver.cuCtxSetCurrent.argtypes = [pointer]
+    driver.cuDevicePrimaryCtxRetain.argtypes = [pointer, ctypes.c_int]
+    driver.cuCtxSetCurrent.argtypes = [pointer]
     driver.cuTensorMapEncodeTiled.argtypes = [
         pointer, number, number, pointer, pointer, pointer, pointer, pointer,
         number, number, number, number,

@@ -249,10 +249,14 @@ def test_launches_past_triton_give_what_its_own_give(
 
 
 @pytest.mark.gpu
-def test_a_launch_can_be_the_first_call_of_cuda_in_its_thread() -> None:
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_launch_can_be_the_first_call_of_cuda_in_its_thread(moved: bool) -> None:
     inputs = {n: x if x is None else x.detach() for n, x in public_case("fixed").items()}
     expected, _ = lightning_attention(**inputs)
     lightning_attention(**inputs)  # past Triton
+    if moved:  # tensors whose maps are not known yet
+        inputs |= {name: torch.stack([inputs[name]] * 2)[1] for name in "qkv"}
+        torch.cuda.synchronize()
     found: list[Tensor] = []
     thread = threading.Thread(target=lambda: found.append(lightning_attention(**inputs)[0]))
     thread.start()
