@@ -145,7 +145,12 @@ def current_recorder() -> Recorder | None:
 
 
 def _is_view(out: Any, args: Any) -> bool:
-    """Whether an operation gave nothing but views of its arguments."""
+    """Whether an operation gave nothing but views of its arguments.
+
+    A number is none, nor is the work that a process group hands out for a message.
+    """
+    if not isinstance(out, Tensor | tuple | list):
+        return False
     found = [out] if isinstance(out, Tensor) else list(out)
     taken = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
     return all(isinstance(x, Tensor) and x.untyped_storage().data_ptr() in taken for x in found)

@@ -51,6 +51,8 @@ def merge_lse_kernel(
     """out, lse <- merged, in place. Grid: ceil(B T H / ROWS).
 
     Two rows of one value: out 1, lse 0 with new_out 3, lse log 3 gives out 2.5, lse log 4.
+
+    A row's lse is read by every warp that needs it and written by one: all must have read before.
     """
     i_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     m_row = i_row < num_rows
@@ -65,7 +67,6 @@ def merge_lse_kernel(
     b_lse = b_top + tl.log(1.0 + b_share)
     b_weight = tl.where(b_old == float("-inf"), 0.0, tl.exp(b_old - b_lse))
     b_new_weight = tl.where(b_new == float("-inf"), 0.0, tl.exp(b_new - b_lse))
-    tl.store(p_lse, b_lse, mask=m_row)
 
     i_v = tl.arange(0, BLOCK_V)
     m_out = m_row[:, None] & (i_v < V)[None, :]
@@ -74,6 +75,8 @@ def merge_lse_kernel(
     b_out = tl.load(p_out + o_out, mask=m_out, other=0.0).to(tl.float32)
     b_new_out = tl.load(p_new_out + o_new, mask=m_out, other=0.0).to(tl.float32)
     b_merged = b_weight[:, None] * b_out + b_new_weight[:, None] * b_new_out
+    tl.debug_barrier()
+    tl.store(p_lse, b_lse, mask=m_row)
     tl.store(p_out + o_out, b_merged.to(p_out.dtype.element_ty), mask=m_out)
 
 

@@ -150,6 +150,9 @@ def test_what_is_neither_launch_nor_view_is_not_repeated() -> None:
         torch.empty(3).zero_()
     assert "zero_" in str(recorder.problem)
     with Recorder([given]) as recorder:
+        given[0].item()  # gives no tensor, as the messages of a process group do
+    assert "_local_scalar_dense" in str(recorder.problem)
+    with Recorder([given]) as recorder:
         not_recorded("a launch of its own")
     assert recorder.problem == "a launch of its own"
 

@@ -189,6 +189,20 @@ def test_merge_kernel_equals_torch(dtype: torch.dtype) -> None:
     assert_close(lse.exp(), expected_lse.exp(), what="exp(lse)")
 
 
+@pytest.mark.parametrize("value_dim", [48, 128])
+def test_every_row_of_many_is_merged_with_its_own_weights(value_dim: int) -> None:
+    shape = (1, 8192, 32, value_dim)
+    first, second = (torch.randn(shape, device="cuda").bfloat16() for _ in range(2))
+    lse, new_lse = (4 * torch.randn(shape[:3], device="cuda") for _ in range(2))
+    expected, expected_lse = first.float(), lse.clone()
+    merge_lse_torch_(expected, expected_lse, second, new_lse)
+    for _ in range(40):
+        out, merged = first.clone(), lse.clone()
+        merge_lse_(out, merged, second, new_lse)
+        assert ((out.float() - expected).abs() <= 2**-7 * expected.abs() + 1e-6).all()
+        assert torch.allclose(merged, expected_lse, rtol=1e-5, atol=1e-5)
+
+
 def test_the_merge_is_compiled_once_for_all_lengths() -> None:
     """Of packed rows and of a dense kernel's, which lie head by head, from any row on."""
     from seqpar.ops.softmax_merge_kernel import merge_lse_kernel
