@@ -178,7 +178,7 @@ def share_memory(group: ProcessGroup | None, *, max_bytes: int = 8 * 2**20) -> b
     rank fails to set it up, nothing changes (the log says why, at level info). See
     `seqpar.peer_memory`.
     """
-    if group is None or _on_host(group):
+    if group is None or group.size() == 1 or _on_host(group):
         return False
     if group not in _SHARED:
         from seqpar.peer_memory import PeerMemory, open_on_one_host

@@ -8,6 +8,7 @@ then fails, and the process ends as it would by NCCL's watchdog. What the kernel
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ _log = logging.getLogger(__name__)
 _MISSING, _CALL, _LIMIT_NS, _TRAPS, _WORDS = range(5)
 """Of the page: 1 + the rank that did not arrive, and in which call; the limit; whether to trap."""
 _LOOK_EVERY_S = 0.5
+Words = ctypes.Array[ctypes.c_int64]
 
 
 class WaitLimit:
@@ -33,9 +35,11 @@ class WaitLimit:
     """
 
     def __init__(self, ranks: Sequence[int], rank: int) -> None:
+        self._closed = threading.Event()
         self._ranks, self._rank = list(ranks), rank
         self._page = torch.zeros(_WORDS, dtype=torch.int64, pin_memory=torch.cuda.is_available())
-        self._closed = threading.Event()
+        # Read without torch: whoever looks may do so while the interpreter ends.
+        self._words = (ctypes.c_int64 * _WORDS).from_address(self._page.data_ptr())
 
     @property
     def address(self) -> int:
@@ -44,17 +48,17 @@ class WaitLimit:
 
     def tolerate(self, limit: timedelta) -> None:
         """Kernels that have waited so long from now on report it and go on, for a first trial."""
-        self._page[_LIMIT_NS], self._page[_TRAPS] = _nanoseconds(limit), 0
+        self._words[_LIMIT_NS], self._words[_TRAPS] = _nanoseconds(limit), 0
 
     def enforce(self, limit: timedelta) -> None:
         """Kernels that have waited so long from now on end the process, which is logged first."""
-        self._page[_LIMIT_NS], self._page[_TRAPS] = _nanoseconds(limit), 1
-        arguments = (self._page, self._closed, self._ranks, self._rank)
+        self._words[_LIMIT_NS], self._words[_TRAPS] = _nanoseconds(limit), 1
+        arguments = (self._page, self._words, self._closed, self._ranks, self._rank)
         threading.Thread(target=_watch, args=arguments, name="peer limit", daemon=True).start()
 
     def problem(self) -> str | None:
         """What a kernel has reported, if one has."""
-        return _problem(self._page, self._ranks, self._rank)
+        return _problem(self._words, self._ranks, self._rank)
 
     def close(self) -> None:
         """Nobody looks at the page any longer."""
@@ -68,19 +72,22 @@ def _nanoseconds(limit: timedelta) -> int:
     return round(limit.total_seconds() * 1e9)
 
 
-def _problem(page: Tensor, ranks: Sequence[int], rank: int) -> str | None:
-    if not page[_MISSING]:
+def _problem(words: Words, ranks: Sequence[int], rank: int) -> str | None:
+    missing, call, limit_ns = (words[word] for word in (_MISSING, _CALL, _LIMIT_NS))
+    if not missing:
         return None
-    missing, call, limit_ns = (int(page[word]) for word in (_MISSING, _CALL, _LIMIT_NS))
     return (
         f"rank {ranks[rank]} has waited {limit_ns / 1e9:g} s for rank {ranks[missing - 1]} in "
         f"all_gather {call} over memory that they share, of ranks {ranks}"
     )
 
 
-def _watch(page: Tensor, closed: threading.Event, ranks: Sequence[int], rank: int) -> None:
+def _watch(
+    page: Tensor, words: Words, closed: threading.Event, ranks: Sequence[int], rank: int
+) -> None:
+    """Until closed. The page is what keeps the words' memory."""
     while not closed.wait(_LOOK_EVERY_S):
-        if (problem := _problem(page, ranks, rank)) is not None:
+        if (problem := _problem(words, ranks, rank)) is not None:
             _log.error(
                 "%s; this process now ends with a CUDA launch failure: find out what the missing "
                 "rank did, or give the group a longer timeout",

@@ -99,8 +99,6 @@ def _place() -> tuple[str, str, int]:
 
 def _check_places(places: list[tuple[str, str, int]], rank: int) -> None:
     """Refuse what torch's rendezvous would find out rank by rank, or not survive."""
-    if len(places) < 2:
-        raise MeshError("one rank alone")
     for what, values in zip(("hosts", "containers"), zip(*places, strict=True), strict=False):
         if len(set(values)) > 1:
             raise MeshError(f"several {what}: {sorted(set(values))}")

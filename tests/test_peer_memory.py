@@ -41,7 +41,6 @@ def test_a_step_that_fails_on_one_rank_fails_on_all() -> None:
 @pytest.mark.parametrize(
     ("places", "reason"),
     [
-        ([("a", "c", 0)], "one rank alone"),
         ([("a", "c", 0), ("b", "c", 1)], "several hosts"),
         ([("a", "c", 0), ("a", "d", 1)], "several containers"),
         ([("a", "c", 0), ("a", "c", 0)], "under one numbering"),

@@ -8,6 +8,7 @@ says for whom they waited. Needs several GPUs of one host.
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import sys
 import time
@@ -27,6 +28,7 @@ LATEST_S = LIMIT_S + 8
 
 def main() -> None:
     faulthandler.dump_traceback_later(90, exit=True)
+    logging.basicConfig()
     size = int(os.environ["WORLD_SIZE"])
     group = init_mesh(sp=size, timeout=timedelta(seconds=LIMIT_S))["sp"].get_group()
     if not comm.shares_memory(group):
