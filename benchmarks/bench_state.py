@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check-only", action="store_true", help="time nothing")
     parser.add_argument("--time-limit", type=float, default=1e9, help="s; begin nothing after it")
     parser.add_argument("--quick", action="store_true", help="check and time less")
-    parser.add_argument("--share-memory", action="store_true", help="let peers read memory")
+    parser.add_argument("--over-nccl", action="store_true", help="let no peer read memory")
     parser.add_argument("--lasp", type=Path, help="a checkout of OpenNLPLab/LASP to measure too")
     parser.add_argument("--out", type=Path, help="folder for state.json")
     options = parser.parse_args(arguments)
@@ -133,14 +133,13 @@ def _keep(setup: Setup, folder: Path, results: dict[str, Any], **found: Any) -> 
 
 def _setup(options: argparse.Namespace) -> Setup:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    group = init_mesh(sp=world_size)["sp"].get_group()
-    pool = GroupPool()
+    group = init_mesh(sp=world_size, share_memory=not options.over_nccl)["sp"].get_group()
+    pool = GroupPool(share_memory=False)
     pool.prepare([tuple(range(world_size))])
-    shares = options.share_memory and comm.share_memory(group)
     cuda = torch.cuda.is_available()
     return Setup(
         group=group,
-        nccl_group=pool.group(range(world_size)) if shares else group,
+        nccl_group=pool.group(range(world_size)) if comm.shares_memory(group) else group,
         rank=dist.get_rank(group),
         world_size=world_size,
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),

@@ -172,16 +172,18 @@ def all_gather(
 def share_memory(group: ProcessGroup | None, *, max_bytes: int = 8 * 2**20) -> bool:
     """Let `all_gather` move messages of up to `max_bytes` without NCCL, where devices allow it.
 
-    Collective, once for a group. For CUDA ranks of one host that can read each other's memory (over
-    NVLink): each takes 2 * max_bytes of device memory, and a small all_gather then is one launch.
-    Returns whether it is so; elsewhere nothing changes. See `seqpar.peer_memory`.
+    Collective, once for a group; `init_mesh` and `GroupPool` do it. For CUDA ranks of one host that
+    can read each other's memory: each takes 2 * max_bytes of device memory, and a small all_gather
+    then is one launch. Returns whether it is so, the same on every rank; elsewhere, and where any
+    rank fails to set it up, nothing changes (the log says why, at level info). See
+    `seqpar.peer_memory`.
     """
-    if group is None or _on_host(group):
+    if group is None or group.size() == 1 or _on_host(group):
         return False
     if group not in _SHARED:
-        from seqpar.peer_memory import PeerMemory
+        from seqpar.peer_memory import PeerMemory, open_on_one_host
 
-        _SHARED[group] = PeerMemory.open(group, max_bytes)
+        _SHARED[group] = open_on_one_host(PeerMemory, group, max_bytes)
     return _SHARED[group] is not None
 
 

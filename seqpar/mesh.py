@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -21,9 +22,12 @@ from seqpar.errors import MeshError
 
 __all__ = ["GroupPool", "init_mesh"]
 
+_MOST_SHARING = 16
+"""Groups of a pool, of one rank, that share memory."""
+
 
 def init_mesh(
-    *, dp: int = 1, sp: int = 1, timeout: timedelta | None = None, share_memory: bool = False
+    *, dp: int = 1, sp: int = 1, timeout: timedelta | None = None, share_memory: bool = True
 ) -> DeviceMesh:
     """A mesh with the axes "dp" (whole streams) and "sp" (parts of one stream).
 
@@ -35,8 +39,9 @@ def init_mesh(
         dp: how many streams are worked on at once.
         sp: how many ranks one stream is scattered over.
         timeout: how long a collective may wait, if torch.distributed is initialised here.
-        share_memory: let the CUDA ranks of an "sp" group read each other's memory where they can;
-            small all_gathers then take half the time. See `seqpar.comm.share_memory`.
+        share_memory: let the CUDA ranks of an "sp" group read each other's memory, if all are on
+            one host and can: small all_gathers then take half the time. Costs 16 MiB a device and a
+            trial. Where they cannot, NCCL is used; `comm.shares_memory(group)` says which it is.
 
     Raises:
         MeshError: dp * sp is not the world size, or is not positive.
@@ -81,12 +86,14 @@ class GroupPool:
     """Process groups of the world, by their global ranks; each is made once and reused.
 
     Example: with 4 ranks, `pool.prepare([(0, 1), (2, 3), (0, 1, 2, 3)])` on all of them, and then
-    `pool.group((0, 1))` on ranks 0 and 1. `share_memory` is that of `init_mesh`, for each group.
+    `pool.group((0, 1))` on ranks 0 and 1. `share_memory` is that of `init_mesh`, for each group
+    until one of its ranks is in 16 groups that share: 256 MiB of each device at most.
     """
 
-    def __init__(self, *, share_memory: bool = False) -> None:
+    def __init__(self, *, share_memory: bool = True) -> None:
         self._groups: dict[tuple[int, ...], ProcessGroup | None] = {}
         self._share_memory = share_memory
+        self._shares: Counter[int] = Counter()
 
     def prepare(self, groups: Sequence[tuple[int, ...]]) -> None:
         """Make the groups that do not exist yet. Collective: the same argument on every rank.
@@ -101,9 +108,16 @@ class GroupPool:
             _check_ranks(tuple(ranks), world_size)
         for ranks in groups:
             if tuple(ranks) not in self._groups:
-                group = self._groups[tuple(ranks)] = _new_group(tuple(ranks))
-                if self._share_memory:
-                    comm.share_memory(group)
+                self._groups[tuple(ranks)] = self._made(tuple(ranks))
+
+    def _made(self, ranks: tuple[int, ...]) -> ProcessGroup | None:
+        group = _new_group(ranks)
+        # Every rank of the world counts for every rank, so that members decide alike.
+        most = max(self._shares[rank] for rank in ranks)
+        if self._share_memory and len(ranks) > 1 and most < _MOST_SHARING:
+            comm.share_memory(group)
+            self._shares.update(ranks)
+        return group
 
     def group(self, ranks: Sequence[int]) -> ProcessGroup | None:
         """The group of these global ranks; None for one rank alone.
@@ -133,6 +147,7 @@ class GroupPool:
             if isinstance(group, ProcessGroup):
                 dist.destroy_process_group(group)
         self._groups.clear()
+        self._shares.clear()
 
 
 def _check_ranks(ranks: tuple[int, ...], world_size: int) -> None:

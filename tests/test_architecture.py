@@ -15,7 +15,8 @@ ALLOWED = {
     "layout": {"errors"},
     "balance": {"errors", "layout"},
     "comm": {"errors", "layout", "kernels", "peer_memory"},
-    "peer_memory": {"kernels"},
+    "peer_memory": {"errors", "kernels", "peer_limit"},
+    "peer_limit": set(),
     "mesh": {"errors", "layout", "comm"},
     "kernels": {"errors", "layout"},
     "planners": {"errors"},
@@ -28,8 +29,8 @@ ALLOWED = {
 }
 # fmt: off
 TOP = {
-    "errors", "layout", "balance", "comm", "peer_memory", "mesh", "kernels", "ops", "batch",
-    "loss", "models", "adapters", "planners", "launch", "data", "training", "calibration",
+    "errors", "layout", "balance", "comm", "peer_limit", "peer_memory", "mesh", "kernels", "ops",
+    "batch", "loss", "models", "adapters", "planners", "launch", "data", "training", "calibration",
     "comparison", "ranks", "feedback", "report", "report_html", "console", "wrap", "parity",
     "commands",
 }

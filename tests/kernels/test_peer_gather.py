@@ -38,7 +38,7 @@ def _rank(rank: int, memories: list[Tensor], failures: Tensor) -> None:
         peer_gather_kernel[(min(BLOCKS, -(-words // TILE)),)](
             _message(rank, call, words), gathered, peers, words, CAPACITY,
             GIVES=rank in giving, SOURCES=sum(1 << source for source in reading[rank]),
-            RANK=rank, W=W, BLOCKS=BLOCKS, TILE=TILE,
+            RANK=rank, W=W, BLOCKS=BLOCKS, TILE=TILE, LIMITED=False,
         )  # fmt: skip
         for source in range(W):
             nothing = torch.full((words,), -1, dtype=torch.int32)
@@ -50,7 +50,7 @@ def _rank(rank: int, memories: list[Tensor], failures: Tensor) -> None:
 def test_ranks_read_what_their_sources_gave() -> None:
     if os.environ.get("TRITON_INTERPRET") != "1" or torch.cuda.is_available():
         pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported, and no GPU")
-    words = BLOCKS + 2 * BLOCKS * W + 2 * CAPACITY
+    words = 2 * BLOCKS + 2 * BLOCKS * W + 2 * CAPACITY
     memories = [torch.zeros(words, dtype=torch.int32).share_memory_() for _ in range(W)]
     failures = torch.zeros(W, dtype=torch.int32).share_memory_()
     context = mp.start_processes(_rank, (memories, failures), W, join=False, start_method="spawn")

@@ -8,6 +8,7 @@ graph gives what it gives eagerly; and one that is repeated from its recording g
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import sys
 import time
@@ -31,24 +32,36 @@ START = time.monotonic()
 
 def main() -> None:
     faulthandler.dump_traceback_later(float(sys.argv[1]) if sys.argv[1:] else LIMIT_S, exit=True)
+    logging.basicConfig()
+    logging.getLogger("seqpar.peer_memory").setLevel(logging.INFO)  # says why there is none
     world_size = int(os.environ["WORLD_SIZE"])
     group = init_mesh(sp=world_size)["sp"].get_group()
-    pool = GroupPool()
+    say("the mesh is made")
+    pool = GroupPool(share_memory=False)
     pool.prepare([tuple(range(world_size))])
-    over_nccl = pool.group(range(world_size))
-    if comm.share_memory(group):
+    _compare(group, pool.group(range(world_size)))
+    if world_size == 4:
+        pairs = init_mesh(dp=2, sp=2)["sp"].get_group()
+        pool.prepare([(0, 1), (2, 3)])
+        first = dist.get_rank() // 2 * 2
+        _compare(pairs, pool.group((first, first + 1)))
+    pool.close()
+    dist.destroy_process_group()
+
+
+def _compare(group: dist.ProcessGroup, over_nccl: dist.ProcessGroup) -> None:
+    size = group.size()
+    if comm.shares_memory(group):
         _gathers_like_nccl(group, over_nccl)
         _replays_like_nccl(group, over_nccl)
-        say("peer memory delivers what NCCL delivers")
+        say(f"peer memory delivers what NCCL delivers, {size} ranks")
     else:
         say("these devices cannot read each other's memory")
     for each, name in ((group, "peer memory"), (over_nccl, "NCCL")):
-        _layer_again(each, world_size)
-        say(f"a layer repeated from its recording gives what it gave, over {name}")
-        _layer_in_a_graph(each, world_size)
-        say(f"a captured layer gives what it gives eagerly, over {name}")
-    pool.close()
-    dist.destroy_process_group()
+        _layer_again(each, size)
+        say(f"a layer repeated from its recording gives what it gave, {size} ranks over {name}")
+        _layer_in_a_graph(each, size)
+        say(f"a captured layer gives what it gives eagerly, {size} ranks over {name}")
 
 
 def say(text: str) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
 
 def _torchrun(*script: str) -> str:
@@ -23,17 +24,25 @@ def _torchrun(*script: str) -> str:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 @pytest.mark.multigpu
 def test_peer_memory_and_graphs() -> None:
-    said = _torchrun(str(ROOT / "tests" / "ops" / "state_on_gpus.py"))
+    said = _torchrun(str(HERE / "state_on_gpus.py"))
     assert "a captured layer gives what it gives eagerly" in said
 
 
 @pytest.mark.multigpu
-@pytest.mark.parametrize("transport", [(), ("--share-memory",)], ids=["NCCL", "peer memory"])
+@pytest.mark.parametrize("how", ["eagerly", "replayed"])
+def test_a_rank_that_never_arrives_ends_the_others(how: str) -> None:
+    said = _torchrun(str(HERE / "late_rank_on_gpus.py"), how)
+    assert "rank 0 has waited 8 s for rank 1 in all_gather" in said
+    assert "rank 0 ended" in said
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("transport", [("--over-nccl",), ()], ids=["NCCL", "peer memory"])
 def test_every_exchange_against_float64(transport: tuple[str, ...]) -> None:
     script = str(ROOT / "benchmarks" / "bench_state.py")
     assert "correct: 48 of 48" in _torchrun(script, "--check-only", *transport)

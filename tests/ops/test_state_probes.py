@@ -18,7 +18,7 @@ from seqpar.ops.state_exchange import EXCHANGES
 from seqpar.ops.state_job import StateJob
 from seqpar.ops.state_lightning import LightningMixer
 from seqpar.ops.state_local import RankPart
-from seqpar.ops.state_steps import forward_steps
+from seqpar.ops.state_steps import backward_steps, forward_steps
 from tests.ops.cases import HEADS, KEY_DIM, VALUE_DIM, Stream, layouts, make_stream
 from tests.ranks import run_ranks
 from tests.simulator import simulate
@@ -36,6 +36,18 @@ def _forward(stream: Stream, layout: SequenceLayout, exchange: str) -> Tensor:
     return layout.unshard([item.o for item in done])
 
 
+def _backward(stream: Stream, layout: SequenceLayout, exchange: str) -> list[Tensor]:
+    """Gradients of q, k and v."""
+    ranks = range(layout.world_size)
+    mixer = LightningMixer(stream.log_decay)
+    inputs = [tuple(layout.shard(x, r) for x in stream.tensors) for r in ranks]
+    jobs = [StateJob(RankPart.of(mixer, layout, r, inputs[r]), exchange, False) for r in ranks]
+    done = simulate([forward_steps(jobs[r], inputs[r], None) for r in ranks])
+    steps = [backward_steps(jobs[r], done[r].kept, layout.shard(stream.do, r), None) for r in ranks]
+    found = [grads for grads, _ in simulate(steps)]
+    return [layout.unshard(list(parts)) for parts in zip(*found, strict=True)]
+
+
 @pytest.mark.parametrize("exchange", NAMES)
 def test_a_document_moves_no_other(exchange: str) -> None:
     stream = make_stream(BOUNDS, "fixed")
@@ -49,6 +61,21 @@ def test_a_document_moves_no_other(exchange: str) -> None:
             assert torch.equal(after[:, :start], before[:, :start])
             assert torch.equal(after[:, stop:], before[:, stop:])
             assert after[:, start:stop].isnan().all()
+
+
+@pytest.mark.parametrize("exchange", NAMES)
+def test_a_gradient_moves_no_other_document(exchange: str) -> None:
+    stream = make_stream(BOUNDS, "fixed")
+    for layout in layouts(BOUNDS, 4).values():
+        before = _backward(stream, layout, exchange)
+        for start, stop in ((9, 10), (10, 26)):
+            do = stream.do.clone()
+            do[:, start:stop] = torch.nan
+            after = _backward(replace(stream, do=do), layout, exchange)
+            for grad, was in zip(after, before, strict=True):
+                assert torch.equal(grad[:, :start], was[:, :start])
+                assert torch.equal(grad[:, stop:], was[:, stop:])
+                assert grad[:, start:stop].isnan().all()
 
 
 @pytest.mark.parametrize("exchange", NAMES)
