@@ -260,21 +260,30 @@ def cells(sources: Any, batches: int, models: Sequence[str]) -> dict[str, list[d
             times = (plan.makespan_ms, all_devices, one_degree)
             grouped.setdefault((name, context), []).append(times)
         for (name, context), times in grouped.items():
-            ours, all_devices, one_degree = (
-                math.fsum(column) for column in zip(*times, strict=True)
-            )
+            ours, all_devices, one_degree = zip(*times, strict=True)
+            speedup, error = ratio_of_sums(all_devices, ours)
             rows.append(
                 {
                     "model": model,
                     "context": context,
                     "lengths": name,
-                    "over_degree_64": all_devices / ours,
+                    "batches": len(ours),
+                    "over_degree_64": speedup,
+                    "standard_error": error,
                     "published_over_deepspeed": PUBLISHED[model, context][name],
-                    "over_best_degree_per_batch": one_degree / ours,
+                    "over_best_degree_per_batch": ratio_of_sums(one_degree, ours)[0],
                 }
             )
             show(rows[-1])
     return answers
+
+
+def ratio_of_sums(upper: Sequence[float], lower: Sequence[float]) -> tuple[float, float]:
+    """Σ upper / Σ lower, and its standard error over batches, by leaving out each in turn."""
+    count, above, below = len(lower), math.fsum(upper), math.fsum(lower)
+    without = [(above - a) / (below - b) for a, b in zip(upper, lower, strict=True)]
+    spread = statistics.pvariance(without) * (count - 1)
+    return above / below, math.sqrt(spread)
 
 
 def background(sources: Any) -> dict[str, float]:
@@ -350,6 +359,7 @@ def main() -> None:
     parts = ("quality", "scale", "background", "peers", "cells")
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--batches", type=int, default=3)
+    parser.add_argument("--cell-batches", type=int, default=48, help="of each of FlexSP's cells")
     names = ("commoncrawl", "github", "wikipedia")
     parser.add_argument("--lengths", nargs="+", choices=names, default=list(names))
     presets = ("flexsp-7b", "flexsp-13b", "flexsp-30b")
@@ -382,7 +392,7 @@ def main() -> None:
             found = peers(sources, seconds=options.seconds, cp_sat=cp_sat)
             results[part] = results.get(part, {}) | found
         else:
-            found = cells(sources, options.batches, options.models)
+            found = cells(sources, options.cell_batches, options.models)
             results[part] = {**results.get(part, {}), **found}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")

@@ -73,7 +73,8 @@ class DegreeComparison:
 class RunReport:
     """A whole run; losses in nats a token, times as their names say.
 
-    `steps` are the fields of a `StepReport` each, as a checkpoint keeps them.
+    `steps` are the fields of a `StepReport` each, as a checkpoint keeps them. `weights_sha256` is
+    `seqpar.determinism.weights_digest` of the trained model.
     """
 
     name: str
@@ -90,6 +91,7 @@ class RunReport:
     prediction_error: float
     settings: dict[str, Any]
     steps: Sequence[dict[str, Any]]
+    weights_sha256: str
 
     @property
     def speedup_over_fixed_degree(self) -> float:

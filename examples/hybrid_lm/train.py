@@ -25,6 +25,7 @@ from seqpar.calibration import calibrate_model
 from seqpar.comparison import FixedDegreeRival
 from seqpar.console import TrainingConsole
 from seqpar.data import DocumentSampler, PlannedStep, PlannedSteps, limit_documents, recorded_plans
+from seqpar.determinism import use_deterministic_algorithms, weights_digest
 from seqpar.errors import ParityError
 from seqpar.feedback import CostFeedback
 from seqpar.launch.context import RunContext, current_run
@@ -62,7 +63,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--replay", type=Path, help="plans.jsonl of an earlier run")
+    parser.add_argument(
+        "--replay", type=Path, help="plans.jsonl of an earlier run; implies --deterministic"
+    )
+    parser.add_argument(
+        "--deterministic", action="store_true", help="the same plans give the same bits on CUDA"
+    )
     return parser.parse_args()
 
 
@@ -268,7 +274,8 @@ class HybridLM:
                 f"{comparison.speedup:.2f} times as fast as degree {comparison.fixed_degree} for "
                 f"all, the best fixed degree, on {comparison.batches} of these batches, as measured"
             )
-        notes = self.state.notes
+        notes, digest = self.state.notes, weights_digest(self.state.model)
+        self.screen.say(f"weights after {self.state.step} steps: SHA-256 {digest}")
         report = RunReport(
             name=self.run.run_dir.name,
             heldout_loss_first=notes["heldout"][0][1],
@@ -284,6 +291,7 @@ class HybridLM:
             prediction_error=prediction_error(notes["steps"]),
             settings={key: str(value) for key, value in vars(self.settings).items()},
             steps=notes["steps"],
+            weights_sha256=digest,
         )
         report.write(self.run.run_dir)
         self.screen.say(
@@ -300,7 +308,10 @@ def prediction_error(steps: Sequence[dict[str, Any]]) -> float:
 def main() -> None:
     run = current_run()
     run.run_dir.mkdir(parents=True, exist_ok=True)
-    HybridLM(parse_arguments(), run).main()
+    settings = parse_arguments()
+    if settings.deterministic or settings.replay:
+        use_deterministic_algorithms()
+    HybridLM(settings, run).main()
     dist.destroy_process_group()
 
 

@@ -15,8 +15,8 @@ LARGEST = 1e18
 REALS = ("_ms", "_bytes", "_token", "gib_per_s", "overlap")
 INTEGERS = ("degree", "nodes", "heads")
 NAMES = ("name", "kind", "strategy")
-MAY_BE_LEFT_OUT = ("exchanges", "links", "heads", "max_degree", "errors")
-"""Of a file: an empty list, no limit, no fit. Constants may not."""
+MAY_BE_LEFT_OUT = ("heads", "max_degree", "errors")
+"""Of a file: no limit, no fit. Constants may not, nor the lists that hold them."""
 
 
 def check_constants(value: Any, what: str) -> None:
@@ -50,7 +50,8 @@ def fields_of(kind: type[Any], data: object, what: str) -> dict[str, Any]:
     known = {entry.name: entry for entry in fields(kind)}
     for name in sorted(known.keys() - data.keys() - set(MAY_BE_LEFT_OUT)):
         default = known[name].default
-        usual = "" if default is MISSING else f" ({default:g} if there is none)"
+        none = "[]" if default == () else "0"
+        usual = "" if default is MISSING else f" ({none} if there is none)"
         raise PlanError(f"{what} lacks {name!r}: add it{usual}")
     for name in sorted(data.keys() - known.keys()):
         raise PlanError(f"{what} has an unknown entry {name!r}: it knows {sorted(known)}")

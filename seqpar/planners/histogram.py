@@ -63,7 +63,8 @@ class LengthHistogram:
             if isinstance(error, PlanError):
                 raise PlanError(f"histogram {path}: {error}") from error
             raise PlanError(
-                f"{path} is no histogram: a JSON object with edges_tokens and counts ({error!r})"
+                f"{path} is no histogram: a JSON object with the lists of integers edges_tokens "
+                f"and counts ({error})"
             ) from error
 
     @classmethod

@@ -192,11 +192,14 @@ class ScatterProblem:
         fixed = cost.memory_fixed_bytes + cost.memory_sharded_bytes / cluster.devices
         needed = -(-longest // degree) * cost.memory_bytes_per_token + fixed
         changes = [
-            f"give each device {needed / GIB:.4g} GiB (now {cluster.memory_bytes / GIB:.4g})"
+            f"give each device {_rounded_up(needed / GIB)} GiB "
+            f"(now {cluster.memory_bytes / GIB:.4g})"
         ]
         larger = self._degree_that_holds(longest, degree)
-        if larger:
+        if larger and larger <= cluster.devices:
             changes.append(f"allow groups of {larger} devices (now at most {degree})")
+        elif larger:
+            changes.append(f"take {larger} devices as one group (now {cluster.devices} in all)")
         if available:
             changes.append(f"cut the sequence to {available} tokens")
         return InfeasiblePlanError(
@@ -209,6 +212,12 @@ class ScatterProblem:
 
 
 MAX_DEGREE = 2**16
+
+
+def _rounded_up(number: float) -> str:
+    """Four digits of a positive number, and not less than it."""
+    unit = 10.0 ** (math.floor(math.log10(number)) - 3)
+    return f"{math.ceil(number / unit) * unit:.4g}"
 
 
 def _checked_lengths(lengths: Iterable[int]) -> tuple[int, ...]:

@@ -105,6 +105,7 @@ def test_bad_cost_files_are_named(change: dict[str, object], match: str, tmp_pat
 @pytest.mark.parametrize(
     ("part", "name"),
     [("", "fixed_ms"), ("", "memory_bytes_per_token"), ("", "memory_sharded_bytes")]
+    + [("", "layers"), ("", "exchanges"), ("", "links")]
     + [("layers", name) for name in LAYER]
     + [("exchanges", name) for name in EXCHANGE if name not in ("heads", "max_degree")]
     + [("links", name) for name in LINK],

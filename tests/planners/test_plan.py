@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -113,8 +114,25 @@ def test_a_sequence_that_fits_nowhere_says_what_would_help() -> None:
     with pytest.raises(InfeasiblePlanError, match=r"sequence 1 has 70000 tokens.*holds 65536") as e:
         ScatterProblem((5, 70_000), Cluster(devices=4, memory_bytes=16384.0), SMALL)
     assert (e.value.needed_tokens, e.value.available_tokens) == (70_000, 65_536)
-    assert "allow groups of 8 devices" in str(e.value)
+    assert "take 8 devices as one group (now 4 in all)" in str(e.value)
     assert "cut the sequence to 65536" in str(e.value)
+    with pytest.raises(InfeasiblePlanError, match=r"allow groups of 8 devices \(now at most 4\)"):
+        ScatterProblem(
+            (70_000,), Cluster(devices=8, memory_bytes=16384.0, degrees=(1, 2, 4)), SMALL
+        )
+
+
+def test_the_memory_that_would_help_does() -> None:
+    """What the refusal names, to the digit: it is rounded up, for any length."""
+    for length in (70_000, 71_003, 123_457, 999_999):
+        with pytest.raises(InfeasiblePlanError) as error:
+            ScatterProblem((length,), Cluster(devices=4, memory_bytes=16384.0), SMALL)
+        named = re.search(r"give each device ([\d.e+-]+) GiB", str(error.value))
+        assert named
+        enough = float(named[1]) * 2**30
+        ScatterProblem((length,), Cluster(devices=4, memory_bytes=enough), SMALL)
+        with pytest.raises(InfeasiblePlanError):
+            ScatterProblem((length,), Cluster(devices=4, memory_bytes=0.998 * enough), SMALL)
 
 
 @pytest.mark.parametrize(
