@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +71,7 @@ def calibrate_model(
     longest_tokens: int | None = None,
     limit_s: float = 20.0,
     seed: int = 0,
+    on_progress: Callable[[str], None] | None = None,
 ) -> Calibration:
     """Time forward and backward by degree and length on all ranks, and fit the constants.
 
@@ -86,17 +87,23 @@ def calibrate_model(
         limit_s: once measuring has taken so long, a degree is measured on as few shapes as tell
             its constants: 3 at the first degree, 2 at the others, instead of 4. First runs that
             compile kernels are what takes long.
+        on_progress: told what was measured, as it goes.
     """
     start = time.perf_counter()
+    say = on_progress or (lambda _: None)
     rows: list[GroupMeasurement] = []
     first_ms: list[float] = []
     probe = _Probe(executor, vocab_size, torch.Generator().manual_seed(seed))
     probe.once(1, (64,))  # makes gradients and workspaces
+    say("64 tokens run")
     memory = memory_use(executor, vocab_size=vocab_size, tokens=MEMORY_TOKENS)
+    say(f"{memory.bytes_per_token / 2**10:,.0f} KiB a token")
     if longest_tokens is None:
         longest_tokens = _telling_tokens(probe, memory)
+    say(f"longest document: {longest_tokens:,} tokens at degree 1")
     for degree in degrees:
         probe.once(degree, (64 * degree,))  # cut over its ranks: connects them, warms up
+        say(f"degree {degree} runs")
         fewest = FEWEST_SHAPES if rows else FEWEST_SHAPES_FIRST
         for count, lengths in enumerate(measured_shapes(degree, longest_tokens)):
             late = time.perf_counter() - start > limit_s
@@ -105,6 +112,8 @@ def calibrate_model(
             first, ms = probe.first_and_steady_ms(degree, lengths)
             first_ms.append(first)
             rows.append(GroupMeasurement(degree=degree, lengths=lengths, ms=ms))
+            tokens = f"{sum(lengths):,} tokens of {len(lengths)} documents"
+            say(f"degree {degree}, {tokens}: {ms:,.1f} ms, the first time {first:,.0f}")
     executor.model.zero_grad(set_to_none=True)
     cost = fit(
         rows,

@@ -7,6 +7,7 @@ for the model to be planned; for a model of your own, call `seqpar.calibration.c
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -47,6 +48,7 @@ class CalibrationJob:
         longest_tokens: the longest document at degree 1; None as in `calibrate_model`.
         precision: "float32", or "bfloat16" for torch.autocast over float32 parameters.
         message_bytes: sizes of the collectives.
+        talk: rank 0 says on stderr what it measures, as it goes.
     """
 
     ranks: int = 2
@@ -59,6 +61,7 @@ class CalibrationJob:
     longest_tokens: int | None = None
     precision: str = "float32"
     message_bytes: tuple[int, ...] = (2**14, 2**18, 2**22)
+    talk: bool = False
 
     @property
     def degrees(self) -> tuple[int, ...]:
@@ -114,6 +117,9 @@ def calibrate_machine(job: CalibrationJob, *, timeout_s: float = 300.0) -> Machi
 
 
 def _measure(rank: int, job: CalibrationJob) -> tuple[Calibration, tuple[Collective, ...]]:
+    say = _say if job.talk and rank == 0 else None
+    if say:
+        say("the ranks are connected")
     cuda = job.device == "cuda"
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     torch.manual_seed(0)
@@ -132,6 +138,7 @@ def _measure(rank: int, job: CalibrationJob) -> tuple[Calibration, tuple[Collect
         vocab_size=job.vocabulary,
         longest_tokens=job.longest_tokens,
         limit_s=LIMIT_S,
+        on_progress=say,
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     fixed = calibration.cost.memory_fixed_bytes + STATE_BYTES_PER_PARAMETER * parameters
@@ -139,6 +146,10 @@ def _measure(rank: int, job: CalibrationJob) -> tuple[Calibration, tuple[Collect
     collectives = tuple(_collectives(rank, job, pool, device))
     pool.close()
     return replace(calibration, cost=cost), collectives
+
+
+def _say(what: str) -> None:
+    print(f"{time.strftime('%T')} {what}", file=sys.stderr, flush=True)
 
 
 def _decoder(job: CalibrationJob) -> Any:

@@ -1,18 +1,21 @@
 """A short planned training of a hybrid decoder, recorded or replayed: its losses and weights.
 
-    torchrun --nproc-per-node 2 -m tests.replayed_training --plans plans.jsonl --out run.json
-    torchrun --nproc-per-node 2 -m tests.replayed_training --plans plans.jsonl --replay --out ...
+    torchrun --nproc-per-node 2 -m tests.replayed_training --plans p.jsonl --out a.json --again 1
+    torchrun --nproc-per-node 2 -m tests.replayed_training --plans p.jsonl --out b.json --replay
 
 Softmax and lightning layers, on CUDA over NCCL (else gloo), in float32 or under bfloat16 autocast;
 deterministic unless told otherwise. Plans take turns between a ring and Ulysses. Rank 0 writes
-what happened as JSON, floats in full.
+what happened in each run as JSON, floats in full. Ranks say what they do as they go, and where
+they stand if they have not ended within a minute.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,29 @@ from seqpar.planners import (
 from seqpar.training import PlanExecutor
 
 STEPS = 4
+LATE_S = 60
+
+
+def train_again(
+    rank: int,
+    plans: Path,
+    replay: bool,
+    again: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> list[dict[str, Any]]:
+    """A training, and then `again` replays of its plans: fresh models on the same ranks."""
+    runs = []
+    for run in range(1 + again):
+        say(f"{'replay' if replay or run else 'recorded run'} begins")
+        runs.append(train(rank, plans, replay or run > 0, dtype=dtype, device=device))
+    return runs
+
+
+def say(what: str) -> None:
+    """A line with this rank and the time of day, at once."""
+    print(f"{time.strftime('%T')} rank {os.environ.get('RANK', '0')}: {what}\n", end="", flush=True)
 
 
 def train(
@@ -74,7 +100,9 @@ def train(
     for _ in range(STEPS):
         planned = next(steps)
         drawn = [documents[i] for i in planned.documents]
-        losses.append(executor.forward_backward(planned.plan, drawn).loss.hex())
+        result = executor.forward_backward(planned.plan, drawn)
+        losses.append(result.loss.hex())
+        say(f"step {planned.step}: loss {result.loss:.6f}, {result.step_ms:,.0f} ms")
         groups += [(g.degree, g.strategy) for m in planned.plan.micro_batches for g in m.groups]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -133,10 +161,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plans", type=Path, required=True)
     parser.add_argument("--replay", action="store_true")
+    parser.add_argument("--again", type=int, default=0, help="replays after it, on the same ranks")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--any-order", action="store_true", help="torch's default algorithms")
     options = parser.parse_args()
+    faulthandler.dump_traceback_later(LATE_S, repeat=True)
+    say("has its imports")
     if not options.any_order:
         use_deterministic_algorithms()
     mesh = init_mesh(sp=int(os.environ["WORLD_SIZE"]))
@@ -144,11 +175,15 @@ def main() -> None:
     if mesh.device_type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     rank, dtype = dist.get_rank(), getattr(torch, options.dtype)
-    found = train(rank, options.plans, options.replay, dtype=dtype, device=device)
+    say(f"is connected, on {device}")
+    runs = train_again(
+        rank, options.plans, options.replay, options.again, dtype=dtype, device=device
+    )
     if rank == 0:
-        options.out.write_text(json.dumps(found) + "\n")
-        print(json.dumps(found), flush=True)
+        options.out.write_text(json.dumps(runs) + "\n")
+        print(json.dumps(runs), flush=True)
     dist.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The same plans give the same bits: a recorded run and two replays of it, each on fresh ranks."""
+"""The same plans give the same bits: a run, its replay on those ranks, and one on fresh ranks."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,66 +16,71 @@ import torch
 
 from seqpar.determinism import use_deterministic_algorithms, weights_digest
 from tests.ranks import run_ranks
-from tests.replayed_training import STEPS, train
+from tests.replayed_training import STEPS, train_again
 
 ROOT = Path(__file__).parent.parent
+LIMIT_S = 120
 
 
-def _check(run: Callable[[bool], dict[str, Any]], *, ranks: int) -> None:
-    recorded = run(False)
+Runs = list[dict[str, Any]]
+
+
+def _check(run: Callable[[bool, int], Runs], *, ranks: int) -> None:
+    """`run(replay, again)`: a training and so many replays of it, on ranks of its own."""
+    recorded, *replays = run(False, 1)
     assert len(recorded["losses"]) == STEPS
     assert len(set(recorded["losses"])) == STEPS, "the steps differ"
     assert len(set(recorded["weights"])) == 1, "ranks hold the same weights"
     groups = {tuple(group) for group in recorded["groups"]}
     expected = {(1, "local")} if ranks == 1 else {(1, "local"), (2, "ring"), (2, "ulysses")}
     assert groups == expected
-    for _ in range(2):
-        assert run(True) == recorded
+    replays += run(True, 0)
+    assert replays == [recorded] * 2
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_replays_repeat_every_bit(ranks: int, tmp_path: Path) -> None:
     plans = tmp_path / "plans.jsonl"
-    _check(lambda replay: run_ranks(ranks, train, plans, replay)[0], ranks=ranks)
+    _check(lambda *how: run_ranks(ranks, train_again, plans, *how)[0], ranks=ranks)
 
 
-def _on_gpus(ranks: int, dtype: str, plans: Path, replay: bool) -> dict[str, Any]:
-    """A run of its own: torchrun, NCCL, a GPU for each rank."""
-    out = plans.with_name("run.json")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), "-m", "tests.replayed_training"]
-    command += ["--plans", str(plans), "--out", str(out), "--dtype", dtype]
-    done = subprocess.run(
-        command + ["--replay"] * replay,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
-            "OMP_NUM_THREADS": "1",
-        },
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(out.read_text())
+def _on_gpus(ranks: int, dtype: str, plans: Path, replay: bool, again: int) -> Runs:
+    """torchrun, NCCL, a GPU for each rank. What ranks say is not kept back: see it with -s."""
+    out = plans.with_name("runs.json")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
+    command += ["-m", "tests.replayed_training", "--plans", str(plans), "--out", str(out)]
+    command += ["--dtype", dtype, "--again", str(again), *["--replay"] * replay]
+    search = os.pathsep.join([str(ROOT), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, cwd=ROOT) as torchrun:
+        try:
+            assert torchrun.wait(LIMIT_S) == 0
+        finally:
+            torchrun.terminate()  # and not killed: it has ranks to end
+    runs: Runs = json.loads(out.read_text())
     out.unlink()
-    return found
+    return runs
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_replays_repeat_every_bit_on_one_gpu(dtype: str, tmp_path: Path) -> None:
     plans = tmp_path / "plans.jsonl"
-    _check(lambda replay: _on_gpus(1, dtype, plans, replay), ranks=1)
+    _check(lambda *how: _on_gpus(1, dtype, plans, *how), ranks=1)
 
 
 @pytest.mark.multigpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_replays_repeat_every_bit_on_two_gpus(dtype: str, tmp_path: Path) -> None:
     plans = tmp_path / "plans.jsonl"
-    _check(lambda replay: _on_gpus(2, dtype, plans, replay), ranks=2)
+    _check(lambda *how: _on_gpus(2, dtype, plans, *how), ranks=2)
 
 
 def test_a_digest_tells_weights_apart() -> None:

@@ -68,6 +68,7 @@ def command(
         softmax_every=softmax_every,
         longest_tokens=longest_tokens,
         precision=precision,
+        talk=True,
     )
     if not os.access(Path(out).parent, os.W_OK):  # said before the measuring, not after
         raise PlanError(f"cannot write the cost file {out}: no such folder, or no right to write")
