@@ -63,6 +63,7 @@ __all__ = [
     "group_size",
     "report_saved",
     "share_memory",
+    "shared_bytes",
     "shares_memory",
 ]
 
@@ -189,8 +190,13 @@ def share_memory(group: ProcessGroup | None, *, max_bytes: int = 8 * 2**20) -> b
 
 def shares_memory(group: ProcessGroup | None, num_bytes: int = 0) -> bool:
     """Whether `share_memory` is in force for the group, and for messages of so many bytes."""
+    return 0 < shared_bytes(group) >= num_bytes
+
+
+def shared_bytes(group: ProcessGroup | None) -> int:
+    """The largest message that memory shared by the group carries; 0 if it shares none."""
     peers = _SHARED.get(group) if _SHARED and group is not None else None
-    return peers is not None and num_bytes <= peers.capacity_bytes
+    return 0 if peers is None else peers.capacity_bytes
 
 
 def all_gather_async(x: Tensor, group: ProcessGroup | None) -> Pending[Tensor]:

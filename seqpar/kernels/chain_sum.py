@@ -11,17 +11,18 @@ travels. Each G belongs to N / P neighbouring elements of S.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqpar.kernels.recorder import not_recorded
+from seqpar.kernels.launch import Launch
 
 __all__ = ["ChainTable", "can_sum", "chain_sums"]
 
 _BLOCK = 1024
+_ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class ChainTable:
     """[L]: the row of each link's message."""
     tokens: Tensor
     """[L]: tokens of each link."""
+    launches: dict[tuple[object, ...], Launch] = field(default_factory=dict, compare=False)
+    """By what they depend on."""
 
     @classmethod
     def of(
@@ -50,8 +53,8 @@ class ChainTable:
         padded = [[*part, *[0] * (-len(part) % 4)] for part in parts]
         table = torch.tensor([x for part in padded for x in part], dtype=torch.int32).to(device)
         rooms = torch.split(table, [len(part) for part in padded])
-        views = (room[: len(part)] for room, part in zip(rooms, parts, strict=True))
-        return cls(len(bounds), *views)
+        entered, rows, counts = (x[: len(part)] for x, part in zip(rooms, parts, strict=True))
+        return cls(len(bounds), entered, rows, counts)
 
 
 def can_sum(messages: Tensor) -> bool:
@@ -76,33 +79,44 @@ def chain_sums(
         log_decay: [...] (a leading part of state_shape without B) float32: fixed log decay of one
             token; None: none, or it travels.
     """
-    import triton
+    if log_decay is not None:
+        log_decay = log_decay.float().contiguous()
+        if log_decay.data_ptr() % _ALIGNMENT:
+            log_decay = log_decay.clone()
+    entries = messages.new_empty(table.num_entries, *state_shape)
+    rates = None if log_decay is None else log_decay.numel()
+    key = (state_shape, messages.shape[1], carries, rates)
+    if key not in table.launches:
+        table.launches[key] = _launch(table, *key)
+    tensors = (messages, entries) if log_decay is None else (messages, log_decay, entries)
+    table.launches[key](*tensors)
+    return entries
 
+
+def _launch(
+    table: ChainTable, state_shape: tuple[int, ...], width: int, carries: bool, rates: int | None
+) -> Launch:
+    """The launch for messages of so many elements, and so many rates of a fixed decay."""
     from seqpar.kernels.chain_sum_kernel import chain_sum_kernel
 
-    not_recorded("chain_sums is launched through Triton")
-    numel, batch = math.prod(state_shape), state_shape[0]
-    width = messages.shape[1]
-    entries = messages.new_empty(table.num_entries, *state_shape)
+    numel = math.prod(state_shape)
+    row_numel = numel // state_shape[0]
     share = numel
     if carries:
         share = numel // (width - numel)
-    elif log_decay is not None:
-        share = numel // batch // log_decay.numel()
-    kernel: Any = chain_sum_kernel
-    kernel[(triton.cdiv(numel, _BLOCK), table.num_entries)](
-        messages,
-        None if log_decay is None else log_decay.float().contiguous(),
-        entries,
-        table.bounds,
-        table.slots,
-        table.tokens,
-        numel,
-        width,
-        numel // batch,
-        share,
-        CARRIES=carries,
-        BLOCK=_BLOCK,
-        num_warps=4,
-    )
-    return entries
+    elif rates is not None:
+        share = row_numel // rates
+    fixed: dict[str, Any] = {
+        "p_bounds": table.bounds,
+        "p_slots": table.slots,
+        "p_tokens": table.tokens,
+        "numel": numel,
+        "width": width,
+        "row_numel": row_numel,
+        "share": share,
+        "CARRIES": carries,
+        "BLOCK": _BLOCK,
+    }
+    if rates is None:
+        fixed["p_decay"] = None
+    return Launch(chain_sum_kernel, (-(-numel // _BLOCK), table.num_entries), fixed=fixed)

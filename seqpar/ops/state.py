@@ -159,6 +159,7 @@ def _plan(
         exchange,
         overlap,
         link or default_link(group),
+        comm.shared_bytes(group),
     )
     if check:
         what = (_fingerprint(layout), exchange, initial_state is None, _row_shapes(inputs))

@@ -45,6 +45,7 @@ def call_plan(
     exchange: str,
     overlap: bool | None,
     link: Link,
+    shared_bytes: int = 0,
 ) -> CallPlan:
     """The plan of a call.
 
@@ -54,6 +55,7 @@ def call_plan(
         initial_shape: of the initial state, if there is one.
         exchange, overlap: as the caller gave them; "auto" and None are decided here.
         link: what joins the ranks.
+        shared_bytes: the largest message that an all_gather moves over memory that peers read.
     """
     problem = _problem(kind, layout, group, [shape for shape, _ in inputs], initial_shape, exchange)
     if problem is not None:
@@ -63,7 +65,17 @@ def call_plan(
     if overlap is None:
         overlap = choice.estimates_ms[exchange] >= MIN_OVERLAP_MS
     (shape, dtype), rank = inputs[0], group[1]
-    return CallPlan(None, exchange, rank_plan(kind, layout, rank, shape[0], dtype, device, overlap))
+    arguments = (kind, layout, rank, shape[0], dtype, device, overlap)
+    plan = rank_plan(*arguments)
+    if exchange == "all_gather" and 0 < _message_bytes(plan) <= shared_bytes:
+        plan = rank_plan(*arguments, whole=True)
+    return CallPlan(None, exchange, plan)
+
+
+def _message_bytes(plan: RankPlan) -> int:
+    """Of the larger all_gather, forward or backward."""
+    scans = (plan.forward_scan, plan.backward_scan)
+    return max(x.chain.most_givers * x.numel * x.dtype.itemsize for x in scans)
 
 
 def _problem(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from seqpar import comm
 from seqpar.ops.state_chain import LinkState, decayed
-from seqpar.ops.state_scan import Entries, Scan, ScanPlan, select_heads
+from seqpar.ops.state_scan import Entries, Scan, ScanPlan, put_heads, select_heads
 from seqpar.ops.steps import Steps, Swap
 
 __all__ = ["log_step_states"]
@@ -98,5 +98,6 @@ def _extended(
     if heads is None:
         return LinkState(before.state + decayed(found.state, gap), None)
     state = before.state.clone()
-    state[:, heads] += decayed(found.state, None if gap is None else select_heads(gap, heads))
+    added = decayed(found.state, None if gap is None else select_heads(gap, heads))
+    put_heads(state, heads, select_heads(state, heads) + added)
     return LinkState(state, None)

@@ -13,7 +13,7 @@ from torch import Tensor
 from seqpar import comm
 from seqpar.kernels.chain_sum import can_sum, chain_sums
 from seqpar.ops.state_chain import decayed
-from seqpar.ops.state_scan import Entries, Scan, ScanPlan
+from seqpar.ops.state_scan import Entries, Scan, ScanPlan, put_heads
 from seqpar.ops.steps import AllGather, Steps, Swap, Together
 
 __all__ = ["all_gather_states", "entry_of", "gathering"]
@@ -24,8 +24,9 @@ def all_gather_states(scan: Scan) -> Steps[Entries]:
 
     Bytes received per rank: (W - 1) * M * 4 * B * (H' * K * V + H' if the decay is per token), M
     the most giving links on one rank, H' the heads that are not cut off. Heads that are cut off
-    cost one state for each taking link, point to point. Over memory that peers read, only messages
-    of ranks whose links' states enter here are received: in place of W - 1, as many as those are.
+    cost one state for each taking link, point to point. Over memory that peers read, states stay
+    whole, and only messages of ranks are received whose links' states enter here with a head that
+    still matters: H for H', and in place of W - 1 as many as those are.
 
     Source: LASP-2, arXiv 2502.07563; LASP+, arXiv 2501.08313 section 3.2.
     """
@@ -48,6 +49,9 @@ def all_gather_states(scan: Scan) -> Steps[Entries]:
 
 def gathering(plan: ScanPlan, message: Tensor) -> AllGather:
     """The request for what enters this rank's links."""
+    if plan.saved_messages:
+        saved = plan.saved_messages * plan.chain.most_givers * plan.numel * plan.dtype.itemsize
+        comm.report_saved("all_gather", saved)
     return AllGather(message, gives=plan.gives, sources=plan.sources)
 
 
@@ -85,9 +89,10 @@ def _prefixes(scan: Scan, gathered: Tensor) -> Entries:
     if not plan.takers:
         return {}
     messages = gathered
-    if chain.most_givers > 1 or not plan.has_one_source:
+    sums_up = can_sum(gathered) and not _is_half(plan, gathered)
+    if chain.most_givers > 1 or not plan.has_one_source or sums_up:
         messages = gathered.view(chain.world_size * chain.most_givers, plan.numel)
-    if not plan.has_one_source and can_sum(messages):
+    if sums_up:
         sums = chain_sums(
             messages,
             plan.chain_table,
@@ -104,10 +109,14 @@ def entry_of(plan: ScanPlan, gathered: Tensor, log_decay: Tensor | None) -> Tens
     if not plan.takers:
         return None
     (link,) = plan.takers
-    if plan.has_one_source:
-        entry = gathered[plan.chain.slots[link - 1]]
-        return entry.clone() if len(gathered) > 2 else entry
+    if _is_half(plan, gathered):
+        return gathered[plan.chain.slots[link - 1]]
     return _prefixes(Scan(plan, {}, log_decay), gathered)[link]
+
+
+def _is_half(plan: ScanPlan, gathered: Tensor) -> bool:
+    """Whether each entry is one of two gathered messages, which need not be copied out of them."""
+    return plan.has_one_source and len(gathered) * plan.chain.most_givers <= 2
 
 
 def _prefix(scan: Scan, link: int, messages: Tensor) -> Tensor:
@@ -132,5 +141,5 @@ def _joined(near: list[int], nears: Tensor, far: list[int], fars: Tensor) -> Ten
     """One state of all heads from two of some heads each."""
     state = nears.new_empty(nears.shape[0], len(near) + len(far), *nears.shape[2:])
     for heads, part in ((near, nears), (far, fars)):
-        state[:, heads] = part
+        put_heads(state, heads, part)
     return state

@@ -39,9 +39,11 @@ class RankPart:
         inputs: Inputs,
         *,
         overlap: bool = True,
+        whole: bool = False,
     ) -> RankPart:
         """The part of a rank that holds these inputs."""
-        return cls(mixer, plan_for(mixer.kind(inputs), layout, rank, inputs, overlap=overlap))
+        kind = mixer.kind(inputs)
+        return cls(mixer, plan_for(kind, layout, rank, inputs, overlap=overlap, whole=whole))
 
     @property
     def places(self) -> RankPlaces:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from seqpar.ops.state_chain import StateChain, decayed
-from seqpar.ops.state_scan import Entries, Scan, ScanPlan, select_heads
+from seqpar.ops.state_scan import Entries, Scan, ScanPlan, put_heads, select_heads
 from seqpar.ops.steps import Steps, Swap
 
 __all__ = ["chain_states", "pipelined_chain_states"]
@@ -66,11 +66,8 @@ class _Part:
 
     def assign(self, x: Tensor, value: Tensor) -> None:
         """x's part = value."""
-        heads = slice(None) if self.heads is None else self.heads
-        if x.ndim > 2:
-            x[:, heads, self.rows] = value
-        else:
-            x[:, heads] = value
+        part = x[:, :, self.rows] if x.ndim > 2 else x
+        put_heads(part, list(range(x.shape[1])) if self.heads is None else self.heads, value)
 
 
 @dataclass(frozen=True)

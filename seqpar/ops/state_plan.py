@@ -24,11 +24,17 @@ _LATER_SHARE = 0.125
 
 
 def plan_for(
-    kind: StateKind, layout: SequenceLayout, rank: int, inputs: Inputs, *, overlap: bool
+    kind: StateKind,
+    layout: SequenceLayout,
+    rank: int,
+    inputs: Inputs,
+    *,
+    overlap: bool,
+    whole: bool = False,
 ) -> RankPlan:
     """The plan of a rank for inputs [B, T, ...] of this shape, dtype and device."""
     x = inputs[0]
-    return rank_plan(kind, layout, rank, x.shape[0], x.dtype, x.device, overlap)
+    return rank_plan(kind, layout, rank, x.shape[0], x.dtype, x.device, overlap, whole)
 
 
 @lru_cache(maxsize=512)
@@ -40,11 +46,12 @@ def rank_plan(
     dtype: torch.dtype,
     device: torch.device,
     overlap: bool,
+    whole: bool = False,
 ) -> RankPlan:
     """The plan of a rank: the same object for every call that is alike."""
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     places = places_of(layout, rank)
-    return RankPlan(kind, layout, rank, places, batch, state_dtype, device, overlap)
+    return RankPlan(kind, layout, rank, places, batch, state_dtype, device, overlap, whole)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +68,8 @@ class RankPlan:
     device: torch.device
     overlap: bool
     """Add states that arrive late afterwards, where the mixer can, instead of waiting for them."""
+    whole: bool = False
+    """States travel with all heads, from where any head still matters: one all_gather does it."""
 
     @cached_property
     def is_empty(self) -> bool:
@@ -93,6 +102,7 @@ class RankPlan:
             dtype=self.state_dtype,
             device=self.device,
             host_log_decay=self.kind.host_log_decay,
+            whole=self.whole,
         )
 
     @cached_property

@@ -19,7 +19,7 @@ from seqpar.kernels.chain_sum import ChainTable
 from seqpar.kernels.entry_product import LOG_FLOOR
 from seqpar.ops.state_chain import LinkState, StateChain
 
-__all__ = ["Entries", "Scan", "ScanPlan", "select_heads"]
+__all__ = ["Entries", "Scan", "ScanPlan", "put_heads", "select_heads"]
 
 Entries = dict[int, Tensor]
 """By link index: the state that enters. Links that take nothing are absent."""
@@ -45,6 +45,8 @@ class ScanPlan:
     device: torch.device
     host_log_decay: tuple[float, ...] | None = None
     """Fixed log decay by head, on the host: heads that have decayed are not sent. None: all are."""
+    whole: bool = False
+    """States travel with all heads: who takes leaves out links of which no head still matters."""
 
     @cached_property
     def own_links(self) -> list[int]:
@@ -70,6 +72,8 @@ class ScanPlan:
     @cached_property
     def far_heads(self) -> list[int] | None:
         """Heads that still matter beyond some link that they pass; None: no head is cut off."""
+        if self.whole:
+            return None
         passing = [link.num_tokens for link in self.chain.links if link.passes]
         if self.host_log_decay is None or not passing:
             return None
@@ -102,9 +106,20 @@ class ScanPlan:
     def first_source(self, link: int) -> int:
         """The first link whose state enters this one, which takes; all between them do too."""
         first = link - 1
-        while self.chain.links[first].passes:
+        while self.chain.links[first].passes and self._matters(first - 1, link):
             first -= 1
         return first
+
+    def _matters(self, source: int, target: int) -> bool:
+        """Whether a state that goes whole is wanted: some head of it has not decayed."""
+        return not self.whole or self.heads_between(source, target) != []
+
+    @cached_property
+    def saved_messages(self) -> int:
+        """Messages of M links that an all_gather of states as a whole does without."""
+        if not self.whole:
+            return 0
+        return len(replace(self, whole=False).sources) - len(self.sources)
 
     @cached_property
     def has_one_source(self) -> bool:
@@ -230,7 +245,26 @@ class Scan:
 
 
 def select_heads(x: Tensor, heads: list[int]) -> Tensor:
-    """x[:, heads], a view if they are consecutive."""
-    if heads and heads[-1] - heads[0] + 1 > len(heads):
-        return x[:, heads]
-    return x[:, heads[0] : heads[-1] + 1] if heads else x[:, :0]
+    """x[:, heads], heads ascending; a view if they are consecutive."""
+    parts = [x[:, part] for part in _consecutive(heads)]
+    return parts[0] if len(parts) == 1 else torch.cat([x[:, :0], *parts], dim=1)
+
+
+def put_heads(x: Tensor, heads: list[int], value: Tensor) -> None:
+    """x[:, heads] = value, heads ascending."""
+    done = 0
+    for part in _consecutive(heads):
+        count = part.stop - part.start
+        x[:, part] = value[:, done : done + count]
+        done += count
+
+
+def _consecutive(heads: list[int]) -> list[slice]:
+    """As slices: a list would be copied to the device, which waits, and which graphs refuse."""
+    parts: list[slice] = []
+    for head in heads:
+        if parts and parts[-1].stop == head:
+            parts[-1] = slice(parts[-1].start, head + 1)
+        else:
+            parts.append(slice(head, head + 1))
+    return parts

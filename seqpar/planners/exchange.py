@@ -7,6 +7,7 @@ W ranks; a state of S bytes leaves each; it travels over `reach` links at most; 
 heads has not decayed within a link (f = 1 without decay); α latency, β bandwidth.
 
     all_gather       α_c + (W - 2) η + (W - 1) f S / β     (+ 1 hop of (1 - f) S)
+      peers' memory  α_c + (W - 2) η + reach S / β         (1 S if f = 0)
     chain            reach (α + f S / β)                   (1 hop if f = 0)
     pipelined_chain  (reach - 1 + n) (α + f S / (n β))     n slices
     log_step         ⌈log2(reach + 1)⌉ α + ...             S in the first round, f S in the others
@@ -48,6 +49,8 @@ class Link:
     """β: one way, each rank."""
     message_host_us: float = 0.0
     """How much longer than a collective the host takes to queue a message; choices count it."""
+    reads_peers: bool = False
+    """An all_gather moves, whole, the states that are wanted and no others."""
 
     def transfer_ms(self, num_bytes: float) -> float:
         """Bytes over bandwidth."""
@@ -58,7 +61,7 @@ NVLINK_H200 = Link("NVLink, 2 H200 (NV18)", 12.0, 25.0, 3.0, 264.0, message_host
 """Two H200s, NCCL 2.28.9, torch 2.11, in CUDA graphs: all-gathers of 2 to 256 MiB within a quarter;
 messages of 2 MiB exactly, of 32 MiB by a quarter too long. η is assumed."""
 
-PEERS_H200 = Link("memory of peers, 2 H200 (NV18)", 12.0, 8.5, 2.0, 264.0, message_host_us=100.0)
+PEERS_H200 = Link("memory of peers, 2 H200 (NV18)", 12.0, 8.5, 2.0, 264.0, 100.0, True)
 """The same with `comm.share_memory`: an all-gather of 2 MiB by one launch took 16.5 us."""
 
 INFINIBAND_NDR = Link("InfiniBand NDR, 400 Gb/s a GPU", 25.0, 40.0, 8.0, 45.0, message_host_us=50.0)
@@ -181,6 +184,10 @@ def _collective_ms(problem: ExchangeProblem, link: Link) -> float:
 
 def _all_gather_ms(problem: ExchangeProblem, link: Link) -> float:
     far = _far_share(problem)
+    if link.reads_peers:
+        hops = problem.reach if far > 0 else 1
+        states = problem.links_per_rank * min(problem.world_size - 1, hops * problem.links_per_rank)
+        return _collective_ms(problem, link) + link.transfer_ms(states * problem.state_bytes)
     gathered = (problem.world_size - 1) * problem.links_per_rank * far * problem.state_bytes
     neighbour = (1 - far) * problem.state_bytes
     latency = max(

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seqpar import comm
+from seqpar.kernels.entry_product import LOG_FLOOR
 from seqpar.layout import SequenceLayout
 from seqpar.mesh import GroupPool, init_mesh
 from seqpar.ops import state_recorded
@@ -98,29 +99,48 @@ def _replays_like_nccl(group: dist.ProcessGroup, over_nccl: dist.ProcessGroup) -
 
 
 def _layer_again(group: dist.ProcessGroup, world_size: int) -> None:
-    """The first call of a kind runs as it is, the second is recorded, the third repeated."""
+    """The first call of a kind runs as it is, the second is recorded, the third repeated.
+
+    Decays that reach all ranks, the next rank with some heads, with all heads, and none.
+    """
     torch.manual_seed(3 + dist.get_rank())
-    for tokens, decays in ((1024, True), (5000, True), (8192, False)):
+    for tokens, pace in ((1024, 1), (5000, 1), (2048, 40), (8192, 0)):
         layout = SequenceLayout.contiguous((0, tokens * world_size), world_size)
-        slopes = -torch.exp2(-torch.arange(8.0, device="cuda") - 4)
-        shape, log_decay = (1, tokens, 8, 128), slopes if decays else None
+        slopes = -torch.exp2(-torch.arange(8.0, device="cuda") - 4) * pace
+        shape, log_decay = (1, tokens, 8, 128), slopes if pace else None
+        expected_bytes = _bytes(group, slopes.tolist(), tokens) * 128 * 128 * 4
+        is_whole = comm.shares_memory(group) or world_size == 2 or not pace
         streams = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
         found = []
         for turn in range(6):
             leaves = [x.clone().requires_grad_() for x in streams[turn % 2 * 4 :][:3]]
             with comm.count_traffic() as traffic:
                 o, _ = state_attention(
-                    *leaves, log_decay=log_decay, layout=layout, group=group, check=False
+                    *leaves,
+                    log_decay=log_decay,
+                    layout=layout,
+                    group=group,
+                    exchange="all_gather",
+                    check=False,
                 )
                 found.append([o, *torch.autograd.grad(o, leaves, streams[turn % 2 * 4 + 3])])
-            assert traffic["all_gather"].calls == 2, (turn, traffic)
-            # Earlier ranks' states forward, later ranks' gradients backward; NCCL brings all twice.
-            states = (world_size - 1) * (1 if comm.shares_memory(group) else 2)
-            assert traffic.received_bytes == states * 8 * 128 * 128 * 4, (turn, traffic)
+            assert traffic.received_bytes == expected_bytes, (turn, traffic)
             for x, expected in zip(found[-1], found[turn % 2], strict=True):
                 assert torch.equal(x, expected), (tokens, turn)
         kinds = [x.call for x in state_recorded._CALLS[group].values() if x.layout is layout]
-        assert [call.is_ready for call in kinds] == [True], kinds
+        assert [call.is_ready for call in kinds] == [is_whole], (tokens, pace)
+
+
+def _bytes(group: dist.ProcessGroup, log_decay: list[float], tokens: int) -> int:
+    """Heads of states that a rank receives, forward and backward, each rank one link."""
+    size, rank = group.size(), group.rank()
+    reaches = [1 + min(size, int(LOG_FLOOR / (g * tokens)) if g else size) for g in log_decay]
+    if comm.shares_memory(group):
+        hops = max(reaches)
+        return len(log_decay) * (min(rank, hops) + min(size - 1 - rank, hops))
+    far = sum(reach > 1 for reach in reaches) if size > 2 else len(log_decay)
+    near = len(log_decay) - far
+    return 2 * (size - 1) * far + near * ((rank > 0) + (rank < size - 1))
 
 
 def _layer_in_a_graph(group: dist.ProcessGroup, world_size: int) -> None:

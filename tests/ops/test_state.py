@@ -27,11 +27,14 @@ from tests.tolerances import assert_close
 NAMES = [*sorted(EXCHANGES), "all_to_all"]
 
 
-def _lean(stream: Stream, layout: SequenceLayout) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """o and the gradients where no state goes in or out."""
-    mixer, ranks = LightningMixer(stream.log_decay), range(layout.world_size)
+def _lean(
+    stream: Stream, layout: SequenceLayout, on_host: tuple[float, ...] | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """o and the gradients where no state goes in or out; what has decayed on the host is cut."""
+    mixer, ranks = LightningMixer(stream.log_decay, on_host=on_host), range(layout.world_size)
     inputs = [tuple(layout.shard(x, rank) for x in stream.tensors) for rank in ranks]
-    parts = [RankPart.of(mixer, layout, r, inputs[r], overlap=False) for r in ranks]
+    cut = on_host is not None
+    parts = [RankPart.of(mixer, layout, r, inputs[r], overlap=False, whole=cut) for r in ranks]
     late = layout.world_size % 2 == 0
     jobs = [StateJob(part, "all_gather", False, takes_late=late) for part in parts]
     assert all(job.is_lean == (len(layout.runs(r)) == 1) for r, job in enumerate(jobs))
@@ -59,7 +62,12 @@ def test_a_rank_with_one_run_goes_straight_through(bounds: tuple[int, ...], deca
 
 
 def _simulated(
-    stream: Stream, layout: SequenceLayout, exchange: str, *, truncate: bool = False
+    stream: Stream,
+    layout: SequenceLayout,
+    exchange: str,
+    *,
+    truncate: bool = False,
+    whole: bool = False,
 ) -> Truth:
     """The plain functions of all ranks in one process, put together to the whole stream."""
     per_token = stream.log_decay is not None and stream.log_decay.ndim == 3
@@ -68,7 +76,8 @@ def _simulated(
         mixer = replace(mixer, on_host=fixed_on_host(stream.log_decay))
     ranks = range(layout.world_size)
     inputs = [tuple(layout.shard(x, rank) for x in stream.tensors) for rank in ranks]
-    jobs = [StateJob(RankPart.of(mixer, layout, r, inputs[r]), exchange, True) for r in ranks]
+    parts = [RankPart.of(mixer, layout, r, inputs[r], whole=whole) for r in ranks]
+    jobs = [StateJob(part, exchange, True) for part in parts]
     done = simulate([forward_steps(jobs[r], inputs[r], stream.initial) for r in ranks])
     dfinals = stream.dfinals.view(stream.q.shape[0], layout.num_documents, 3, 4, 5)
     zeros = torch.zeros_like(dfinals)
@@ -85,8 +94,8 @@ def _simulated(
     grads = tuple(
         layout.unshard([back[r][0][index] for r in ranks]) for index in range(len(stream.tensors))
     )
-    parts = [back[r][1] for r in ranks if back[r][1] is not None]
-    dinitial = torch.stack(parts).sum(0) if parts else None
+    initials = [back[r][1] for r in ranks if back[r][1] is not None]
+    dinitial = torch.stack(initials).sum(0) if initials else None
     o = layout.unshard([done[r].o for r in ranks])
     return Truth(o, done[0].final_states.flatten(0, 1), grads, dinitial)
 
@@ -145,6 +154,34 @@ def test_what_has_decayed_is_left_out_exactly(decay: tuple[float, ...], exchange
             _check(found, expected, f"{decay}, {kind}, W={world_size}")
             if world_size == 7 and exchange in ("all_gather", "log_step"):
                 assert traffic[exchange].saved_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("decay", "hops"), [((-4.0, -5.0, -6.0), 1), ((-0.09, -3.0, -6.0), 4), ((-6.0, 0.0, -9.0), 6)]
+)
+def test_whole_states_come_from_where_a_head_still_matters(
+    decay: tuple[float, ...], hops: int
+) -> None:
+    """As over memory that peers read: the simulator makes NaN of what is none of the sources."""
+    stream = make_stream(LONG, "none", batch=2, initial=True, dtype=torch.float32)
+    stream = replace(stream, log_decay=torch.tensor(decay))
+    expected = truth(stream, LONG)
+    for world_size in (2, 3, 7):
+        for kind, layout in layouts(LONG, world_size).items():
+            found = _simulated(stream, layout, "all_gather", truncate=True, whole=True)
+            _check(found, expected, f"{decay}, {kind}, W={world_size}")
+    one = (0, 7 * 60)
+    stream = make_stream(one, "none", dtype=torch.float32)
+    stream = replace(
+        stream, log_decay=torch.tensor(decay), dfinals=torch.zeros_like(stream.dfinals)
+    )
+    expected, layout = truth(stream, one), SequenceLayout.contiguous(one, 7)
+    o, grads = _lean(stream, layout, decay)
+    _check(Truth(o, expected.finals, grads, None), expected, f"{decay}: straight through")
+    mixer = LightningMixer(stream.log_decay, on_host=decay)
+    plan = RankPart.of(mixer, layout, 6, stream.tensors, whole=True).plan.forward_scan
+    assert plan.sources == tuple(range(6 - hops, 6))
+    assert plan.saved_messages == 6 - hops
 
 
 def _on_ranks(rank: int, cases: list[Any]) -> dict[str, Any]:

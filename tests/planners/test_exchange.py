@@ -12,6 +12,7 @@ from seqpar.errors import PlanError
 from seqpar.planners.exchange import (
     INFINIBAND_NDR,
     NVLINK_H200,
+    PEERS_H200,
     ExchangeProblem,
     choose_exchange,
     exchange_ms,
@@ -52,6 +53,17 @@ def test_decay_cuts_every_exchange_to_one_hop() -> None:
         one_hop = exchange_ms("chain", replace(PROBLEM, reach=1), NVLINK_H200)
         assert near == pytest.approx(one_hop)
         assert near < exchange_ms(name, PROBLEM, NVLINK_H200)
+
+
+def test_memory_of_peers_is_read_where_a_state_is_wanted() -> None:
+    far = exchange_ms("all_gather", PROBLEM, PEERS_H200)
+    near = exchange_ms("all_gather", replace(PROBLEM, far_share=0.0), PEERS_H200)
+    some = exchange_ms("all_gather", replace(PROBLEM, reach=3, far_share=0.5), PEERS_H200)
+    state = PEERS_H200.transfer_ms(2 * MIB)
+    assert (far - near, some - near) == (pytest.approx(6 * state), pytest.approx(2 * state))
+    for share in (0.0, 0.5, 1.0):
+        choice = choose_exchange(replace(PROBLEM, far_share=share), PEERS_H200)
+        assert choice.exchange == "all_gather"
 
 
 def test_choices_follow_what_is_cheap() -> None:
