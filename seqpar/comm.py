@@ -40,6 +40,7 @@ from seqpar.traffic import (
 )
 
 if TYPE_CHECKING:
+    from seqpar.peer_exchange import PeerExchange
     from seqpar.peer_memory import PeerMemory
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "group_rank",
     "group_size",
     "report_saved",
+    "share_inboxes",
     "share_memory",
     "shares_memory",
 ]
@@ -77,6 +79,8 @@ _BACKENDS: MutableMapping[ProcessGroup, str] = weakref.WeakKeyDictionary()
 """What `backend_of` has found out; torch takes longer to say it than to start a message."""
 _SHARED: MutableMapping[ProcessGroup, PeerMemory | None] = weakref.WeakKeyDictionary()
 """Memory shared by `share_memory`, for as long as the group lives."""
+_INBOXES: MutableMapping[ProcessGroup, PeerExchange | None] = weakref.WeakKeyDictionary()
+"""Memory shared by `share_inboxes`, for as long as the group lives."""
 
 
 # -- waiting ----------------------------------------------------------------------------------
@@ -193,6 +197,24 @@ def shares_memory(group: ProcessGroup | None, num_bytes: int = 0) -> bool:
     return peers is not None and num_bytes <= peers.capacity_bytes
 
 
+def share_inboxes(group: ProcessGroup | None, *, max_bytes: int) -> bool:
+    """Let `exchange` move messages by copy engines instead of NCCL's kernels.
+
+    Collective, once for a group. For CUDA ranks of one host that can write each other's memory
+    (over NVLink): each takes `max_bytes` of device memory, and what one rank sends another in one
+    exchange goes by a copy engine if it fits; for a ring, k and v of one rank. Returns whether it
+    is so; elsewhere nothing changes. See `seqpar.peer_exchange`.
+    """
+    if group is None or _on_host(group):
+        return False
+    if group not in _INBOXES:
+        from seqpar.peer_exchange import PeerExchange
+        from seqpar.peer_memory import open_on_one_host
+
+        _INBOXES[group] = open_on_one_host(PeerExchange, group, max_bytes)
+    return _INBOXES[group] is not None
+
+
 def all_gather_async(x: Tensor, group: ProcessGroup | None) -> Pending[Tensor]:
     """`all_gather`, under way."""
     if group is None:
@@ -289,36 +311,60 @@ def exchange(
     """
     rank = group_rank(group)
     own = [tensor for peer, tensor in sends if peer == rank]
-    ops, landings, keep = [], [], []
-    sent_bytes = received_bytes = 0
-    for peer, tensor in sends:
-        if peer != rank and tensor.numel():
-            keep.append(_outgoing(tensor, group))
-            ops.append(dist.P2POp(dist.isend, keep[-1], group=group, group_peer=peer))
-            sent_bytes += keep[-1].numel()
+    messages = [(p, _outgoing(x, group)) for p, x in sends if p != rank and x.numel()]
+    landings = []
     for peer, tensor in recvs:
         if peer == rank:
             tensor.copy_(own.pop(0))
         elif tensor.numel():
-            landing = _landing(tensor, group)
-            landings.append((landing, tensor))
-            ops.append(dist.P2POp(dist.irecv, landing, group=group, group_peer=peer))
-            received_bytes += landing.numel()
+            landings.append((peer, _landing(tensor, group), tensor))
     assert not own, "a message to this rank itself that it does not receive"
 
     def finish() -> list[Tensor]:
-        for landing, tensor in landings:
+        for _, landing, tensor in landings:
             if landing.data_ptr() != tensor.data_ptr():
                 tensor.copy_(landing.view(tensor.dtype).view(tensor.shape))
         return [tensor for _, tensor in recvs]
 
-    if not ops:
+    arriving = [(peer, landing) for peer, landing, _ in landings]
+    if not messages and not arriving:
         return Pending((), finish)
+    sent_bytes, received_bytes = (sum(x.numel() for _, x in side) for side in (messages, arriving))
     count("exchange", sent_bytes, received_bytes)
-    works = dist.batch_isend_irecv(ops)
-    if head_start and not _on_host(group):
-        torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
-    return Pending(works, finish, keep=keep)
+    works = _post(messages, arriving, group, head_start=head_start)
+    return Pending(works, finish, keep=messages)
+
+
+def _post(
+    sends: list[tuple[int, Tensor]],
+    recvs: list[tuple[int, Tensor]],
+    group: ProcessGroup | None,
+    *,
+    head_start: bool,
+) -> list[Any]:
+    """Start the messages, flat bytes between this rank and others: by copy engines what fits."""
+    works = []
+    inboxes = _INBOXES.get(group) if _INBOXES and group is not None else None
+    if inboxes is not None and not torch.cuda.is_current_stream_capturing():
+        direct, expected = _fitting(inboxes, sends), _fitting(inboxes, recvs)
+        works.append(inboxes.exchange(direct, expected))
+        sends = [(peer, x) for peer, x in sends if peer not in direct]
+        recvs = [(peer, x) for peer, x in recvs if peer not in expected]
+    ops = [dist.P2POp(dist.isend, x, group=group, group_peer=peer) for peer, x in sends]
+    ops += [dist.P2POp(dist.irecv, x, group=group, group_peer=peer) for peer, x in recvs]
+    if ops:
+        works += dist.batch_isend_irecv(ops)
+        if head_start and not _on_host(group):
+            torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
+    return works
+
+
+def _fitting(inboxes: PeerExchange, messages: list[tuple[int, Tensor]]) -> dict[int, list[Tensor]]:
+    """The messages by peer, of those peers whose messages fit an inbox together."""
+    by_peer: dict[int, list[Tensor]] = {}
+    for peer, message in messages:
+        by_peer.setdefault(peer, []).append(message)
+    return {p: m for p, m in by_peer.items() if inboxes.takes([x.numel() for x in m])}
 
 
 def all_reduce_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:
