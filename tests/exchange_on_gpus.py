@@ -11,6 +11,8 @@ from __future__ import annotations
 import faulthandler
 import os
 import random
+import signal
+import time
 
 import torch
 import torch.distributed as dist
@@ -25,15 +27,18 @@ from seqpar.ops.softmax import softmax_attention
 INBOX_BYTES = 4 * 2**20
 LATE_CYCLES = 3_000_000  # 1.5 ms
 LIMIT_S = 60
+STARTED = time.monotonic()
 
 
 def main() -> None:
     faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+    faulthandler.register(signal.SIGTERM, chain=True)  # or the launcher's time limit says nothing
     size = int(os.environ["WORLD_SIZE"])
     direct = init_mesh(sp=size).get_group("sp")
     pool = GroupPool()
     pool.prepare([tuple(range(size))])
     over_nccl = pool.group(range(size))
+    say("groups made")
     if comm.share_inboxes(direct, max_bytes=INBOX_BYTES):
         _messages(direct, over_nccl)
         say("copy engines deliver what NCCL delivers")
@@ -48,7 +53,7 @@ def main() -> None:
 
 def say(text: str) -> None:
     if dist.get_rank() == 0:
-        print(text, flush=True)
+        print(f"{time.monotonic() - STARTED:5.1f} s  {text}", flush=True)
 
 
 def _messages(direct: ProcessGroup, over_nccl: ProcessGroup) -> None:
@@ -77,6 +82,8 @@ def _messages(direct: ProcessGroup, over_nccl: ProcessGroup) -> None:
         for x, y, z in zip(first, again, expected, strict=True):
             assert torch.equal(x, z), turn
             assert torch.equal(y, z), turn
+        if turn % 20 == 0:
+            say(f"messages, turn {turn}")
 
 
 def _exchanged(
@@ -115,6 +122,7 @@ def _rings(direct: ProcessGroup, over_nccl: ProcessGroup) -> None:
         )
         for what, x, y in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
             assert torch.equal(x, y), (turn, what, (x - y).abs().max().item())
+        say(f"rings, turn {turn}")
 
 
 def _ring(
