@@ -40,7 +40,7 @@ from seqpar.traffic import (
 )
 
 if TYPE_CHECKING:
-    from seqpar.peer_exchange import PeerExchange
+    from seqpar.peer_exchange import Inboxes, PeerExchange
     from seqpar.peer_memory import PeerMemory
 
 __all__ = [
@@ -62,8 +62,8 @@ __all__ = [
     "exchange",
     "group_rank",
     "group_size",
+    "make_room",
     "report_saved",
-    "share_inboxes",
     "share_memory",
     "shares_memory",
 ]
@@ -71,6 +71,7 @@ __all__ = [
 T = TypeVar("T")
 _OBJECT_BYTES = 65536
 _HEAD_START_CYCLES = 20_000
+_SHARE_OF_DEVICE = 64
 _GATHER: Callable[..., Any] = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 )
@@ -79,8 +80,8 @@ _BACKENDS: MutableMapping[ProcessGroup, str] = weakref.WeakKeyDictionary()
 """What `backend_of` has found out; torch takes longer to say it than to start a message."""
 _SHARED: MutableMapping[ProcessGroup, PeerMemory | None] = weakref.WeakKeyDictionary()
 """Memory shared by `share_memory`, for as long as the group lives."""
-_INBOXES: MutableMapping[ProcessGroup, PeerExchange | None] = weakref.WeakKeyDictionary()
-"""Memory shared by `share_inboxes`, for as long as the group lives."""
+_INBOXES: MutableMapping[ProcessGroup, Inboxes] = weakref.WeakKeyDictionary()
+"""Memory shared by `make_room`, for as long as the group lives."""
 
 
 # -- waiting ----------------------------------------------------------------------------------
@@ -197,22 +198,27 @@ def shares_memory(group: ProcessGroup | None, num_bytes: int = 0) -> bool:
     return peers is not None and num_bytes <= peers.capacity_bytes
 
 
-def share_inboxes(group: ProcessGroup | None, *, max_bytes: int) -> bool:
-    """Let `exchange` move messages by copy engines instead of NCCL's kernels.
+def make_room(group: ProcessGroup | None, num_bytes: int) -> None:
+    """Let `exchange(beside_work=True)` move messages by copy engines instead of NCCL's kernels.
 
-    Collective, once for a group. For CUDA ranks of one host that can write each other's memory
-    (over NVLink): each takes `max_bytes` of device memory, and what one rank sends another in one
-    exchange goes by a copy engine if it fits; for a ring, k and v of one rank. Returns whether it
-    is so; elsewhere nothing changes. See `seqpar.peer_exchange`.
+    Where `share_memory` is in force for the group; elsewhere, and while a graph is being captured,
+    nothing happens. Collective: all ranks of the group ask alike, for the most that any rank sends
+    another in one exchange. It costs nothing when there is room already; else each rank takes so
+    much device memory, a quarter more at most, and waits for the others and for its device. No
+    device gives more than a 64th of its memory to all groups together. See `seqpar.peer_exchange`.
     """
-    if group is None or _on_host(group):
-        return False
+    if group is None or not num_bytes or not shares_memory(group):
+        return
+    if torch.cuda.is_current_stream_capturing():
+        return
     if group not in _INBOXES:
-        from seqpar.peer_exchange import PeerExchange
-        from seqpar.peer_memory import open_on_one_host
+        from seqpar.peer_exchange import Inboxes
 
-        _INBOXES[group] = open_on_one_host(PeerExchange, group, max_bytes)
-    return _INBOXES[group] is not None
+        _INBOXES[group] = Inboxes()
+    own = _INBOXES[group]
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    taken = sum(inboxes.num_bytes for inboxes in _INBOXES.values() if inboxes is not own)
+    own.make_room(group, num_bytes, at_most=total // _SHARE_OF_DEVICE - taken)
 
 
 def all_gather_async(x: Tensor, group: ProcessGroup | None) -> Pending[Tensor]:
@@ -294,6 +300,7 @@ def exchange(
     recvs: Sequence[tuple[int, Tensor]],
     group: ProcessGroup | None,
     *,
+    beside_work: bool = False,
     head_start: bool = False,
 ) -> Pending[list[Tensor]]:
     """Post every send and receive at once; the received tensors, in the order of `recvs`.
@@ -301,6 +308,8 @@ def exchange(
     Args:
         sends: (group rank to send to, tensor). May be on this rank itself.
         recvs: (group rank to receive from, contiguous tensor that is filled in place).
+        beside_work: the current stream computes meanwhile. Copy engines carry what fits the room
+            that `make_room` has made, if it has, and leave multiprocessors to the work.
         head_start: over NCCL, pause the current stream for 10 us. A kernel that fills the device
             and is ready when the messages are takes all room first, and they travel after it
             instead of beside it.
@@ -331,40 +340,35 @@ def exchange(
         return Pending((), finish)
     sent_bytes, received_bytes = (sum(x.numel() for _, x in side) for side in (messages, arriving))
     count("exchange", sent_bytes, received_bytes)
-    works = _post(messages, arriving, group, head_start=head_start)
-    return Pending(works, finish, keep=messages)
+    works, keep = [], messages
+    if beside_work and (engines := _engines_of(group)) is not None:
+        work, messages, arriving = engines.post(messages, arriving)
+        works.append(work)
+    works += _post(messages, arriving, group, head_start=head_start)
+    return Pending(works, finish, keep=keep)
+
+
+def _engines_of(group: ProcessGroup | None) -> PeerExchange | None:
+    inboxes = _INBOXES.get(group) if _INBOXES and group is not None else None
+    if inboxes is None or torch.cuda.is_current_stream_capturing():
+        return None
+    return inboxes.exchange
 
 
 def _post(
-    sends: list[tuple[int, Tensor]],
-    recvs: list[tuple[int, Tensor]],
+    sends: Sequence[tuple[int, Tensor]],
+    recvs: Sequence[tuple[int, Tensor]],
     group: ProcessGroup | None,
     *,
     head_start: bool,
 ) -> list[Any]:
-    """Start the messages, flat bytes between this rank and others: by copy engines what fits."""
-    works = []
-    inboxes = _INBOXES.get(group) if _INBOXES and group is not None else None
-    if inboxes is not None and not torch.cuda.is_current_stream_capturing():
-        direct, expected = _fitting(inboxes, sends), _fitting(inboxes, recvs)
-        works.append(inboxes.exchange(direct, expected))
-        sends = [(peer, x) for peer, x in sends if peer not in direct]
-        recvs = [(peer, x) for peer, x in recvs if peer not in expected]
+    """Start messages over the group's backend, flat bytes between this rank and others."""
     ops = [dist.P2POp(dist.isend, x, group=group, group_peer=peer) for peer, x in sends]
     ops += [dist.P2POp(dist.irecv, x, group=group, group_peer=peer) for peer, x in recvs]
-    if ops:
-        works += dist.batch_isend_irecv(ops)
-        if head_start and not _on_host(group):
-            torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
+    works = dist.batch_isend_irecv(ops) if ops else []
+    if works and head_start and not _on_host(group):
+        torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
     return works
-
-
-def _fitting(inboxes: PeerExchange, messages: list[tuple[int, Tensor]]) -> dict[int, list[Tensor]]:
-    """The messages by peer, of those peers whose messages fit an inbox together."""
-    by_peer: dict[int, list[Tensor]] = {}
-    for peer, message in messages:
-        by_peer.setdefault(peer, []).append(message)
-    return {p: m for p, m in by_peer.items() if inboxes.takes([x.numel() for x in m])}
 
 
 def all_reduce_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -1,9 +1,10 @@
 """Exchange by copy engines against NCCL, for one rank of torchrun, one process a GPU.
 
-    torchrun --nproc-per-node 2 -m tests.exchange_on_gpus
+    torchrun --nproc-per-node 2 -m tests.exchange_on_gpus [absent]
 
 Messages of any sizes between random pairs, several exchanges under way at once, either rank late;
-then the ring, forward and backward, in deterministic mode: both must agree bit by bit.
+then the ring, forward and backward, in deterministic mode: both must agree bit by bit. With
+`absent` the last rank does not come to an exchange: the others' processes must end by themselves.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import faulthandler
 import os
 import random
 import signal
+import sys
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -27,19 +30,24 @@ from seqpar.ops.softmax import softmax_attention
 INBOX_BYTES = 4 * 2**20
 LATE_CYCLES = 3_000_000  # 1.5 ms
 LIMIT_S = 60
+ABSENT_LIMIT_S = 8
 STARTED = time.monotonic()
 
 
 def main() -> None:
     faulthandler.dump_traceback_later(LIMIT_S, exit=True)
     faulthandler.register(signal.SIGTERM, chain=True)  # or the launcher's time limit says nothing
+    if sys.argv[1:] == ["absent"]:
+        _absent()
+        return
     size = int(os.environ["WORLD_SIZE"])
     direct = init_mesh(sp=size).get_group("sp")
-    pool = GroupPool()
+    pool = GroupPool(share_memory=False)
     pool.prepare([tuple(range(size))])
     over_nccl = pool.group(range(size))
     say("groups made")
-    if comm.share_inboxes(direct, max_bytes=INBOX_BYTES):
+    if comm.shares_memory(direct):
+        comm.make_room(direct, INBOX_BYTES)
         _messages(direct, over_nccl)
         say("copy engines deliver what NCCL delivers")
         torch.use_deterministic_algorithms(True)
@@ -49,6 +57,30 @@ def main() -> None:
         say("these devices cannot write each other's memory")
     pool.close()
     dist.destroy_process_group()
+
+
+def _absent() -> None:
+    """Every rank but the last posts an exchange; what it waits for must raise after the limit."""
+    size = int(os.environ["WORLD_SIZE"])
+    limit = timedelta(seconds=ABSENT_LIMIT_S)
+    group = init_mesh(sp=size, timeout=limit).get_group("sp")
+    comm.make_room(group, INBOX_BYTES)
+    rank, last = dist.get_rank(), size - 1
+    say("room made")
+    if rank == last:
+        time.sleep(2 * ABSENT_LIMIT_S)
+        os._exit(0)
+    own = torch.ones(1000, device="cuda")
+    began = time.monotonic()
+    pending = comm.exchange([(last, own)], [(last, own.clone())], group, beside_work=True)
+    try:
+        print(pending.wait()[0].sum().item())
+    except RuntimeError as error:
+        waited = time.monotonic() - began
+        assert ABSENT_LIMIT_S <= waited < 2 * ABSENT_LIMIT_S, waited
+        say(f"a rank that does not come is waited for {waited:.1f} s: {error!s:.100}")
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def say(text: str) -> None:
@@ -96,7 +128,8 @@ def _exchanged(
         if b == dist.get_rank()
         for n in each
     ]
-    return comm.exchange([(peer, x.clone()) for peer, x in sends], recvs, group)
+    copies = [(peer, x.clone()) for peer, x in sends]
+    return comm.exchange(copies, recvs, group, beside_work=True)
 
 
 def _rings(direct: ProcessGroup, over_nccl: ProcessGroup) -> None:
@@ -113,7 +146,7 @@ def _rings(direct: ProcessGroup, over_nccl: ProcessGroup) -> None:
         torch.manual_seed(turn)
         q, k, v, dout = (
             torch.randn(1, layout.num_tokens, heads, 128, device="cuda", dtype=torch.bfloat16)
-            for heads in (8, 2, 2, 8)
+            for heads in (8, 8, 8, 8)  # larger blocks than the room that was made
         )
         late = turn % (size + 1) == dist.get_rank()
         found, expected = (

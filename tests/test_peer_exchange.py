@@ -1,18 +1,23 @@
-"""The order of messages through inboxes: no circle of ranks waits; on GPUs, what arrives."""
+"""Messages through inboxes: no circle of ranks waits, nobody for ever; on GPUs, what arrives."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from seqpar.peer_exchange import program
+from seqpar.peer_exchange import program, rounded_up
+from seqpar.peer_exchange_limit import ExchangeLimit
 
 ROOT = Path(__file__).parents[1]
 Program = Callable[..., Iterator[tuple[str, int]]]
@@ -91,11 +96,54 @@ def test_other_orders_would_wait_for_ever() -> None:
     assert not _finishes(2, [{(0, 1), (1, 0)}], sends_first, shared_queue=True)
 
 
-@pytest.mark.multigpu
-def test_copy_engines_deliver_what_nccl_delivers() -> None:
+@pytest.mark.parametrize("num_bytes", [1, 256, 257, 2**20, 2**20 + 1, 3 * 2**28, 2**29 + 512])
+def test_inboxes_grow_in_few_steps(num_bytes: int) -> None:
+    rounded = rounded_up(num_bytes)
+    assert num_bytes <= rounded <= max(num_bytes + 255, num_bytes * 1.25)
+    assert rounded_up(rounded) == rounded
+    assert len({rounded_up(n) for n in range(2**20, 2**21, 4096)}) <= 9
+
+
+def _limit(ended: threading.Event, seconds: float) -> ExchangeLimit:
+    return ExchangeLimit([4, 6], 0, 2, timedelta(seconds=seconds), ended.set)
+
+
+def _finish(limit: ExchangeLimit, stream: int, number: int) -> None:
+    """What a stream writes, by the address it would write to."""
+    ctypes.c_int32.from_address(limit.address(stream)).value = number
+
+
+def test_a_rank_that_does_not_come_is_named_and_the_end_called(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ended = threading.Event()
+    limit = _limit(ended, 0.2)
+    began = time.monotonic()
+    limit.posted(1, [1])
+    _finish(limit, 0, 1)  # one of two streams: not done
+    assert ended.wait(5)
+    assert time.monotonic() - began >= 0.2
+    assert "rank 4 has waited 0.2 s for rank(s) 6 in exchange 1" in caplog.text
+
+
+def test_exchanges_that_finish_in_time_end_nothing() -> None:
+    ended = threading.Event()
+    limit = _limit(ended, 0.4)
+    for number in range(1, 9):
+        limit.posted(number, [1])
+        time.sleep(0.1)
+        _finish(limit, 0, number)
+        _finish(limit, 1, number)
+    assert not ended.wait(0.6)
+    limit.close()
+    limit.posted(9, [1])
+    assert not ended.wait(0.6), "nobody looks any longer"
+
+
+def _on_gpus(*arguments: str) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*command, "-m", "tests.exchange_on_gpus"],
+        [*command, "-m", "tests.exchange_on_gpus", *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         cwd=ROOT,
         capture_output=True,
@@ -104,4 +152,16 @@ def test_copy_engines_deliver_what_nccl_delivers() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    assert "the ring over copy engines repeats the ring over NCCL bit by bit" in done.stdout
+    return done.stdout + done.stderr
+
+
+@pytest.mark.multigpu
+def test_copy_engines_deliver_what_nccl_delivers() -> None:
+    assert "the ring over copy engines repeats the ring over NCCL bit by bit" in _on_gpus()
+
+
+@pytest.mark.multigpu
+def test_a_process_ends_whose_peer_does_not_come() -> None:
+    said = _on_gpus("absent")
+    assert "a rank that does not come is waited for" in said
+    assert "in exchange 1 by copy engines" in said
