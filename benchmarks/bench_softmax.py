@@ -40,6 +40,7 @@ from seqpar.ops.softmax_tiles import Mask, block_tiles
 HEADS, HEAD_DIM = 32, 128
 SIZES = (16384, 65536)
 WINDOW = 4096
+LONG_ROUNDS = 9  # the goals are a few thousandths off, and one round's efficiency scatters by six
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
@@ -107,7 +108,7 @@ def long_document(
         rows.append(Row(f"{num_tokens} ring check=True", checked, local))
         alone = on_ranks(SequenceLayout.contiguous((0, num_tokens), 1))
         rows.append(Row(f"one GPU {num_tokens} seqpar", alone, whole, on_one_gpu=True))
-    first: tuple[float, float] = recorder.table(rows)
+    first: tuple[float, float] = recorder.table(rows, rounds=LONG_ROUNDS)
     return first
 
 

@@ -65,19 +65,26 @@ class Recorder:
         self.rows: list[dict[str, Any]] = []
         self.started = time.monotonic()
 
-    def table(self, rows: Sequence[Row], *, alone: tuple[float, float] | None = None) -> Any:
+    def table(
+        self,
+        rows: Sequence[Row],
+        *,
+        alone: tuple[float, float] | None = None,
+        rounds: int = ROUNDS,
+    ) -> Any:
         """Time the rows in turn. Efficiency is one GPU's time over (W x the row's).
 
         Args:
             alone: one GPU's forward and forward + backward ms; by default the first row's, round
                 by round.
+            rounds: how often each row's turn comes.
 
         Returns:
             The first row's forward and forward + backward ms.
         """
         calls = [call for row in rows for call in row.calls()]
         peaks = [self._peak_bytes(call) for call in calls]
-        samples = self._in_turn(calls)
+        samples = self._in_turn(calls, rounds)
         for i, row in enumerate(rows):
             forward, total = samples[2 * i : 2 * i + 2]
             figures = {"forward_ms": statistics.median(forward)}
@@ -124,13 +131,15 @@ class Recorder:
             self.row(f"FAILED {measurement.__name__} {args}"[:60], reason=reason[:300])
             return None
 
-    def _in_turn(self, calls: Sequence[Callable[[], object]]) -> list[tuple[float, ...]]:
+    def _in_turn(
+        self, calls: Sequence[Callable[[], object]], rounds: int
+    ) -> list[tuple[float, ...]]:
         """Each call's samples, one a round."""
         once = [self._round_ms(call, 1) for call in calls]
         counts = [max(LEAST_CALLS, min(20, int(SAMPLE_MS / ms))) for ms in once]
         samples: list[list[float]] = [[] for _ in calls]
         order, draws = list(range(len(calls))), random.Random(0)  # the same on every rank
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             draws.shuffle(order)
             for i in order:
                 samples[i].append(self._round_ms(calls[i], counts[i]))

@@ -78,8 +78,9 @@ def ring_backward(
         returning.add_to(grads)  # wait: what others computed for this rank's keys
         returning = _Returning.post(sums, x.k, x.v, step, group)
         block = _block(arriving)  # wait, rotate
+    dq = grads.dq.result()  # complete, whenever the last gradients arrive
     returning.add_to(grads)
-    return grads.dq.result(), grads.dk.result(), grads.dv.result()
+    return dq, grads.dk.result(), grads.dv.result()
 
 
 class RingAttention(torch.autograd.Function):
