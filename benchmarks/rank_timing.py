@@ -1,7 +1,9 @@
 """Times on every rank at once: the slowest rank counts, and what is compared takes turns.
 
 A row is one thing to time: a forward call and a forward + backward call of the same attention. Rows
-of one table are timed in turn, round after round, so that a clock that changes changes all of them.
+of one table are timed in turn, round after round, so that a clock that changes changes all of them,
+and in another order each round, because the clock of a device at its power limit depends on what
+ran before.
 A sample is the mean of calls that follow on one another, as layers do, for SAMPLE_MS together and
 LEAST_CALLS at least; a time is the median over rounds. An efficiency is made of samples of one
 round, and its median, least and largest are recorded.
@@ -10,6 +12,7 @@ round, and its median, least and largest are recorded.
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -62,19 +65,26 @@ class Recorder:
         self.rows: list[dict[str, Any]] = []
         self.started = time.monotonic()
 
-    def table(self, rows: Sequence[Row], *, alone: tuple[float, float] | None = None) -> Any:
+    def table(
+        self,
+        rows: Sequence[Row],
+        *,
+        alone: tuple[float, float] | None = None,
+        rounds: int = ROUNDS,
+    ) -> Any:
         """Time the rows in turn. Efficiency is one GPU's time over (W x the row's).
 
         Args:
             alone: one GPU's forward and forward + backward ms; by default the first row's, round
                 by round.
+            rounds: how often each row's turn comes.
 
         Returns:
             The first row's forward and forward + backward ms.
         """
         calls = [call for row in rows for call in row.calls()]
         peaks = [self._peak_bytes(call) for call in calls]
-        samples = self._in_turn(calls)
+        samples = self._in_turn(calls, rounds)
         for i, row in enumerate(rows):
             forward, total = samples[2 * i : 2 * i + 2]
             figures = {"forward_ms": statistics.median(forward)}
@@ -121,15 +131,19 @@ class Recorder:
             self.row(f"FAILED {measurement.__name__} {args}"[:60], reason=reason[:300])
             return None
 
-    def _in_turn(self, calls: Sequence[Callable[[], object]]) -> list[tuple[float, ...]]:
+    def _in_turn(
+        self, calls: Sequence[Callable[[], object]], rounds: int
+    ) -> list[tuple[float, ...]]:
         """Each call's samples, one a round."""
         once = [self._round_ms(call, 1) for call in calls]
         counts = [max(LEAST_CALLS, min(20, int(SAMPLE_MS / ms))) for ms in once]
-        rounds = [
-            [self._round_ms(call, count) for call, count in zip(calls, counts, strict=True)]
-            for _ in range(ROUNDS)
-        ]
-        return list(zip(*rounds, strict=True))
+        samples: list[list[float]] = [[] for _ in calls]
+        order, draws = list(range(len(calls))), random.Random(0)  # the same on every rank
+        for _ in range(rounds):
+            draws.shuffle(order)
+            for i in order:
+                samples[i].append(self._round_ms(calls[i], counts[i]))
+        return [tuple(each) for each in samples]
 
     def _round_ms(self, call: Callable[[], object], count: int) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -40,6 +40,7 @@ from seqpar.traffic import (
 )
 
 if TYPE_CHECKING:
+    from seqpar.peer_exchange import Inboxes, PeerExchange
     from seqpar.peer_memory import PeerMemory
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "exchange",
     "group_rank",
     "group_size",
+    "make_room",
     "report_saved",
     "share_memory",
     "shared_bytes",
@@ -70,6 +72,7 @@ __all__ = [
 T = TypeVar("T")
 _OBJECT_BYTES = 65536
 _HEAD_START_CYCLES = 20_000
+_SHARE_OF_DEVICE = 64
 _GATHER: Callable[..., Any] = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 )
@@ -78,6 +81,8 @@ _BACKENDS: MutableMapping[ProcessGroup, str] = weakref.WeakKeyDictionary()
 """What `backend_of` has found out; torch takes longer to say it than to start a message."""
 _SHARED: MutableMapping[ProcessGroup, PeerMemory | None] = weakref.WeakKeyDictionary()
 """Memory shared by `share_memory`, for as long as the group lives."""
+_INBOXES: MutableMapping[ProcessGroup, Inboxes] = weakref.WeakKeyDictionary()
+"""Memory shared by `make_room`, for as long as the group lives."""
 
 
 # -- waiting ----------------------------------------------------------------------------------
@@ -199,6 +204,29 @@ def shared_bytes(group: ProcessGroup | None) -> int:
     return 0 if peers is None else peers.capacity_bytes
 
 
+def make_room(group: ProcessGroup | None, num_bytes: int) -> None:
+    """Let `exchange(beside_work=True)` move messages by copy engines instead of NCCL's kernels.
+
+    Where `share_memory` is in force for the group; elsewhere, and while a graph is being captured,
+    nothing happens. Collective: all ranks of the group ask alike, for the most that any rank sends
+    another in one exchange. It costs nothing when there is room already; else each rank takes so
+    much device memory, a quarter more at most, and waits for the others and for its device. No
+    device gives more than a 64th of its memory to all groups together. See `seqpar.peer_exchange`.
+    """
+    if group is None or not num_bytes or not shares_memory(group):
+        return
+    if torch.cuda.is_current_stream_capturing():
+        return
+    if group not in _INBOXES:
+        from seqpar.peer_exchange import Inboxes
+
+        _INBOXES[group] = Inboxes()
+    own = _INBOXES[group]
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    taken = sum(inboxes.num_bytes for inboxes in _INBOXES.values() if inboxes is not own)
+    own.make_room(group, num_bytes, at_most=total // _SHARE_OF_DEVICE - taken)
+
+
 def all_gather_async(x: Tensor, group: ProcessGroup | None) -> Pending[Tensor]:
     """`all_gather`, under way."""
     if group is None:
@@ -278,6 +306,7 @@ def exchange(
     recvs: Sequence[tuple[int, Tensor]],
     group: ProcessGroup | None,
     *,
+    beside_work: bool = False,
     head_start: bool = False,
 ) -> Pending[list[Tensor]]:
     """Post every send and receive at once; the received tensors, in the order of `recvs`.
@@ -285,6 +314,8 @@ def exchange(
     Args:
         sends: (group rank to send to, tensor). May be on this rank itself.
         recvs: (group rank to receive from, contiguous tensor that is filled in place).
+        beside_work: the current stream computes meanwhile. Copy engines carry what fits the room
+            that `make_room` has made, if it has, and leave multiprocessors to the work.
         head_start: over NCCL, pause the current stream for 10 us. A kernel that fills the device
             and is ready when the messages are takes all room first, and they travel after it
             instead of beside it.
@@ -295,36 +326,55 @@ def exchange(
     """
     rank = group_rank(group)
     own = [tensor for peer, tensor in sends if peer == rank]
-    ops, landings, keep = [], [], []
-    sent_bytes = received_bytes = 0
-    for peer, tensor in sends:
-        if peer != rank and tensor.numel():
-            keep.append(_outgoing(tensor, group))
-            ops.append(dist.P2POp(dist.isend, keep[-1], group=group, group_peer=peer))
-            sent_bytes += keep[-1].numel()
+    messages = [(p, _outgoing(x, group)) for p, x in sends if p != rank and x.numel()]
+    landings = []
     for peer, tensor in recvs:
         if peer == rank:
             tensor.copy_(own.pop(0))
         elif tensor.numel():
-            landing = _landing(tensor, group)
-            landings.append((landing, tensor))
-            ops.append(dist.P2POp(dist.irecv, landing, group=group, group_peer=peer))
-            received_bytes += landing.numel()
+            landings.append((peer, _landing(tensor, group), tensor))
     assert not own, "a message to this rank itself that it does not receive"
 
     def finish() -> list[Tensor]:
-        for landing, tensor in landings:
+        for _, landing, tensor in landings:
             if landing.data_ptr() != tensor.data_ptr():
                 tensor.copy_(landing.view(tensor.dtype).view(tensor.shape))
         return [tensor for _, tensor in recvs]
 
-    if not ops:
+    arriving = [(peer, landing) for peer, landing, _ in landings]
+    if not messages and not arriving:
         return Pending((), finish)
+    sent_bytes, received_bytes = (sum(x.numel() for _, x in side) for side in (messages, arriving))
     count("exchange", sent_bytes, received_bytes)
-    works = dist.batch_isend_irecv(ops)
-    if head_start and not _on_host(group):
-        torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
+    works, keep = [], messages
+    if beside_work and (engines := _engines_of(group)) is not None:
+        work, messages, arriving = engines.post(messages, arriving)
+        works.append(work)
+    works += _post(messages, arriving, group, head_start=head_start)
     return Pending(works, finish, keep=keep)
+
+
+def _engines_of(group: ProcessGroup | None) -> PeerExchange | None:
+    inboxes = _INBOXES.get(group) if _INBOXES and group is not None else None
+    if inboxes is None or torch.cuda.is_current_stream_capturing():
+        return None
+    return inboxes.exchange
+
+
+def _post(
+    sends: Sequence[tuple[int, Tensor]],
+    recvs: Sequence[tuple[int, Tensor]],
+    group: ProcessGroup | None,
+    *,
+    head_start: bool,
+) -> list[Any]:
+    """Start messages over the group's backend, flat bytes between this rank and others."""
+    ops = [dist.P2POp(dist.isend, x, group=group, group_peer=peer) for peer, x in sends]
+    ops += [dist.P2POp(dist.irecv, x, group=group, group_peer=peer) for peer, x in recvs]
+    works = dist.batch_isend_irecv(ops) if ops else []
+    if works and head_start and not _on_host(group):
+        torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
+    return works
 
 
 def all_reduce_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -24,7 +24,7 @@ from torch.distributed import ProcessGroup
 from seqpar.errors import MeshError
 from seqpar.peer_limit import WaitLimit
 
-__all__ = ["ApartError", "PeerMemory", "open_on_one_host", "together"]
+__all__ = ["ApartError", "PeerMemory", "open_on_one_host", "timeout_of", "together"]
 
 M = TypeVar("M")
 
@@ -136,7 +136,7 @@ class PeerMemory:
         def allocate() -> tuple[Tensor, WaitLimit, timedelta]:
             memory = _symmetric_memory.empty(words, dtype=torch.int32, device=device)
             limit = WaitLimit(dist.get_process_group_ranks(group), self._rank)
-            return memory.zero_(), limit, _timeout(group)
+            return memory.zero_(), limit, timeout_of(group)
 
         # Kept for as long as this object: peers read it.
         self._memory, self._limit, timeout = together(group, allocate)
@@ -211,7 +211,7 @@ class PeerMemory:
         return Launch(peer_gather_kernel, grid, fixed=fixed, num_warps=8)
 
 
-def _timeout(group: ProcessGroup) -> timedelta:
+def timeout_of(group: ProcessGroup) -> timedelta:
     """How long a collective of the group, or of the world it is part of, may take."""
     device = torch.device("cuda")
     groups = (group, dist.group.WORLD)

@@ -14,7 +14,10 @@ ALLOWED = {
     "errors": set(),
     "layout": {"errors"},
     "balance": {"errors", "layout"},
-    "comm": {"errors", "layout", "kernels", "peer_memory"},
+    "comm": {"errors", "layout", "kernels", "peer_exchange", "peer_memory"},
+    "peer_exchange": {"errors", "peer_exchange_limit", "peer_flags", "peer_memory"},
+    "peer_exchange_limit": set(),
+    "peer_flags": set(),
     "peer_memory": {"errors", "kernels", "peer_limit"},
     "peer_limit": set(),
     "mesh": {"errors", "layout", "comm"},
@@ -29,7 +32,8 @@ ALLOWED = {
 }
 # fmt: off
 TOP = {
-    "errors", "layout", "balance", "comm", "peer_limit", "peer_memory", "mesh", "kernels", "ops",
+    "errors", "layout", "balance", "comm", "peer_exchange", "peer_exchange_limit",
+    "peer_flags", "peer_limit", "peer_memory", "mesh", "kernels", "ops",
     "batch", "loss", "models", "adapters", "planners", "launch", "data", "training", "calibration",
     "comparison", "ranks", "feedback", "report", "report_html", "console", "wrap", "parity",
     "commands",

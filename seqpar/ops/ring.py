@@ -78,8 +78,9 @@ def ring_backward(
         returning.add_to(grads)  # wait: what others computed for this rank's keys
         returning = _Returning.post(sums, x.k, x.v, step, group)
         block = _block(arriving)  # wait, rotate
+    dq = grads.dq.result()  # complete, whenever the last gradients arrive
     returning.add_to(grads)
-    return grads.dq.result(), grads.dk.result(), grads.dv.result()
+    return dq, grads.dk.result(), grads.dv.result()
 
 
 class RingAttention(torch.autograd.Function):
@@ -132,7 +133,7 @@ def _post_block(
         return comm.Pending((), lambda: [k, v])
     sends = [(step.send_to, take_ranges(x, step.send_keys)) for x in (k, v)]
     recvs = [(step.recv_from, room_for(step.num_recv, x)) for x in (k, v)]
-    return comm.exchange(sends, recvs, group, head_start=True)
+    return comm.exchange(sends, recvs, group, beside_work=True, head_start=True)
 
 
 def _block(arriving: comm.Pending[list[Tensor]]) -> Block:
@@ -160,7 +161,7 @@ class _Returning:
         num_sent = num_tokens(step.send_keys)
         sends = [(step.recv_from, part.result()) for part in (sums.dk, sums.dv)]
         recvs = [(step.send_to, room_for(num_sent, x)) for x in (k, v)]
-        return cls(step, comm.exchange(sends, recvs, group))
+        return cls(step, comm.exchange(sends, recvs, group, beside_work=True))
 
     def add_to(self, grads: Gradients) -> None:
         arrived = self.pending.wait()

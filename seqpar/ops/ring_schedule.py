@@ -6,6 +6,7 @@ backward   the left neighbour's block | the other remote blocks | own block
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +14,7 @@ from functools import lru_cache
 from seqpar.layout import SequenceLayout, Span
 from seqpar.ops.softmax_tiles import Mask, Tile, block_tiles, compact_keys
 
-__all__ = ["RingSchedule", "Step", "own_schedule", "ring_schedule"]
+__all__ = ["RingSchedule", "Step", "most_keys_sent", "own_schedule", "ring_schedule"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,35 @@ def ring_schedule(
     if not any(step.num_recv or step.send_keys for step in remote):
         return RingSchedule((own,), (own,))
     return RingSchedule((own, *remote), (remote[-1], *remote[:-1], own))
+
+
+@lru_cache(maxsize=64)
+def most_keys_sent(layout: SequenceLayout, key_layout: SequenceLayout, mask: Mask) -> int:
+    """A bound on the keys that any rank sends any other at a step: the same number on every rank.
+
+    By documents and window alone, which is quicker than all pairs' tiles: an owner's keys of the
+    documents that the reader has queries of, under a window no more than it reaches from each run.
+    """
+    ranks = range(layout.world_size)
+    reach = None if mask.back is None else mask.back + (mask.ahead or 0)
+    runs_read = [Counter(run.document for run in layout.runs(rank)) for rank in ranks]
+    most = 0
+    for owner in ranks:
+        held: Counter[int] = Counter()
+        for run in key_layout.runs(owner):
+            held[run.document] += run.num_tokens
+        for reader in ranks:
+            if reader != owner:
+                most = max(most, _seen(held, runs_read[reader], reach))
+    return most
+
+
+def _seen(held: Counter[int], runs_read: Counter[int], reach: int | None) -> int:
+    """Keys of the documents read, each run of a window seeing `reach` beyond its own positions."""
+    shared = held.keys() & runs_read.keys()
+    if reach is None:
+        return sum(held[document] for document in shared)
+    return sum(min(held[document], reach * runs_read[document]) for document in shared)
 
 
 def own_schedule(tiles: tuple[Tile, ...], num_keys: int) -> RingSchedule:

@@ -13,7 +13,12 @@ from seqpar import comm
 from seqpar.layout import SequenceLayout
 from seqpar.ops.gather import KeyGather, gather_plan
 from seqpar.ops.ring import RingAttention
-from seqpar.ops.ring_schedule import RingSchedule, own_schedule, ring_schedule
+from seqpar.ops.ring_schedule import (
+    RingSchedule,
+    most_keys_sent,
+    own_schedule,
+    ring_schedule,
+)
 from seqpar.ops.softmax_choice import Call, Strategy, choose, refuse
 from seqpar.ops.softmax_tiles import Mask
 from seqpar.ops.ulysses import (
@@ -95,6 +100,7 @@ def softmax_attention(
         return _attend(q, k, v, own_schedule(plan.tiles, k.shape[1]), None, scale)
     members = tuple(range(layout.world_size))
     schedule = ring_schedule(layout, call.key_layout, comm.group_rank(group), mask, members)
+    _make_room(k, v, k.shape[2], (layout, call.key_layout, mask), group)
     return _attend(q, k, v, schedule, group, scale)
 
 
@@ -115,18 +121,28 @@ def _trade_heads(
     traded = (q, k, v, (place, key_place), shares, group)
     q, k, v = TokensToHeads.apply(*traded)  # type: ignore[no-untyped-call]
     k, v = (expanded(x, shares.repeats[place.index]) for x in (k, v))
-    schedule = ring_schedule(
-        merged_layout(call.layout, degree),
-        merged_layout(call.key_layout, degree),
-        rank // degree,
-        call.mask,
-        tuple(range(place.index, size, degree)),
-    )
+    layouts = merged_layout(call.layout, degree), merged_layout(call.key_layout, degree)
+    members = tuple(range(place.index, size, degree))
+    schedule = ring_schedule(*layouts, rank // degree, call.mask, members)
+    _make_room(k, v, shares.most_key_heads, (*layouts, call.mask), group)
     out = _attend(q, k, v, schedule, group, scale)
     result: Tensor = HeadsToTokens.apply(  # type: ignore[no-untyped-call]
         out, call.heads, place, shares, group
     )
     return result
+
+
+def _make_room(
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    between: tuple[SequenceLayout, SequenceLayout, Mask],
+    group: ProcessGroup | None,
+) -> None:
+    """For the largest block of keys and values that any rank of the group sends."""
+    if comm.shares_memory(group):
+        bytes_of_key = k.shape[0] * num_heads * (k.shape[3] + v.shape[3]) * k.element_size()
+        comm.make_room(group, most_keys_sent(*between) * bytes_of_key)
 
 
 def _attend(

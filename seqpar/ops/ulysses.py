@@ -78,6 +78,12 @@ class HeadShares:
     keys: tuple[tuple[int, int], ...]
     repeats: tuple[tuple[int, ...] | None, ...]
 
+    @property
+    def most_key_heads(self) -> int:
+        """The most key/value heads that a member has, after repetition."""
+        pairs = zip(self.keys, self.repeats, strict=True)
+        return max(b - a if counts is None else sum(counts) for (a, b), counts in pairs)
+
 
 @lru_cache(maxsize=64)
 def subgroup(layout: SequenceLayout, degree: int, rank: int) -> Subgroup:

@@ -2,20 +2,21 @@
 
     torchrun --nproc-per-node 2 -m tests.ops.softmax_over_nccl
 
+Each over a group that moves everything by NCCL, and over one that shares memory where devices can.
 Prints the worst relative error of each case; ends with an error if one is beyond the tolerance.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 
 from seqpar.balance import balanced_layout
 from seqpar.layout import SequenceLayout
-from seqpar.mesh import init_mesh
+from seqpar.mesh import GroupPool, init_mesh
 from seqpar.ops.softmax import softmax_attention
 from tests.ops.softmax_cases import Case
 from tests.ops.softmax_reference import reference, visible
@@ -27,15 +28,19 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # over gloo, to try the
 def main() -> None:
     """Compare all cases; the same on every rank."""
     world_size = int(os.environ["WORLD_SIZE"])
-    group = init_mesh(sp=world_size).get_group("sp")
+    sharing = init_mesh(sp=world_size).get_group("sp")
+    pool = GroupPool(share_memory=False)
+    pool.prepare([tuple(range(world_size))])
+    groups = [sharing, pool.group(range(world_size))]
     for case in _cases(world_size):
-        worst = torch.tensor(_worst_error(case, group), device=DEVICE)
+        worst = torch.tensor(_worst_error(case, groups), device=DEVICE)
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         if dist.get_rank() == 0:
             print(f"{worst.item():.1e} {case}", flush=True)
         assert worst.item() <= RELATIVE[case.dtype], case
     if dist.get_rank() == 0:
         print("all strategies are within the tolerance", flush=True)
+    pool.close()
     dist.destroy_process_group()
 
 
@@ -59,23 +64,31 @@ def _cases(world_size: int) -> Iterator[Case]:
     yield Case(short, "ulysses", **{**sizes, "dtype": torch.float16})
 
 
-def _worst_error(case: Case, group: dist.ProcessGroup) -> float:
-    """The largest relative error of out, dq, dk, dv on this rank."""
-    rank = dist.get_rank(group)
+def _worst_error(case: Case, groups: Sequence[dist.ProcessGroup]) -> float:
+    """The largest relative error of out, dq, dk, dv on this rank, over any of the groups."""
+    rank = dist.get_rank()
     streams = [x.to(DEVICE) for x in case.streams()]
-    q, k, v, dout = (case.layout.shard(x, rank) for x in streams)
+    expected = [case.layout.shard(x, rank) for x in _expected(case, streams)]
+    errors = [
+        relative_error(x, ref)
+        for group in groups
+        for x, ref in zip(_results(case, streams, group), expected, strict=True)
+    ]
+    return max(errors)
+
+
+def _results(
+    case: Case, streams: list[torch.Tensor], group: dist.ProcessGroup
+) -> tuple[torch.Tensor, ...]:
+    """out, dq, dk, dv of this rank."""
+    q, k, v, dout = (case.layout.shard(x, dist.get_rank(group)) for x in streams)
     for x in (q, k, v):
         x.requires_grad_()
     out = softmax_attention(
         q, k, v, layout=case.layout, group=group, strategy=case.strategy, causal=case.causal,
         window=case.window,
     )  # fmt: skip
-    results = (out, *torch.autograd.grad(out, (q, k, v), dout))
-    errors = [
-        relative_error(x, case.layout.shard(ref, rank))
-        for x, ref in zip(results, _expected(case, streams), strict=True)
-    ]
-    return max(errors)
+    return (out, *torch.autograd.grad(out, (q, k, v), dout))
 
 
 def _expected(case: Case, streams: list[torch.Tensor]) -> list[torch.Tensor]:

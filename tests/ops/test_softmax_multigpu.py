@@ -1,4 +1,4 @@
-"""Every strategy over NCCL in bfloat16 against float64, one process a GPU."""
+"""The strategies over several GPUs, one process each: exact against float64, and repeatable."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.multigpu
-def test_strategies_over_nccl() -> None:
+def _on_two_gpus(module: str) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     path = os.pathsep.join([str(ROOT), *sys.path])
     done = subprocess.run(
-        [*command, "-m", "tests.ops.softmax_over_nccl"],
+        [*command, "-m", module],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,
@@ -26,4 +25,15 @@ def test_strategies_over_nccl() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    assert "all strategies are within the tolerance" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.multigpu
+def test_strategies_over_nccl() -> None:
+    said = _on_two_gpus("tests.ops.softmax_over_nccl")
+    assert "all strategies are within the tolerance" in said
+
+
+@pytest.mark.multigpu
+def test_the_ring_repeats_itself() -> None:
+    assert "the ring repeats itself over NCCL" in _on_two_gpus("tests.ops.softmax_repeats")

@@ -16,7 +16,7 @@ from seqpar import comm
 from seqpar.layout import SequenceLayout
 from seqpar.ops import ring
 from seqpar.ops.ring import ring_backward, ring_forward
-from seqpar.ops.ring_schedule import ring_schedule
+from seqpar.ops.ring_schedule import most_keys_sent, ring_schedule
 from seqpar.ops.softmax_operands import Operands
 from seqpar.ops.softmax_tiles import Mask
 from seqpar.ops.token_ranges import num_tokens
@@ -58,9 +58,14 @@ def test_one_rank_needs_no_group(case: Case) -> None:
 @pytest.mark.parametrize("mask", [Mask(), Mask(window=9), Mask(causal=False)], ids=str)
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_steps_of_the_ranks_match(world_size: int, mask: Mask) -> None:
-    """What a rank receives at a step is what its owner sends; backward fetches one block less."""
+    """What a rank receives at a step is what its owner sends; backward fetches one block less.
+
+    No step sends more keys than every rank can say beforehand.
+    """
     for layout in layouts(DOCUMENTS, world_size):
         ranks = tuple(range(world_size))
+        most = most_keys_sent(layout, layout, mask)
+        assert most <= max(layout.tokens_on(rank) for rank in ranks)
         schedules = [ring_schedule(layout, layout, rank, mask, ranks) for rank in ranks]
         for rank, schedule in enumerate(schedules):
             assert schedule.backward[0] == schedule.forward[-1]
@@ -70,6 +75,7 @@ def test_steps_of_the_ranks_match(world_size: int, mask: Mask) -> None:
                 sent = owner.forward[i] if len(owner.forward) > 1 else None
                 assert step.num_recv == (num_tokens(sent.send_keys) if sent else 0)
                 assert sent is None or sent.send_to == rank
+                assert step.num_recv <= most
                 assert len(schedule.backward) == len(schedule.forward)
 
 
@@ -94,6 +100,7 @@ def test_only_what_the_mask_lets_through_is_sent() -> None:
 def test_documents_on_one_rank_send_nothing() -> None:
     case = Case(SequenceLayout.contiguous((0, 16, 32, 40, 48), 3), options={"check": False})
     assert run_ranks(3, _traffic, case) == [(0, 0)] * 3
+    assert most_keys_sent(case.layout, case.layout, Mask()) == 0
 
 
 def _order(rank: int, case: Case) -> list[str]:

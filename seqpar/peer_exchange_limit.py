@@ -1,0 +1,106 @@
+"""How long an exchange by copy engines may take, and what is said when it is over.
+
+Streams that wait for a peer's word wait for ever, and NCCL's watchdog does not see it. Each stream
+writes the number of the last exchange it has finished to a page of host memory; a thread that makes
+no CUDA call, and so disturbs no capture, compares it with what was posted, and when.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["ExchangeLimit"]
+
+_log = logging.getLogger(__name__)
+_LOOK_EVERY_S = 0.5
+_WORD_BYTES = 4
+
+
+class _Posted(NamedTuple):
+    number: int
+    at: float
+    peers: tuple[int, ...]
+
+
+class ExchangeLimit:
+    """Ends what waits for a peer for longer than a collective may.
+
+    Args:
+        ranks: the group's members by global rank, for what is said.
+        rank: this one's place among them.
+        num_streams: how many streams report.
+        limit: how long an exchange may be under way.
+        end: called once when one has been for longer, from another thread.
+    """
+
+    def __init__(
+        self,
+        ranks: Sequence[int],
+        rank: int,
+        num_streams: int,
+        limit: timedelta,
+        end: Callable[[], None],
+    ) -> None:
+        self._page = torch.zeros(
+            num_streams, dtype=torch.int32, pin_memory=torch.cuda.is_available()
+        )
+        self._posted: deque[_Posted] = deque()
+        self._closed = threading.Event()
+        arguments = (self._page, self._posted, self._closed, list(ranks), rank, limit, end)
+        self._thread = threading.Thread(
+            target=_watch, args=arguments, name="exchange limit", daemon=True
+        )
+        self._thread.start()
+
+    def address(self, stream: int) -> int:
+        """Where a stream writes the number of each exchange it has finished."""
+        return self._page.data_ptr() + stream * _WORD_BYTES
+
+    def posted(self, number: int, peers: Sequence[int]) -> None:
+        """An exchange with these members of the group begins; numbers count up from 1."""
+        self._posted.append(_Posted(number, time.monotonic(), tuple(peers)))
+
+    def close(self) -> None:
+        """Nobody looks any longer."""
+        self._closed.set()
+
+    def __del__(self) -> None:
+        self._closed.set()
+
+
+def _watch(
+    page: Tensor,
+    posted: deque[_Posted],
+    closed: threading.Event,
+    ranks: Sequence[int],
+    rank: int,
+    limit: timedelta,
+    end: Callable[[], None],
+) -> None:
+    limit_s = limit.total_seconds()
+    while not closed.wait(min(_LOOK_EVERY_S, limit_s / 4)):
+        finished = int(page.min())
+        while posted and posted[0].number <= finished:
+            posted.popleft()
+        if posted and time.monotonic() - posted[0].at > limit_s:
+            _log.error(
+                "rank %d has waited %g s for rank(s) %s in exchange %d by copy engines, of ranks "
+                "%s; this process now ends with a CUDA error: find out what the missing rank did, "
+                "or give the group a longer timeout",
+                ranks[rank],
+                limit_s,
+                ", ".join(str(ranks[peer]) for peer in posted[0].peers),
+                posted[0].number,
+                ranks,
+            )
+            end()
+            return
