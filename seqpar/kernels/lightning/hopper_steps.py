@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 
 __all__ = [
     "clear_rows",
+    "half_state_entering",
     "head_decay",
     "last_decay",
     "rounded",
@@ -93,7 +94,7 @@ def sum_lanes(b_x, R: gl.constexpr, C: gl.constexpr):
     all lanes, each step gives half of the columns away to the lane that adds them: 14 shuffles
     instead of 48.
     """
-    warps: gl.constexpr = [[1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    warps: gl.constexpr = [[1, 0, 0], [2, 0, 0], [4, 0, 0]] if R == 128 else [[1, 0, 0], [2, 0, 0]]
     L4: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 0, 1], [0, 0, 8], [0, 0, 16], [0, 4, 0]],
         [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 0, 32]],
@@ -122,6 +123,34 @@ def state_entering(
 ):  # fmt: skip
     """The state [D, D] that enters segment i_m."""
     b_S = gl.zeros([D, D], gl.float32, L_S)
+    distance = num_before * 0.0
+    if SCAN:
+        for i in range(0, num_before):
+            if distance >= -REACH_BITS:
+                i_p = i_m + 1 + i if REVERSE else i_m - 1 - i
+                b_U = gl.load(p_states + (i_p * H + i_h).to(gl.int64) * (D * D) + o_S)
+                b_S += b_U * gl.exp2(distance)
+                if DECAY == 2:
+                    distance += gl.load(p_by_segment + i_p * H + i_h)
+                else:
+                    distance += length * log2_decay
+        if DECAY != 2:
+            distance = tokens_before * log2_decay
+    elif p_states is not None:
+        b_S += gl.load(p_states + (i_m * H + i_h).to(gl.int64) * (D * D) + o_S)
+    if p_initial is not None:
+        b_S += gl.load(p_initial + o_sequence + o_S) * gl.exp2(distance)
+    return b_S
+
+
+@gluon.jit
+def half_state_entering(
+    p_states, p_initial, p_by_segment, i_m, i_h, num_before, tokens_before, length, o_S, o_sequence,
+    H, log2_decay, DECAY: gl.constexpr, REVERSE: gl.constexpr, SCAN: gl.constexpr,
+    D: gl.constexpr, L_S: gl.constexpr,
+):  # fmt: skip
+    """Half of the rows of the state that enters segment i_m, [D // 2, D]."""
+    b_S = gl.zeros([D // 2, D], gl.float32, L_S)
     distance = num_before * 0.0
     if SCAN:
         for i in range(0, num_before):
