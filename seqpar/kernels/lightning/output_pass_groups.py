@@ -227,14 +227,12 @@ def _group(
         if ORDER:
             mbarrier.wait(turns.index(group), (i & 1) ^ 1 ^ group)
 
-        b_P = warpgroup_mma(b_y, b_x.permute((1, 0)), b_P, use_acc=False, is_async=True)
         b_w = warpgroup_mma(b_front, b_x.permute((1, 0)), b_w, use_acc=False, is_async=True)
         if GRAD:
             b_w = warpgroup_mma(b_rest, b_x.permute((1, 0)), b_w, is_async=True)
-        s_parts = s_back if REVERSE else s_ahead
-        b_decayed = _times(b_z.permute((1, 0)).load(A_S), s_parts, stage, A_S)
+        b_P = warpgroup_mma(b_y, b_x.permute((1, 0)), b_P, use_acc=False, is_async=True)
         b_gap = _pair_decays(s_reach.index(stage), REVERSE, C, L_W)
-        b_P = warpgroup_mma_wait(2 if GRAD else 1, deps=[b_P])
+        b_P, b_w = warpgroup_mma_wait(0, deps=[b_P, b_w])
         if ALIAS:
             tma.store_wait(0)
             _barrier()
@@ -247,8 +245,9 @@ def _group(
         b_near = warpgroup_mma(
             b_z.permute((1, 0)), s_P, b_near, use_acc=False, is_async=True
         )  # fmt: skip
+        s_parts = s_back if REVERSE else s_ahead
+        b_decayed = _times(b_z.permute((1, 0)).load(A_S), s_parts, stage, A_S)
         b_S = b_S * gl.exp2(last)
-        b_w, b_S = warpgroup_mma_wait(1, deps=[b_w, b_S])
         b_S = warpgroup_mma(b_decayed, b_y, b_S, is_async=True)
         if ORDER:
             mbarrier.arrive(turns.index(1 - group), count=1)
