@@ -26,7 +26,7 @@ from torch import Tensor
 
 from seqpar.kernels.lightning.decay_gradient import decay_gradient, learn
 from seqpar.kernels.lightning.forward import SegmentStates, summarize
-from seqpar.kernels.lightning.launch_output import Learning, output_pass
+from seqpar.kernels.lightning.launch_output import Learning, output_pass, parts_of
 from seqpar.kernels.lightning.launch_pair import can_pair, output_pair
 from seqpar.kernels.lightning.plan import Plan
 from seqpar.kernels.lightning.tuning import with_gradient
@@ -69,9 +69,9 @@ def backward_triton(
     cut, of_q, of_k = states.cut, None, None
     learns = decay_grad and plan.problem.decay_dims == 3
     if learns:
-        tile = plan.transposed_config.value_tile
+        parts = parts_of(plan.transposed_config, q, k, v, do)
         passed_on = cut.segments.num_cut > 0 or exit_state_grad is not None
-        of_q, of_k = learn(q, k, plan.value_dim, cut, tile, exits=passed_on)
+        of_q, of_k = learn(q, k, plan.value_dim, cut, parts, exits=passed_on)
     dq = query_grad
     if dq is None or learns:  # before the other states, so that the device starts early
         dq = query_grad_triton(plan, (q, k, v, do), entry_state, states, learning=of_q)

@@ -62,20 +62,20 @@ def decay_gradient_kernel(
 
 
 def learn(
-    q: Tensor, k: Tensor, value_dim: int, cut: Cut, tile: int, *, exits: bool
+    q: Tensor, k: Tensor, value_dim: int, cut: Cut, parts: int, *, exits: bool
 ) -> tuple[Learning, Learning]:
     """What the passes that make dq and dk are to write; `exits`: whether any state is passed on."""
     batch, tokens, heads, key_dim = q.shape
-    tiles, count = triton.cdiv(key_dim, tile), cut.segments.count
+    count = cut.segments.count
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=q.device)
 
     leaving = empty(count, heads, key_dim, value_dim) if exits else None
-    crossing = empty(tiles, count, heads) if exits else None
+    crossing = empty(parts, count, heads) if exits else None
     return (
-        Learning(q, empty(tiles, heads, batch * tokens), leaving),
-        Learning(k, empty(tiles, heads, batch * tokens), leaving, crossing),
+        Learning(q, empty(parts, heads, batch * tokens), leaving),
+        Learning(k, empty(parts, heads, batch * tokens), leaving, crossing),
     )
 
 

@@ -15,10 +15,10 @@ from seqpar.kernels.lightning.decays import Decays
 from seqpar.kernels.lightning.output_pass import output_pass_kernel
 from seqpar.kernels.lightning.plan import Cut
 from seqpar.kernels.lightning.state_pass import can_be_flat, precision
-from seqpar.kernels.lightning.tuning import Config, padded
+from seqpar.kernels.lightning.tuning import Config, Groups, padded
 from seqpar.kernels.overlap import can_overlap
 
-__all__ = ["Learning", "output_pass"]
+__all__ = ["Learning", "in_two_groups", "output_pass", "parts_of"]
 
 
 class Learning(NamedTuple):
@@ -32,6 +32,13 @@ class Learning(NamedTuple):
     the pass backward in time reads it. None where no gradient reaches any of them."""
     crossing: Tensor | None = None
     """[tiles of DZ, M, H] float32, backward in time: `exits` times their gradients."""
+
+
+def parts_of(config: Config, *tensors: Tensor) -> int:
+    """In how many parts a pass over these inputs gives its sums towards the decays' gradient."""
+    if config.groups is not None and can_be_flat(*tensors):
+        return 2
+    return triton.cdiv(tensors[0].shape[3], config.value_tile)
 
 
 def output_pass(
@@ -109,24 +116,44 @@ def _output_launch(
     fixed |= missing
     unused = ("d_reach", "p_reach", "p_by_segment") if decays.reach is None else ("p_decay",)
     fixed |= dict.fromkeys(unused)
-    by_hand = config.by_hand and flat and decays.kind == 2  # fixed decays: as fast in Triton
+    in_groups = config.groups is not None and flat
+    by_hand = in_groups or config.by_hand and flat and decays.kind == 2  # fixed: as fast in Triton
     wide, narrow = (
-        Window(config.chunk, tile, flat=flat, for_gluon=by_hand) for tile in (tile_x, tile_z)
+        Window(config.chunk, tile, flat=flat, for_gluon=by_hand)
+        for tile in (tile_x, tile_z // 2 if in_groups else tile_z)
     )
     windows = {"d_x": wide, "d_y": wide, "d_z": narrow, "d_u": narrow, "d_w": narrow}
     if not by_hand:
         windows["d_reach"] = Window(1, config.chunk, flat=True)
+    if config.groups is not None and flat:
+        for name in ("DX", "DZ", "FLAT", "BX", "BZ", "PRECISION"):
+            del fixed[name]
+        fixed |= in_two_groups(config.groups, dim_x)
     return Launch(
-        _hopper_kernel() if by_hand else output_pass_kernel,
+        _kernel_of(by_hand, in_groups),
         (segments.count * heads, triton.cdiv(dim_z, tile_z)),
         fixed=fixed,
         windows={name: window for name, window in windows.items() if name not in fixed},
-        num_warps=config.num_warps,
+        num_warps=4 if in_groups else config.num_warps,
         overlap=can_overlap(x.device),
     )
 
 
-def _hopper_kernel() -> Any:
-    from seqpar.kernels.lightning.output_pass_hopper import output_pass_hopper_kernel
+def in_two_groups(groups: Groups, dim: int) -> dict[str, Any]:
+    """What a kernel in two groups of warps is compiled with."""
+    return {
+        "D": dim, "STAGES": groups.num_stages, "ALIAS": groups.shares_room,
+        "ORDER": groups.takes_turns,
+    }  # fmt: skip
 
-    return output_pass_hopper_kernel
+
+def _kernel_of(by_hand: bool, in_groups: bool) -> Any:
+    if in_groups:
+        from seqpar.kernels.lightning.output_pass_groups import output_pass_groups_kernel
+
+        return output_pass_groups_kernel
+    if by_hand:
+        from seqpar.kernels.lightning.output_pass_hopper import output_pass_hopper_kernel
+
+        return output_pass_hopper_kernel
+    return output_pass_kernel

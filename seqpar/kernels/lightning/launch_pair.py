@@ -11,6 +11,7 @@ from torch import Tensor
 
 from seqpar.kernels.launch import Launch, Window
 from seqpar.kernels.lightning.decays import Decays
+from seqpar.kernels.lightning.launch_output import in_two_groups
 from seqpar.kernels.lightning.plan import Cut
 from seqpar.kernels.lightning.state_pass import can_be_flat
 from seqpar.kernels.lightning.tuning import Config
@@ -41,6 +42,7 @@ def output_pair(
     q, k, v, do = inputs
     optional = (states, initial, final)
     key = ("pair", scanned, *(x.stride() for x in inputs), *(x is None for x in optional))
+    halves = (q, do) if config.groups is not None else ()
     launch = cut.launches.get(key)
     if launch is None:
         names = ("p_states", "p_initial", "p_final")
@@ -48,7 +50,7 @@ def output_pair(
         scan = states is not None and not scanned
         launch = cut.launches[key] = _pair_launch(q, cut, config, decays, missing, scan)
     given = (
-        q, k, v, do, dk, dv, dk, dv, decays.per_head, decays.reach, decays.by_segment,
+        q, k, v, do, *halves, dk, dv, dk, dv, decays.per_head, decays.reach, decays.by_segment,
         states, initial, final,
     )  # fmt: skip
     launch(*[tensor for tensor in given if tensor is not None])
@@ -57,8 +59,6 @@ def output_pair(
 def _pair_launch(
     q: Tensor, cut: Cut, config: Config, decays: Decays, missing: dict[str, None], scan: bool
 ) -> Launch:
-    from seqpar.kernels.lightning.output_pass_hopper import output_pair_hopper_kernel
-
     heads, dim = q.shape[2:]
     fixed: dict[str, Any] = {
         "p_table": cut.segments.table, "H": heads, "length": cut.segments.longest,
@@ -70,11 +70,26 @@ def _pair_launch(
     unused = ("p_reach", "p_by_segment") if decays.reach is None else ("p_decay",)
     fixed |= dict.fromkeys(unused)
     window = Window(config.chunk, dim, flat=True, for_gluon=True)
+    windows = dict.fromkeys(("d_q", "d_k", "d_v", "d_do", "d_dk", "d_dv"), window)
+    if config.groups is not None:
+        half = Window(config.chunk, dim // 2, flat=True, for_gluon=True)
+        windows |= dict.fromkeys(("d_half_q", "d_half_do", "d_dk", "d_dv"), half)
+        fixed |= in_two_groups(config.groups, dim)
     return Launch(
-        output_pair_hopper_kernel,
+        _kernel_of(in_groups=config.groups is not None),
         (cut.segments.count * heads * 2,),
         fixed=fixed,
-        windows=dict.fromkeys(("d_q", "d_k", "d_v", "d_do", "d_dk", "d_dv"), window),
-        num_warps=config.num_warps,
+        windows=windows,
+        num_warps=config.num_warps if config.groups is None else 4,
         overlap=can_overlap(q.device),
     )
+
+
+def _kernel_of(*, in_groups: bool) -> Any:
+    if in_groups:
+        from seqpar.kernels.lightning.output_pass_groups import output_pair_groups_kernel
+
+        return output_pair_groups_kernel
+    from seqpar.kernels.lightning.output_pass_hopper import output_pair_hopper_kernel
+
+    return output_pair_hopper_kernel

@@ -357,7 +357,7 @@ def _run_segment(
 
 @gluon.jit(do_not_specialize=["N", "M", "length"])  # new with every batch
 def output_pass_groups_kernel(
-    d_x, d_y, d_z, d_u, d_w, p_w, p_decay, p_reach, stride_reach,
+    d_x, d_y, d_z, d_u, d_w, p_w, p_decay, d_reach, p_reach, stride_reach,
     p_by_segment, p_dots, p_crossing, p_exits, p_states, p_initial,
     p_final, p_table, H, N, M, length, stride_x, stride_z, OVERLAP: gl.constexpr,
     DECAY: gl.constexpr, REVERSE: gl.constexpr, GRAD: gl.constexpr,
