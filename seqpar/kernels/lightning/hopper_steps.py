@@ -15,10 +15,12 @@ __all__ = [
     "half_state_entering",
     "head_decay",
     "last_decay",
-    "rounded",
+    "room_for_parts",
     "split",
     "state_entering",
+    "store_parts",
     "sum_lanes",
+    "times_parts",
     "token_decays",
 ]
 
@@ -75,15 +77,29 @@ def split(b_x, dtype: gl.constexpr):
 
 
 @gluon.jit
-def rounded(b_x):
-    """x [float32] rounded to bfloat16, as float32, two numbers at a time."""
-    asm: gl.constexpr = """{
-        .reg .b32 pair;
-        cvt.rn.bf16x2.f32 pair, $3, $2;
-        shl.b32 $0, pair, 16;
-        and.b32 $1, pair, 0xffff0000;
-    }"""
-    return gl.inline_asm_elementwise(asm, "=r,=r,r,r", [b_x], gl.float32, is_pure=True, pack=2)
+def room_for_parts(dtype: gl.constexpr, TURNS: gl.constexpr, C: gl.constexpr):
+    """Room for factors [C] in two parts: two buffers, so that writing both needs no barrier."""
+    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    front = gl.allocate_shared_memory(dtype, [TURNS, C], LINE)
+    return front, gl.allocate_shared_memory(dtype, [TURNS, C], LINE)
+
+
+@gluon.jit
+def times_parts(b_x, s_parts, stage, L: gl.constexpr):
+    """b_x [_, C] bfloat16 times a factor [C] in two parts, rounded once, two numbers at a time."""
+    b_front = s_parts[0].index(stage).load(gl.SliceLayout(0, L))[None, :]
+    b_rest = s_parts[1].index(stage).load(gl.SliceLayout(0, L))[None, :]
+    b_x, b_front = gl.broadcast(b_x, b_front)
+    b_x, b_rest = gl.broadcast(b_x, b_rest)
+    return gl.fma(b_x, b_front, b_x * b_rest)
+
+
+@gluon.jit
+def store_parts(s_parts, stage, factor, dtype: gl.constexpr):
+    """A factor [C] as the sum of two numbers of the dtype."""
+    front = factor.to(dtype)
+    s_parts[0].index(stage).store(front)
+    s_parts[1].index(stage).store((factor - front.to(gl.float32)).to(dtype))
 
 
 @gluon.jit

@@ -28,8 +28,11 @@ from seqpar.kernels.lightning.hopper_steps import (
     half_state_entering,
     head_decay,
     last_decay,
+    room_for_parts,
     split,
+    store_parts,
     sum_lanes,
+    times_parts,
     token_decays,
 )
 from seqpar.kernels.overlap import wait_for_launches_before
@@ -69,24 +72,6 @@ def _pair_decays(s_reach, REVERSE: gl.constexpr, C: gl.constexpr, L_P: gl.conste
 
 
 @gluon.jit
-def _times(b_x, s_parts, stage, L: gl.constexpr):
-    """b_x [_, C] bfloat16 times a factor [C] in two parts, rounded once, two numbers at a time."""
-    b_front = s_parts.index(stage * 2).load(gl.SliceLayout(0, L))[None, :]
-    b_rest = s_parts.index(stage * 2 + 1).load(gl.SliceLayout(0, L))[None, :]
-    b_x, b_front = gl.broadcast(b_x, b_front)
-    b_x, b_rest = gl.broadcast(b_x, b_rest)
-    return gl.fma(b_x, b_front, b_x * b_rest)
-
-
-@gluon.jit
-def _store_parts(s_parts, stage, factor, dtype: gl.constexpr):
-    """A factor [C] as the sum of two numbers of the dtype."""
-    front = factor.to(dtype)
-    s_parts.index(stage * 2).store(front)
-    s_parts.index(stage * 2 + 1).store((factor - front.to(gl.float32)).to(dtype))
-
-
-@gluon.jit
 def _copies(
     windows, tiles, lines, bars, where,
     DECAY: gl.constexpr, REVERSE: gl.constexpr, GRAD: gl.constexpr,
@@ -116,14 +101,14 @@ def _copies(
         s_reach.index(stage).store(reach)
         if REVERSE:
             s_factor.index(stage).store(ahead)
-            _store_parts(s_back, stage, back, dtype)
+            store_parts(s_back, stage, back, dtype)
             if GRAD:
-                _store_parts(s_ahead, stage, ahead, dtype)
+                store_parts(s_ahead, stage, ahead, dtype)
         else:
             s_factor.index(stage).store(back)
-            _store_parts(s_ahead, stage, ahead, dtype)
+            store_parts(s_ahead, stage, ahead, dtype)
             if GRAD:
-                _store_parts(s_back, stage, back, dtype)
+                store_parts(s_back, stage, back, dtype)
         _barrier()
         mbarrier.expect(bar, (4 if GRAD else 3) * C * D * 2)
         _load(d_y, [row, column], bar, s_y.index(stage))
@@ -246,7 +231,7 @@ def _group(
             b_z.permute((1, 0)), s_P, b_near, use_acc=False, is_async=True
         )  # fmt: skip
         s_parts = s_back if REVERSE else s_ahead
-        b_decayed = _times(b_z.permute((1, 0)).load(A_S), s_parts, stage, A_S)
+        b_decayed = times_parts(b_z.permute((1, 0)).load(A_S), s_parts, stage, A_S)
         b_S = b_S * gl.exp2(last)
         b_S = warpgroup_mma(b_decayed, b_y, b_S, is_async=True)
         if ORDER:
@@ -255,7 +240,7 @@ def _group(
         if GRAD:
             # The other pass adds u, decayed and rounded, to its state: so it counts here as well.
             b_u = s_u.index(stage * 2 + group).permute((1, 0)).load(L_W)
-            b_far = _times(b_u, s_ahead if REVERSE else s_back, stage, L_W)
+            b_far = times_parts(b_u, s_ahead if REVERSE else s_back, stage, L_W)
             b_dots = b_w * b_far.to(gl.float32)
         b_w = b_w * b_factor
         b_near = warpgroup_mma_wait(1, deps=[b_near])
@@ -304,10 +289,10 @@ def _shared_memory(
         s_w = gl.allocate_shared_memory(dtype, [2, C, D // 2], _TILE)
     s_reach = gl.allocate_shared_memory(gl.float32, [STAGES, C], _LINE)
     s_factor = gl.allocate_shared_memory(gl.float32, [STAGES, C], _LINE)
-    s_ahead = gl.allocate_shared_memory(dtype, [STAGES * 2, C], _LINE)
+    s_ahead = room_for_parts(dtype, STAGES, C)
     s_back = s_ahead
     if GRAD:
-        s_back = gl.allocate_shared_memory(dtype, [STAGES * 2, C], _LINE)
+        s_back = room_for_parts(dtype, STAGES, C)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())

@@ -31,10 +31,12 @@ from seqpar.kernels.lightning.hopper_steps import (
     clear_rows,
     head_decay,
     last_decay,
-    rounded,
+    room_for_parts,
     split,
     state_entering,
+    store_parts,
     sum_lanes,
+    times_parts,
     token_decays,
 )
 from seqpar.kernels.overlap import wait_for_launches_before
@@ -73,14 +75,15 @@ def _shared_memory(
     s_w = gl.allocate_shared_memory(dtype, [C, D], _TILE)
     s_P = gl.allocate_shared_memory(dtype, [C, C], _TILE)
     s_reach = gl.allocate_shared_memory(gl.float32, [2, C], _LINE)
-    s_back = gl.allocate_shared_memory(gl.float32, [2, C], _LINE)
-    s_ahead = gl.allocate_shared_memory(gl.float32, [2, C], _LINE)
+    s_factor = gl.allocate_shared_memory(gl.float32, [2, C], _LINE)
+    s_back = room_for_parts(dtype, 2, C)
+    s_ahead = room_for_parts(dtype, 2, C)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(bars.index(i), count=1)
     fence_async_shared()
     _barrier()
-    return s_x, s_y, s_z, s_u, s_w, s_P, s_reach, s_back, s_ahead, bars
+    return s_x, s_y, s_z, s_u, s_w, s_P, s_reach, s_factor, s_back, s_ahead, bars
 
 
 @gluon.jit
@@ -150,7 +153,7 @@ def _run_segment(
     COLUMNS: gl.constexpr = gl.BlockedLayout([8, 1], [1, 32], [1, 8], [1, 0])
     dtype: gl.constexpr = d_x.dtype
     i_m, start, stop, i_s, before, behind, begin, end = segment
-    s_x, s_y, s_z, s_u, s_w, s_P, s_reach, s_back, s_ahead, bars = tiles
+    s_x, s_y, s_z, s_u, s_w, s_P, s_reach, s_factor, s_back, s_ahead, bars = tiles
     num_chunks = (stop - start + C - 1) // C
     for i in gl.static_range(STAGES):
         _fetch(
@@ -183,8 +186,9 @@ def _run_segment(
     left = gl.minimum(stop - start - i_c * C, C)
     reach, back, ahead = token_decays(p_head, first_slot + i_c, left, log2_decay, o_line, DECAY, C)
     s_reach.index(0).store(reach)
-    s_back.index(0).store(back)
-    s_ahead.index(0).store(ahead)
+    s_factor.index(0).store(ahead if REVERSE else back)
+    store_parts(s_back, 0, back, dtype)
+    store_parts(s_ahead, 0, ahead, dtype)
     last = last_decay(p_head, first_slot + i_c, left, log2_decay, DECAY, C)
     _barrier()
 
@@ -225,20 +229,18 @@ def _run_segment(
         fence_async_shared()
         _barrier()
 
-        b_decayed = b_z.permute((1, 0)).load(A_S).to(gl.float32)
-        b_decayed *= (
-            (s_back if REVERSE else s_ahead).index(turn).load(gl.SliceLayout(0, A_S))[None, :]
-        )
-        b_decayed = b_decayed.to(dtype)
+        s_parts = s_back if REVERSE else s_ahead
+        b_decayed = times_parts(b_z.permute((1, 0)).load(A_S), s_parts, turn, A_S)
         b_S = b_S * gl.exp2(last)
         b_w, b_S, b_decayed = warpgroup_mma_wait(0, deps=[b_w, b_S, b_decayed])
-        b_factor = (
-            (s_ahead if REVERSE else s_back).index(turn).load(gl.SliceLayout(0, L_W))[None, :]
-        )
+        b_factor = s_factor.index(turn).load(gl.SliceLayout(0, L_W))[None, :]
         if GRAD:
             # The other pass adds u, decayed and rounded, to its state: so it counts here as well.
-            b_u = s_u.index(stage).permute((1, 0)).load(L_W).to(gl.float32)
-            b_more = b_w * (rounded(b_u * b_factor) - b_u * b_factor)
+            b_u = s_u.index(stage).permute((1, 0)).load(L_W)
+            s_parts = s_ahead if REVERSE else s_back
+            b_far = times_parts(b_u, s_parts, turn, L_W).to(gl.float32)
+            b_u = b_u.to(gl.float32)
+            b_more = b_w * (b_far - b_u * b_factor)
             b_dots = gl.sum(b_more.reshape([D // 16, 2, 8, C]), 1)
         b_w = warpgroup_mma(b_z.permute((1, 0)), s_P, b_w * b_factor, is_async=True)
         b_S = warpgroup_mma(b_decayed, b_y, b_S, is_async=True)
@@ -250,8 +252,9 @@ def _run_segment(
             b_dots = gl.sum(gl.convert_layout(sum_lanes(b_dots, D, C), COLUMNS), 0)
         b_S = warpgroup_mma_wait(0, deps=[b_S])
         s_reach.index(1 - turn).store(reach)
-        s_back.index(1 - turn).store(back)
-        s_ahead.index(1 - turn).store(ahead)
+        s_factor.index(1 - turn).store(ahead if REVERSE else back)
+        store_parts(s_back, 1 - turn, back, dtype)
+        store_parts(s_ahead, 1 - turn, ahead, dtype)
         fence_async_shared()
         _barrier()
         _write(d_w, p_w, s_w, row, num_tokens, i_h, H, C, D, ROWS)
