@@ -80,8 +80,10 @@ def backward_triton(
     dentry = plan.new_state() if entry_grad else None
     dv, dk = _empty(v), _empty(k)
     given = (plan, (q, k, v, do), dk, dv, grad_states, exit_state_grad, dentry)
-    if of_k is None and can_pair(plan.config, q, k, v, do):
-        _pair(*given)
+    groups = plan.config.groups
+    paired = of_k is None or (groups is not None and groups.pairs_learning)
+    if paired and can_pair(plan.config, q, k, v, do):
+        _pair(*given, of_k)
     else:
         _two_passes(*given, of_k)
     dlog_decay = decay_gradient(of_q, of_k, cut) if of_q and of_k else None
@@ -169,8 +171,9 @@ def _pair(
     states: SegmentStates,
     initial: Tensor | None,
     final: Tensor | None,
+    learning: Learning | None = None,
 ) -> None:
-    """The same in one launch, without sums for the decays' gradient."""
+    """The same in one launch; with sums for the decays' gradient in two groups only."""
     local_states, scanned = states.into(initial, reverse=True)
     output_pair(
         inputs,
@@ -183,6 +186,7 @@ def _pair(
         scanned=scanned,
         initial=None if scanned else initial,
         final=final,
+        learning=learning,
     )
 
 

@@ -38,7 +38,7 @@ def parts_of(config: Config, *tensors: Tensor) -> int:
     """In how many parts a pass over these inputs gives its sums towards the decays' gradient."""
     if config.groups is not None and can_be_flat(*tensors):
         return 2
-    return triton.cdiv(tensors[0].shape[3], config.value_tile)
+    return int(triton.cdiv(tensors[0].shape[3], config.value_tile))
 
 
 def output_pass(
@@ -117,7 +117,7 @@ def _output_launch(
     unused = ("d_reach", "p_reach", "p_by_segment") if decays.reach is None else ("p_decay",)
     fixed |= dict.fromkeys(unused)
     in_groups = config.groups is not None and flat
-    by_hand = in_groups or config.by_hand and flat and decays.kind == 2  # fixed: as fast in Triton
+    by_hand = in_groups or (config.by_hand and flat and decays.kind == 2)  # else as fast
     wide, narrow = (
         Window(config.chunk, tile, flat=flat, for_gluon=by_hand)
         for tile in (tile_x, tile_z // 2 if in_groups else tile_z)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from seqpar.kernels.launch import Launch, Window
 from seqpar.kernels.lightning.decays import Decays
-from seqpar.kernels.lightning.launch_output import in_two_groups
+from seqpar.kernels.lightning.launch_output import Learning, in_two_groups
 from seqpar.kernels.lightning.plan import Cut
 from seqpar.kernels.lightning.state_pass import can_be_flat
-from seqpar.kernels.lightning.tuning import Config
+from seqpar.kernels.lightning.tuning import Config, with_gradient
 from seqpar.kernels.overlap import can_overlap
 
 __all__ = ["can_pair", "output_pair"]
@@ -37,21 +37,29 @@ def output_pair(
     scanned: bool,
     initial: Tensor | None,
     final: Tensor | None,
+    learning: Learning | None = None,
 ) -> None:
-    """Write dk and dv of `inputs`, q, k, v and do; the rest as for `output_pass`, in reverse."""
+    """Write dk and dv of `inputs`, q, k, v and do; the rest as for `output_pass`, in reverse.
+
+    `learning`: of k; only in two groups.
+    """
     q, k, v, do = inputs
-    optional = (states, initial, final)
-    key = ("pair", scanned, *(x.stride() for x in inputs), *(x is None for x in optional))
-    halves = (q, do) if config.groups is not None else ()
+    of, dots, exits, crossing = (None,) * 4 if learning is None else learning
+    optional = {"p_states": states, "p_initial": initial, "p_final": final}
+    halves: tuple[Tensor | None, ...] = ()
+    if config.groups is not None:
+        halves = (q, do, of)
+        optional |= {"d_half_k": of, "p_dots": dots, "p_crossing": crossing, "p_exits": exits}
+    missing = dict.fromkeys(name for name, given in optional.items() if given is None)
+    key = ("pair", scanned, *(x.stride() for x in inputs), *missing)
     launch = cut.launches.get(key)
     if launch is None:
-        names = ("p_states", "p_initial", "p_final")
-        missing = {name: None for name, given in zip(names, optional, strict=True) if given is None}
+        tiles = config if of is None else with_gradient(config)
         scan = states is not None and not scanned
-        launch = cut.launches[key] = _pair_launch(q, cut, config, decays, missing, scan)
+        launch = cut.launches[key] = _pair_launch(q, cut, tiles, decays, missing, scan)
     given = (
         q, k, v, do, *halves, dk, dv, dk, dv, decays.per_head, decays.reach, decays.by_segment,
-        states, initial, final,
+        dots, crossing, exits, states, initial, final,
     )  # fmt: skip
     launch(*[tensor for tensor in given if tensor is not None])
 
@@ -73,13 +81,15 @@ def _pair_launch(
     windows = dict.fromkeys(("d_q", "d_k", "d_v", "d_do", "d_dk", "d_dv"), window)
     if config.groups is not None:
         half = Window(config.chunk, dim // 2, flat=True, for_gluon=True)
-        windows |= dict.fromkeys(("d_half_q", "d_half_do", "d_dk", "d_dv"), half)
+        windows |= dict.fromkeys(("d_half_q", "d_half_do", "d_half_k", "d_dk", "d_dv"), half)
         fixed |= in_two_groups(config.groups, dim)
+        fixed |= {"GRAD": "d_half_k" not in missing, "N": q.shape[0] * q.shape[1]}
+        fixed |= {"M": cut.segments.count}
     return Launch(
         _kernel_of(in_groups=config.groups is not None),
         (cut.segments.count * heads * 2,),
         fixed=fixed,
-        windows=windows,
+        windows={name: window for name, window in windows.items() if name not in missing},
         num_warps=config.num_warps if config.groups is None else 4,
         overlap=can_overlap(q.device),
     )

@@ -303,7 +303,8 @@ def _shared_memory(
         mbarrier.init(turns.index(i), count=1)
     fence_async_shared()
     _barrier()
-    return (s_x, s_y, s_z, s_u), s_P, s_w, (s_reach, s_factor, s_ahead, s_back), (full, empty), turns
+    tiles, lines = (s_x, s_y, s_z, s_u), (s_reach, s_factor, s_ahead, s_back)
+    return tiles, s_P, s_w, lines, (full, empty), turns
 
 
 @gluon.jit
@@ -317,12 +318,11 @@ def _run_segment(
 ):  # fmt: skip
     """w of one segment and head."""
     tiles, s_P, s_w, lines, bars, turns = shared
-    i_m, start, stop, i_s, before, behind, begin, end = segment
-    if DECAY == 1:
-        p_head = p_decay  # not used
-    else:
-        p_head = p_reach + i_h.to(gl.int64) * stride_reach
-    pointers = (p_w, p_decay, p_by_segment, p_dots, p_crossing, p_exits, p_states, p_initial, p_final)
+    i_m, start, stop = segment[0], segment[1], segment[2]
+    p_head = p_reach + i_h.to(gl.int64) * stride_reach if DECAY == 2 else p_decay
+    pointers = (
+        p_w, p_decay, p_by_segment, p_dots, p_crossing, p_exits, p_states, p_initial, p_final,
+    )  # fmt: skip
     buffers = (d_w, tiles, s_P, s_w, lines, bars, turns)
     sizes = (i_h, H, N, M, length, stride_x, stride_z)
     windows = (d_x, d_y, d_z, d_u)
@@ -362,30 +362,31 @@ def output_pass_groups_kernel(
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["length"])  # new with every batch
+@gluon.jit(do_not_specialize=["N", "M", "length"])  # new with every batch
 def output_pair_groups_kernel(
-    d_q, d_k, d_v, d_do, d_half_q, d_half_do, d_dk, d_dv, p_dk, p_dv,
-    p_decay, p_reach, stride_reach, p_by_segment,
-    p_states, p_initial, p_final, p_table, H, length,
-    OVERLAP: gl.constexpr, DECAY: gl.constexpr, SCAN: gl.constexpr, C: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr, ALIAS: gl.constexpr, ORDER: gl.constexpr,
+    d_q, d_k, d_v, d_do, d_half_q, d_half_do, d_half_k, d_dk, d_dv, p_dk, p_dv,
+    p_decay, p_reach, stride_reach, p_by_segment, p_dots, p_crossing, p_exits,
+    p_states, p_initial, p_final, p_table, H, N, M, length,
+    OVERLAP: gl.constexpr, DECAY: gl.constexpr, GRAD: gl.constexpr, SCAN: gl.constexpr,
+    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, ALIAS: gl.constexpr,
+    ORDER: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of every segment, by neighbouring programs. Grid: (M * H * 2,)."""
     i_role, i_h = gl.program_id(0) % 2, gl.program_id(0) // 2 % H
     segment = _segment_of(p_table, gl.program_id(0) // 2 // H)
-    shared = _shared_memory(d_q.dtype, False, STAGES, ALIAS, C, D)
+    shared = _shared_memory(d_q.dtype, GRAD, STAGES, ALIAS, C, D)
     wait_for_launches_before(OVERLAP)
     if i_role == 0:
         _run_segment(
-            d_v, d_do, d_half_q, None, d_dk, p_dk, p_decay, p_reach, stride_reach, p_by_segment,
-            None, None, None, p_states, p_initial, None,
-            segment, shared, i_h, H, 0, 0, length, 1, D,
-            DECAY, True, False, SCAN, C, D, STAGES, ALIAS, ORDER,
+            d_v, d_do, d_half_q, d_half_k, d_dk, p_dk, p_decay, p_reach, stride_reach,
+            p_by_segment, p_dots, p_crossing, p_exits, p_states, p_initial, None,
+            segment, shared, i_h, H, N, M, length, 1, D,
+            DECAY, True, GRAD, SCAN, C, D, STAGES, ALIAS, ORDER,
         )  # fmt: skip
     else:
         _run_segment(
-            d_k, d_q, d_half_do, None, d_dv, p_dv, p_decay, p_reach, stride_reach, p_by_segment,
-            None, None, None, p_states, p_initial, p_final,
-            segment, shared, i_h, H, 0, 0, length, D, 1,
+            d_k, d_q, d_half_do, None, d_dv, p_dv, p_decay, p_reach, stride_reach,
+            p_by_segment, None, None, None, p_states, p_initial, p_final,
+            segment, shared, i_h, H, N, M, length, D, 1,
             DECAY, True, False, SCAN, C, D, STAGES, ALIAS, ORDER,
         )  # fmt: skip

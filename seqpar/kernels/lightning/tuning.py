@@ -21,6 +21,8 @@ class Groups:
     """Whether w leaves from where P lies: two barriers more, 16 KiB of shared memory less."""
     takes_turns: bool = False
     """Whether a group waits for the other to have issued its products."""
+    pairs_learning: bool = False
+    """Whether dk and dv come from one launch where decays learn, too."""
 
 
 @dataclass(frozen=True)
