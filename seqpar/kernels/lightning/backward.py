@@ -26,7 +26,7 @@ from torch import Tensor
 
 from seqpar.kernels.lightning.decay_gradient import decay_gradient, learn
 from seqpar.kernels.lightning.forward import SegmentStates, summarize
-from seqpar.kernels.lightning.launch_output import Learning, output_pass, parts_of
+from seqpar.kernels.lightning.launch_output import Learning, output_pass
 from seqpar.kernels.lightning.launch_pair import can_pair, output_pair
 from seqpar.kernels.lightning.plan import Plan
 from seqpar.kernels.lightning.tuning import with_gradient
@@ -69,21 +69,21 @@ def backward_triton(
     cut, of_q, of_k = states.cut, None, None
     learns = decay_grad and plan.problem.decay_dims == 3
     if learns:
-        parts = parts_of(plan.transposed_config, q, k, v, do)
+        tile = plan.transposed_config.value_tile
         passed_on = cut.segments.num_cut > 0 or exit_state_grad is not None
-        of_q, of_k = learn(q, k, plan.value_dim, cut, parts, exits=passed_on)
+        of_q, of_k = learn(q, k, plan.value_dim, cut, tile, exits=passed_on)
     dq = query_grad
     if dq is None or learns:  # before the other states, so that the device starts early
         dq = query_grad_triton(plan, (q, k, v, do), entry_state, states, learning=of_q)
     if grad_states is None:
-        grad_states, _ = summarize(plan, q, do, log_decay, reverse=True, final=False)
+        grad_states, _ = summarize(
+            plan, q, do, log_decay, reverse=True, final=False, decays=states.decays
+        )
     dentry = plan.new_state() if entry_grad else None
     dv, dk = _empty(v), _empty(k)
     given = (plan, (q, k, v, do), dk, dv, grad_states, exit_state_grad, dentry)
-    groups = plan.config.groups
-    paired = of_k is None or (groups is not None and groups.pairs_learning)
-    if paired and can_pair(plan.config, q, k, v, do):
-        _pair(*given, of_k)
+    if of_k is None and can_pair(plan.config, q, k, v, do):
+        _pair(*given)
     else:
         _two_passes(*given, of_k)
     dlog_decay = decay_gradient(of_q, of_k, cut) if of_q and of_k else None
@@ -171,9 +171,8 @@ def _pair(
     states: SegmentStates,
     initial: Tensor | None,
     final: Tensor | None,
-    learning: Learning | None = None,
 ) -> None:
-    """The same in one launch; with sums for the decays' gradient in two groups only."""
+    """The same in one launch, without sums for the decays' gradient."""
     local_states, scanned = states.into(initial, reverse=True)
     output_pair(
         inputs,
@@ -186,7 +185,6 @@ def _pair(
         scanned=scanned,
         initial=None if scanned else initial,
         final=final,
-        learning=learning,
     )
 
 

@@ -3,12 +3,15 @@
 
 """The output pass by hand in two groups of warps that do not wait for each other.
 
-The same mathematics as output_pass_hopper.py, with the same arguments but for windows: those of z,
-u and w are one group's columns, [C, D // 2]. A group has four warps and half of the state's rows
-(columns of z): what one group's matrix products leave idle, the other's arithmetic fills. Each
-makes all of P for itself. A warp of its own fetches chunks, and works out the decays.
+It computes what `output_pass_kernel` does (see there for roles, legend and formulas), for bfloat16
+and head dims of 128, without the sums for the decays' gradient. A group has four warps and half of
+the state's rows, which are columns of z and w: what one group's matrix products leave idle, the
+other's arithmetic fills. Each makes all of P for itself. A warp of its own fetches chunks and works
+out their decays.
 
-Sums for the decays' gradient come in two parts, one for each group.
+One chunk of a group: the entry product and P are issued; meanwhile the decays of P are worked out.
+P goes through shared memory; then zᵀ P and the state's update are issued, z being decayed beside
+the first; wᵀ leaves through shared memory, in one bulk copy, while the update runs.
 """
 
 from __future__ import annotations
@@ -24,71 +27,69 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from seqpar.kernels.lightning.hopper_steps import (
+    LINE,
+    TILE,
+    barrier,
     clear_rows,
-    half_state_entering,
     head_decay,
     last_decay,
+    load_tile,
+    pair_decays,
     room_for_parts,
-    split,
+    segment_of,
+    state_entering,
     store_parts,
-    sum_lanes,
+    store_tile,
     times_parts,
     token_decays,
 )
 from seqpar.kernels.overlap import wait_for_launches_before
 
-__all__ = ["output_pair_groups_kernel", "output_pass_groups_kernel"]
-
-# Triton 3.6 and 3.9 name these differently.
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-
-_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
-_LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+__all__ = ["output_pass_groups_kernel"]
 
 
 @gluon.jit
-def _segment_of(p_table, index):
-    """A row of `Segments.table`."""
-    p_row = p_table + index * 8
-    i_m, start, stop = gl.load(p_row), gl.load(p_row + 1), gl.load(p_row + 2)
-    i_s, before, behind = gl.load(p_row + 3), gl.load(p_row + 4), gl.load(p_row + 5)
-    return i_m, start, stop, i_s, before, behind, gl.load(p_row + 6), gl.load(p_row + 7)
+def _shared_memory(dtype: gl.constexpr, STAGES: gl.constexpr, C: gl.constexpr, D: gl.constexpr):
+    """Room for the chunks in flight of x, y and z, for P, w and the decays; and barriers.
+
+    z, P and w are apart for each group.
+    """
+    s_x = gl.allocate_shared_memory(dtype, [STAGES, C, D], TILE)
+    s_y = gl.allocate_shared_memory(dtype, [STAGES, C, D], TILE)
+    s_z = gl.allocate_shared_memory(dtype, [STAGES * 2, C, D // 2], TILE)
+    s_P = gl.allocate_shared_memory(dtype, [2, C, C], TILE)
+    s_w = gl.allocate_shared_memory(dtype, [2, C, D // 2], TILE)
+    s_reach = gl.allocate_shared_memory(gl.float32, [STAGES, C], LINE)
+    s_factor = gl.allocate_shared_memory(gl.float32, [STAGES, C], LINE)
+    s_parts = room_for_parts(dtype, STAGES, C)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    barrier()
+    return (s_x, s_y, s_z), (s_reach, s_factor, s_parts), (s_P, s_w), (full, empty)
 
 
 @gluon.jit
-def _pair_decays(s_reach, REVERSE: gl.constexpr, C: gl.constexpr, L_P: gl.constexpr):
-    """[j, i]: the decay between tokens j and i of a chunk, 0 where j is not before i."""
-    b_up = s_reach.load(gl.SliceLayout(1, L_P))[:, None]
-    b_across = s_reach.load(gl.SliceLayout(0, L_P))[None, :]
-    o_up = gl.arange(0, C, gl.SliceLayout(1, L_P))[:, None]
-    o_across = gl.arange(0, C, gl.SliceLayout(0, L_P))[None, :]
-    if REVERSE:
-        b_gap = gl.where(o_up >= o_across, b_up - b_across, -float("inf"))
-    else:
-        b_gap = gl.where(o_up <= o_across, b_across - b_up, -float("inf"))
-    return gl.exp2(b_gap)
-
-
-@gluon.jit
-def _copies(
-    windows, tiles, lines, bars, where,
-    DECAY: gl.constexpr, REVERSE: gl.constexpr, GRAD: gl.constexpr,
+def _fetch(
+    windows, tiles, lines, bars, segment, p_decay, p_head, i_h,
+    DECAY: gl.constexpr, REVERSE: gl.constexpr,
     C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Fetch the chunks in time order, each as soon as both groups have left its room."""
-    LINE: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
-    d_x, d_y, d_z, d_u = windows
-    p_decay, p_head, first_slot, start, stop, i_h = where
-    s_x, s_y, s_z, s_u = tiles
-    s_reach, s_factor, s_ahead, s_back = lines
+    """Start the copies of the chunks in time order, each as soon as both groups left its room."""
+    TOKENS: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    d_x, d_y, d_z = windows
+    s_x, s_y, s_z = tiles
+    s_reach, s_factor, s_parts = lines
     full, empty = bars
-    dtype: gl.constexpr = d_x.dtype
-    column = i_h * D
+    i_m, start, stop = segment[0], segment[1], segment[2]
     num_chunks = (stop - start + C - 1) // C
+    first_slot = start // C + i_m
+    column = i_h * D
     log2_decay = head_decay(p_decay, i_h, DECAY)
-    o_line = gl.arange(0, C, LINE)
+    o_line = gl.arange(0, C, TOKENS)
     i_c = num_chunks - 1 if REVERSE else 0
     left = gl.minimum(stop - start - i_c * C, C)
     reach, back, ahead = token_decays(p_head, first_slot + i_c, left, log2_decay, o_line, DECAY, C)
@@ -99,41 +100,28 @@ def _copies(
         bar = full.index(stage)
         mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
         s_reach.index(stage).store(reach)
-        if REVERSE:
-            s_factor.index(stage).store(ahead)
-            store_parts(s_back, stage, back, dtype)
-            if GRAD:
-                store_parts(s_ahead, stage, ahead, dtype)
-        else:
-            s_factor.index(stage).store(back)
-            store_parts(s_ahead, stage, ahead, dtype)
-            if GRAD:
-                store_parts(s_back, stage, back, dtype)
-        _barrier()
-        mbarrier.expect(bar, (4 if GRAD else 3) * C * D * 2)
-        _load(d_y, [row, column], bar, s_y.index(stage))
-        _load(d_x, [row, column], bar, s_x.index(stage))
-        for group in gl.static_range(2):
-            at = column + group * (D // 2)
-            _load(d_z, [row, at], bar, s_z.index(stage * 2 + group))
-            if GRAD:
-                _load(d_u, [row, at], bar, s_u.index(stage * 2 + group))
+        s_factor.index(stage).store(ahead if REVERSE else back)
+        store_parts(s_parts, stage, back if REVERSE else ahead, d_x.dtype)
+        barrier()
+        mbarrier.expect(bar, 3 * C * D * 2)
+        load_tile(d_y, [row, column], bar, s_y.index(stage))
+        load_tile(d_x, [row, column], bar, s_x.index(stage))
+        load_tile(d_z, [row, column], bar, s_z.index(stage * 2))
+        load_tile(d_z, [row, column + D // 2], bar, s_z.index(stage * 2 + 1))
         next_c = gl.maximum(i_c - 1, 0) if REVERSE else gl.minimum(i_c + 1, num_chunks - 1)
         left = gl.minimum(stop - start - next_c * C, C)
-        reach, back, ahead = token_decays(
-            p_head, first_slot + next_c, left, log2_decay, o_line, DECAY, C
-        )
+        slot = first_slot + next_c
+        reach, back, ahead = token_decays(p_head, slot, left, log2_decay, o_line, DECAY, C)
 
 
 @gluon.jit
 def _write(
-    d_w, p_w, s_w, row, num_tokens, i_h, H, group,
+    d_w, p_w, s_w, row, num_tokens, column, H,
     C: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Store a group's columns of w: in one bulk copy, or only the rows that are the segment's."""
-    column = i_h * D + group * (D // 2)
     if num_tokens == C:
-        _store(d_w, [row, column], s_w)
+        store_tile(d_w, [row, column], s_w)
     else:
         o_r = gl.arange(0, C, gl.SliceLayout(1, ROWS))
         o_d = gl.arange(0, D // 2, gl.SliceLayout(0, ROWS))[None, :]
@@ -143,10 +131,10 @@ def _write(
 
 @gluon.jit
 def _group(
-    group, buffers, pointers, p_head, segment, sizes,
-    DECAY: gl.constexpr, REVERSE: gl.constexpr, GRAD: gl.constexpr, SCAN: gl.constexpr,
-    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, ALIAS: gl.constexpr,
-    ORDER: gl.constexpr,
+    group, d_w, p_w, tiles, lines, own, bars, segment, p_decay, p_head, p_by_segment,
+    p_states, p_initial, p_final, i_h, H, length, stride_x, stride_z,
+    DECAY: gl.constexpr, REVERSE: gl.constexpr, SCAN: gl.constexpr,
+    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One group's columns of w of one segment and head."""
     R: gl.constexpr = D // 2
@@ -155,35 +143,27 @@ def _group(
     A_W: gl.constexpr = gl.DotOperandLayout(0, L_W, 2)
     A_S: gl.constexpr = gl.DotOperandLayout(0, L_S, 2)
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    COLUMNS: gl.constexpr = gl.BlockedLayout([4, 1], [1, 32], [1, 4], [1, 0])
-    d_w, tiles, s_P, s_w, lines, bars, turns = buffers
-    i_h, H, N, M, length, stride_x, stride_z = sizes
-    s_x, s_y, s_z, s_u = tiles
-    s_reach, s_factor, s_ahead, s_back = lines
+    s_x, s_y, s_z = tiles
+    s_reach, s_factor, s_parts = lines
     full, empty = bars
-    p_w, p_decay, p_by_segment, p_dots, p_crossing, p_exits, p_states, p_initial, p_final = pointers
+    s_P, s_w = own[0].index(group), own[1].index(group)
     i_m, start, stop, i_s, before, behind, begin, end = segment
     dtype: gl.constexpr = d_w.dtype
     num_chunks = (stop - start + C - 1) // C
-    s_P, s_w = s_P.index(group), s_w.index(group)
+    first_slot = start // C + i_m
+    column = i_h * D + group * R
 
     log2_decay = head_decay(p_decay, i_h, DECAY)
     o_z = group * R + gl.arange(0, R, gl.SliceLayout(1, L_S))[:, None]
     o_x = gl.arange(0, D, gl.SliceLayout(0, L_S))[None, :]
     o_S = o_z * stride_z + o_x * stride_x
     o_sequence = (i_s * H + i_h).to(gl.int64) * (D * D)
-    b_S = half_state_entering(
+    b_S = state_entering(
         p_states, p_initial, p_by_segment, i_m, i_h, behind if REVERSE else before,
         end - stop if REVERSE else start - begin, length, o_S, o_sequence, H, log2_decay,
-        DECAY, REVERSE, SCAN, D, L_S,
+        DECAY, REVERSE, SCAN, R, D, L_S,
     )  # fmt: skip
-    o_exit = (i_m * H + i_h).to(gl.int64) * (D * D)
-    if GRAD and REVERSE:
-        if p_exits is not None:
-            crossing = gl.sum(gl.sum(b_S * gl.load(p_exits + o_exit + o_S), 1), 0)
-            gl.store(p_crossing + (group * M + i_m) * H + i_h, crossing)
 
-    first_slot = start // C + i_m
     i_c = num_chunks - 1 if REVERSE else 0
     left = gl.minimum(stop - start - i_c * C, C)
     last = last_decay(p_head, first_slot + i_c, left, log2_decay, DECAY, C)
@@ -199,194 +179,71 @@ def _group(
         b_w = gl.zeros([R, C], gl.float32, L_W)
         b_P = gl.zeros([C, C], gl.float32, L_W)
         b_near = gl.zeros([R, C], gl.float32, L_W)
-        if GRAD:
-            b_front, b_rest = split(gl.convert_layout(b_S, A_W), dtype)
-        else:
-            b_front = gl.convert_layout(b_S.to(dtype), A_W)
+        b_state = gl.convert_layout(b_S.to(dtype), A_W)
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
         if num_tokens < C:  # both groups clear y, with the same numbers
             clear_rows(b_y, num_tokens, ROWS)
             clear_rows(b_z, num_tokens, ROWS)
             fence_async_shared()
-            _barrier()
-        if ORDER:
-            mbarrier.wait(turns.index(group), (i & 1) ^ 1 ^ group)
+            barrier()
 
-        b_w = warpgroup_mma(b_front, b_x.permute((1, 0)), b_w, use_acc=False, is_async=True)
-        if GRAD:
-            b_w = warpgroup_mma(b_rest, b_x.permute((1, 0)), b_w, is_async=True)
+        b_w = warpgroup_mma(b_state, b_x.permute((1, 0)), b_w, use_acc=False, is_async=True)
         b_P = warpgroup_mma(b_y, b_x.permute((1, 0)), b_P, use_acc=False, is_async=True)
-        b_gap = _pair_decays(s_reach.index(stage), REVERSE, C, L_W)
+        b_gap = pair_decays(s_reach.index(stage), REVERSE, C, L_W)
         b_P, b_w = warpgroup_mma_wait(0, deps=[b_P, b_w])
-        if ALIAS:
-            tma.store_wait(0)
-            _barrier()
         s_P.store((b_P * b_gap).to(dtype))
-        if not ALIAS:
-            tma.store_wait(0)
+        tma.store_wait(0)
         fence_async_shared()
-        _barrier()
+        barrier()
 
-        b_near = warpgroup_mma(
-            b_z.permute((1, 0)), s_P, b_near, use_acc=False, is_async=True
-        )  # fmt: skip
-        s_parts = s_back if REVERSE else s_ahead
+        b_near = warpgroup_mma(b_z.permute((1, 0)), s_P, b_near, use_acc=False, is_async=True)
         b_decayed = times_parts(b_z.permute((1, 0)).load(A_S), s_parts, stage, A_S)
         b_S = b_S * gl.exp2(last)
         b_S = warpgroup_mma(b_decayed, b_y, b_S, is_async=True)
-        if ORDER:
-            mbarrier.arrive(turns.index(1 - group), count=1)
         b_factor = s_factor.index(stage).load(gl.SliceLayout(0, L_W))[None, :]
-        if GRAD:
-            # The other pass adds u, decayed and rounded, to its state: so it counts here as well.
-            b_u = s_u.index(stage * 2 + group).permute((1, 0)).load(L_W)
-            b_far = times_parts(b_u, s_ahead if REVERSE else s_back, stage, L_W)
-            b_dots = b_w * b_far.to(gl.float32)
         b_w = b_w * b_factor
         b_near = warpgroup_mma_wait(1, deps=[b_near])
-        if ALIAS:
-            _barrier()
         s_w.permute((1, 0)).store((b_w + b_near).to(dtype))
-        if GRAD:
-            b_dots = gl.fma(b_near, b_u.to(gl.float32), b_dots)
-            b_dots = gl.sum(b_dots.reshape([R // 16, 2, 8, C]), 1)
-            b_dots = gl.sum(gl.convert_layout(sum_lanes(b_dots, R, C), COLUMNS), 0)
         b_S = warpgroup_mma_wait(0, deps=[b_S])
         fence_async_shared()
-        _barrier()
+        barrier()
         mbarrier.arrive(empty.index(stage), count=1)
-        _write(d_w, p_w, s_w, row, num_tokens, i_h, H, group, C, D, ROWS)
-        if GRAD:
-            o_dots = gl.arange(0, C, gl.SliceLayout(0, COLUMNS))
-            p_line = p_dots + (group * H + i_h).to(gl.int64) * N + row + o_dots
-            gl.store(p_line, b_dots, mask=o_dots < num_tokens)
+        _write(d_w, p_w, s_w, row, num_tokens, column, H, C, D, ROWS)
         last = next_last
 
     tma.store_wait(0)
     if p_final is not None:
         if (before if REVERSE else behind) == 0:
             gl.store(p_final + o_sequence + o_S, b_S)
-    if GRAD and not REVERSE:
-        if p_exits is not None:
-            gl.store(p_exits + o_exit + o_S, b_S)
 
 
-@gluon.jit
-def _shared_memory(
-    dtype: gl.constexpr, GRAD: gl.constexpr, STAGES: gl.constexpr, ALIAS: gl.constexpr,
-    C: gl.constexpr, D: gl.constexpr,
+@gluon.jit(do_not_specialize=["length"])  # new with every batch
+def output_pass_groups_kernel(
+    d_x, d_y, d_z, d_w, p_w, p_decay, p_reach, stride_reach,
+    p_by_segment, p_states, p_initial, p_final, p_table, H, length, stride_x, stride_z,
+    OVERLAP: gl.constexpr, DECAY: gl.constexpr, REVERSE: gl.constexpr, SCAN: gl.constexpr,
+    C: gl.constexpr, BX: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Room for the chunks in flight of x, y, z and u, for P, w and the decays; and barriers."""
-    s_x = gl.allocate_shared_memory(dtype, [STAGES, C, D], _TILE)
-    s_y = gl.allocate_shared_memory(dtype, [STAGES, C, D], _TILE)
-    s_z = gl.allocate_shared_memory(dtype, [STAGES * 2, C, D // 2], _TILE)
-    s_u = s_z
-    if GRAD:
-        s_u = gl.allocate_shared_memory(dtype, [STAGES * 2, C, D // 2], _TILE)
-    s_P = gl.allocate_shared_memory(dtype, [2, C, C], _TILE)
-    s_w = s_P
-    if not ALIAS:
-        s_w = gl.allocate_shared_memory(dtype, [2, C, D // 2], _TILE)
-    s_reach = gl.allocate_shared_memory(gl.float32, [STAGES, C], _LINE)
-    s_factor = gl.allocate_shared_memory(gl.float32, [STAGES, C], _LINE)
-    s_ahead = room_for_parts(dtype, STAGES, C)
-    s_back = s_ahead
-    if GRAD:
-        s_back = room_for_parts(dtype, STAGES, C)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(turns.index(i), count=1)
-    fence_async_shared()
-    _barrier()
-    tiles, lines = (s_x, s_y, s_z, s_u), (s_reach, s_factor, s_ahead, s_back)
-    return tiles, s_P, s_w, lines, (full, empty), turns
+    """w of every segment. Grid: (M * H,); the longest segments start first.
 
-
-@gluon.jit
-def _run_segment(
-    d_x, d_y, d_z, d_u, d_w, p_w, p_decay, p_reach, stride_reach, p_by_segment,
-    p_dots, p_crossing, p_exits, p_states, p_initial, p_final,
-    segment, shared, i_h, H, N, M, length, stride_x, stride_z,
-    DECAY: gl.constexpr, REVERSE: gl.constexpr, GRAD: gl.constexpr, SCAN: gl.constexpr,
-    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, ALIAS: gl.constexpr,
-    ORDER: gl.constexpr,
-):  # fmt: skip
-    """w of one segment and head."""
-    tiles, s_P, s_w, lines, bars, turns = shared
-    i_m, start, stop = segment[0], segment[1], segment[2]
+    Windows of x and y are [C, BX], of z and w one group's columns, [C, BX // 2].
+    """
+    i_h = gl.program_id(0) % H
+    segment = segment_of(p_table, gl.program_id(0) // H)
     p_head = p_reach + i_h.to(gl.int64) * stride_reach if DECAY == 2 else p_decay
-    pointers = (
-        p_w, p_decay, p_by_segment, p_dots, p_crossing, p_exits, p_states, p_initial, p_final,
-    )  # fmt: skip
-    buffers = (d_w, tiles, s_P, s_w, lines, bars, turns)
-    sizes = (i_h, H, N, M, length, stride_x, stride_z)
-    windows = (d_x, d_y, d_z, d_u)
-    where = (p_decay, p_head, start // C + i_m, start, stop, i_h)
+    tiles, lines, own, bars = _shared_memory(d_x.dtype, STAGES, C, BX)
+    wait_for_launches_before(OVERLAP)
     gl.warp_specialize(
         [
-            (_group, (0, buffers, pointers, p_head, segment, sizes,
-                      DECAY, REVERSE, GRAD, SCAN, C, D, STAGES, ALIAS, ORDER)),
-            (_group, (1, buffers, pointers, p_head, segment, sizes,
-                      DECAY, REVERSE, GRAD, SCAN, C, D, STAGES, ALIAS, ORDER)),
-            (_copies, (windows, tiles, lines, bars, where, DECAY, REVERSE, GRAD, C, D, STAGES)),
+            (_group, (0, d_w, p_w, tiles, lines, own, bars, segment, p_decay, p_head, p_by_segment,
+                      p_states, p_initial, p_final, i_h, H, length, stride_x, stride_z,
+                      DECAY, REVERSE, SCAN, C, BX, STAGES)),
+            (_group, (1, d_w, p_w, tiles, lines, own, bars, segment, p_decay, p_head, p_by_segment,
+                      p_states, p_initial, p_final, i_h, H, length, stride_x, stride_z,
+                      DECAY, REVERSE, SCAN, C, BX, STAGES)),
+            (_fetch, ((d_x, d_y, d_z), tiles, lines, bars, segment, p_decay, p_head, i_h,
+                      DECAY, REVERSE, C, BX, STAGES)),
         ],
         [4, 1],
         [240, 24],
     )  # fmt: skip
-
-
-@gluon.jit(do_not_specialize=["N", "M", "length"])  # new with every batch
-def output_pass_groups_kernel(
-    d_x, d_y, d_z, d_u, d_w, p_w, p_decay, d_reach, p_reach, stride_reach,
-    p_by_segment, p_dots, p_crossing, p_exits, p_states, p_initial,
-    p_final, p_table, H, N, M, length, stride_x, stride_z, OVERLAP: gl.constexpr,
-    DECAY: gl.constexpr, REVERSE: gl.constexpr, GRAD: gl.constexpr,
-    SCAN: gl.constexpr, C: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, ALIAS: gl.constexpr, ORDER: gl.constexpr,
-):  # fmt: skip
-    """w of every segment. Grid: (M * H,); the longest segments start first."""
-    i_h = gl.program_id(0) % H
-    segment = _segment_of(p_table, gl.program_id(0) // H)
-    shared = _shared_memory(d_x.dtype, GRAD, STAGES, ALIAS, C, D)
-    wait_for_launches_before(OVERLAP)
-    _run_segment(
-        d_x, d_y, d_z, d_u, d_w, p_w, p_decay, p_reach, stride_reach, p_by_segment,
-        p_dots, p_crossing, p_exits, p_states, p_initial, p_final,
-        segment, shared, i_h, H, N, M, length, stride_x, stride_z,
-        DECAY, REVERSE, GRAD, SCAN, C, D, STAGES, ALIAS, ORDER,
-    )  # fmt: skip
-
-
-@gluon.jit(do_not_specialize=["N", "M", "length"])  # new with every batch
-def output_pair_groups_kernel(
-    d_q, d_k, d_v, d_do, d_half_q, d_half_do, d_half_k, d_dk, d_dv, p_dk, p_dv,
-    p_decay, p_reach, stride_reach, p_by_segment, p_dots, p_crossing, p_exits,
-    p_states, p_initial, p_final, p_table, H, N, M, length,
-    OVERLAP: gl.constexpr, DECAY: gl.constexpr, GRAD: gl.constexpr, SCAN: gl.constexpr,
-    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, ALIAS: gl.constexpr,
-    ORDER: gl.constexpr,
-):  # fmt: skip
-    """dk and dv of every segment, by neighbouring programs. Grid: (M * H * 2,)."""
-    i_role, i_h = gl.program_id(0) % 2, gl.program_id(0) // 2 % H
-    segment = _segment_of(p_table, gl.program_id(0) // 2 // H)
-    shared = _shared_memory(d_q.dtype, GRAD, STAGES, ALIAS, C, D)
-    wait_for_launches_before(OVERLAP)
-    if i_role == 0:
-        _run_segment(
-            d_v, d_do, d_half_q, d_half_k, d_dk, p_dk, p_decay, p_reach, stride_reach,
-            p_by_segment, p_dots, p_crossing, p_exits, p_states, p_initial, None,
-            segment, shared, i_h, H, N, M, length, 1, D,
-            DECAY, True, GRAD, SCAN, C, D, STAGES, ALIAS, ORDER,
-        )  # fmt: skip
-    else:
-        _run_segment(
-            d_k, d_q, d_half_do, None, d_dv, p_dv, p_decay, p_reach, stride_reach,
-            p_by_segment, None, None, None, p_states, p_initial, p_final,
-            segment, shared, i_h, H, N, M, length, D, 1,
-            DECAY, True, False, SCAN, C, D, STAGES, ALIAS, ORDER,
-        )  # fmt: skip

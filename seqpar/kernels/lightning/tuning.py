@@ -9,20 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ["Config", "Groups", "configuration", "for_states", "padded", "with_gradient"]
-
-
-@dataclass(frozen=True)
-class Groups:
-    """A pass in two groups of warps and one warp that copies (output_pass_groups.py)."""
-
-    num_stages: int = 4
-    shares_room: bool = True
-    """Whether w leaves from where P lies: two barriers more, 16 KiB of shared memory less."""
-    takes_turns: bool = False
-    """Whether a group waits for the other to have issued its products."""
-    pairs_learning: bool = False
-    """Whether dk and dv come from one launch where decays learn, too."""
+__all__ = ["Config", "configuration", "for_groups", "for_states", "padded", "with_gradient"]
 
 
 @dataclass(frozen=True)
@@ -39,9 +26,7 @@ class Config:
     programs_per_sm: int
     """How many programs one multiprocessor runs at a time; decides how long segments are."""
     by_hand: bool = False
-    """Whether passes written by hand for Hopper serve: per token, and for dk and dv together."""
-    groups: Groups | None = None
-    """How passes by hand run in two groups of warps; None: in one."""
+    """Whether the passes written by hand for Hopper serve, for inputs with heads side by side."""
 
 
 def padded(dim: int) -> int:
@@ -69,8 +54,12 @@ def configuration(
 
 def with_gradient(config: Config) -> Config:
     """The configuration of a pass that also reads the tensor whose gradient it makes."""
-    groups = config.groups and replace(config.groups, num_stages=3, shares_room=True)
-    return replace(config, num_stages=min(config.num_stages, 3), groups=groups)
+    return replace(config, num_stages=min(config.num_stages, 3))
+
+
+def for_groups(config: Config) -> Config:
+    """The configuration of a pass in two groups of warps: warps of one, and room for w in both."""
+    return replace(config, num_warps=4, num_stages=3)
 
 
 def for_states(config: Config, *, decays_differ: bool) -> Config:
