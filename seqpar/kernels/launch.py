@@ -97,7 +97,8 @@ class Launch:
         if overlap:
             self._options["launch_pdl"] = True
         parameters = inspect.signature(kernel.fn).parameters
-        self._names = [name for name in parameters if name not in self._fixed]
+        self.names = [name for name in parameters if name not in self._fixed]
+        """The kernel's parameters that a call gives, in order."""
         self._direct: DirectLaunch | None = None
         self._can_bind = True
 
@@ -121,7 +122,7 @@ class Launch:
 
     def through_triton(self, *tensors: Tensor) -> None:
         """The launch as Triton does it, which compiles the kernel if need be."""
-        given = dict(zip(self._names, tensors, strict=True))
+        given = dict(zip(self.names, tensors, strict=True))
         for name, window in self._windows.items():
             given[name] = window.of(given[name])
         compiled = self._kernel[self._grid](**given, **self._fixed, **self._options)

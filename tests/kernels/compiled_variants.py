@@ -39,7 +39,7 @@ def kind_of(parameter: Any, value: Any) -> Any:
 
 def record(launch: Any, *tensors: torch.Tensor) -> None:
     """In the place of `Launch.__call__`."""
-    given = dict(zip(launch._names, tensors, strict=True))
+    given = dict(zip(launch.names, tensors, strict=True))
     for name, window in launch._windows.items():
         given[name] = window.of(given[name])
     given |= launch._fixed

@@ -61,6 +61,33 @@ compiled = compile(
 assert "wgmma" in compiled.asm["ptx"] and compiled.metadata.shared <= 232448
 print(_checked_sizes(compiled))
 """
+COMPILE_IN_GROUPS = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import compile
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language import NVMMASharedLayout
+from seqpar.kernels.direct_launch import _checked_sizes
+from seqpar.kernels.lightning.output_pass_groups import output_pass_groups_kernel as kernel
+
+constants = {
+    "p_decay": None, "p_initial": None, "p_final": None, "OVERLAP": True, "DECAY": 2,
+    "REVERSE": False, "SCAN": True, "C": 64, "BX": 128, "STAGES": 3,
+}
+layout = repr(NVMMASharedLayout(128, 16, 2))
+wide, half = (f"tensordesc<bf16[64, {columns}],{layout}>" for columns in (128, 64))
+kinds = {"p": "*fp32", "d": half}
+signature = {
+    name: "constexpr" if name in constants else kinds.get(name.split("_")[0], "i32")
+    for name in kernel.arg_names
+}
+signature |= {"d_x": wide, "d_y": wide, "p_w": "*bf16", "p_table": "*i32"}
+compiled = compile(
+    GluonASTSource(kernel, signature, constants),
+    target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "launch_pdl": True},
+)
+assert "setmaxnreg" in compiled.asm["ptx"] and compiled.metadata.shared <= 232448
+print(compiled.metadata.num_warps, len(_checked_sizes(compiled)))
+"""
 DESCRIPTOR = (128, 4, 4, 8, 8)
 """A tensor map, two numbers of rows and columns, two strides."""
 
@@ -101,6 +128,20 @@ def test_the_passes_by_hand_compile_for_hopper_without_a_gpu() -> None:
     scratch = (8, 8)
     expected = (*DESCRIPTOR * 6, 8, 8, 8, 4, 8, 8, 8, 4, 4, *scratch)
     assert done.stdout.splitlines()[0] == str(expected)
+
+
+def test_the_pass_in_two_groups_compiles_for_hopper_without_a_gpu() -> None:
+    """Two groups of four warps, and four of which one copies."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILE_IN_GROUPS],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    warps, parameters = done.stdout.split()[:2]
+    assert (int(warps), int(parameters)) == (12, 4 * len(DESCRIPTOR) + 10 + 2)
 
 
 def test_calls_of_one_shape_share_a_plan() -> None:

@@ -169,6 +169,56 @@ def test_bfloat16_at_real_sizes(decay: str, dims: tuple[int, int]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("lengths", [(1,), (64,), (65, 1, 1, 63, 128, 2), (1500, 1, 37)])
+def test_by_hand_at_awkward_lengths(decay: str, learns: bool, lengths: tuple[int, ...]) -> None:
+    """Documents of one token, part-filled chunks, one and several segments, states in and out."""
+    inputs = make_inputs(
+        decay=decay, batch=1, tokens=sum(lengths), heads=3, key_dim=128, value_dim=128,
+        sequences=len(lengths), dtype=torch.bfloat16,
+    )  # fmt: skip
+    cu_seqlens = packed(lengths)
+    ours = leaves({name: x if x is None else x.cuda() for name, x in inputs.items()})
+    theirs = leaves(inputs)
+    if decay == "token" and not learns:
+        ours["log_decay"].requires_grad_(False)
+        theirs["log_decay"].requires_grad_(False)
+    found = outputs_and_gradients(ours, cu_seqlens)
+    o, final = recurrent_attention(**theirs, cu_seqlens=cu_seqlens)
+    wanted = {name: x for name, x in theirs.items() if x is not None and x.requires_grad}
+    do, dfinal = (x.cpu().double() for x in found[:2])
+    grads = torch.autograd.grad([o, final], list(wanted.values()), [do, dfinal])
+    assert_close(found[0], o, what="o", dtype=torch.bfloat16)
+    assert_close(found[1], final, what="final", dtype=torch.bfloat16, dim=0)
+    for name, mine, reference in zip(wanted, found[2:], grads, strict=True):
+        if name == "log_decay":
+            assert relative_error(mine, reference) < 5e-3
+            continue
+        dim = 0 if name == "initial_state" else 1
+        assert_close(mine, reference, what=f"d{name}", dtype=torch.bfloat16, dim=dim)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", DECAYS)
+def test_which_pass_runs_by_hand(decay: str) -> None:
+    """In two groups without sums for the decays' gradient; head dims other than 128 in Triton."""
+    named = {}
+    for value_dim in (64, 128):
+        ours = public_case(decay, value_dim)
+        outputs_and_gradients(ours)
+        launches = [x for x in plan_for(ours).cut.launches.values() if isinstance(x, Launch)]
+        named[value_dim] = {launch._kernel.fn.__name__ for launch in launches}
+    groups = {"output_pass_groups_kernel"}
+    learning = {"output_pass_hopper_kernel"}
+    assert named[128] >= groups
+    assert not named[64] & (groups | learning)
+    assert (named[128] >= learning) == (decay == "token")
+    assert "output_pass_kernel" not in named[128]
+    assert "output_pass_kernel" in named[64]
+
+
+@pytest.mark.gpu
 def test_the_public_function_on_a_gpu() -> None:
     inputs = make_inputs(decay="token", tokens=500, key_dim=64, value_dim=64, dtype=torch.float32)
     here = {name: x.cuda().requires_grad_() for name, x in inputs.items()}
@@ -196,9 +246,11 @@ def test_the_public_function_on_a_gpu_without_an_initial_state(decay: str) -> No
             assert_close(leaf.grad, theirs[name].grad, what=name)
 
 
-def outputs_and_gradients(ours: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
+def outputs_and_gradients(
+    ours: dict[str, Tensor | None], cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """o, the final state and every gradient, through the public function."""
-    o, final = lightning_attention(**ours, return_final_state=True)
+    o, final = lightning_attention(**ours, cu_seqlens=cu_seqlens, return_final_state=True)
     wanted = [x for x in ours.values() if x is not None and x.requires_grad]
     grads = torch.autograd.grad([o, final], wanted, [o.detach(), final.detach()])
     return (o.detach(), final.detach(), *grads)

@@ -76,7 +76,9 @@ def backward_triton(
     if dq is None or learns:  # before the other states, so that the device starts early
         dq = query_grad_triton(plan, (q, k, v, do), entry_state, states, learning=of_q)
     if grad_states is None:
-        grad_states, _ = summarize(plan, q, do, log_decay, reverse=True, final=False)
+        grad_states, _ = summarize(
+            plan, q, do, log_decay, reverse=True, final=False, decays=states.decays
+        )
     dentry = plan.new_state() if entry_grad else None
     dv, dk = _empty(v), _empty(k)
     given = (plan, (q, k, v, do), dk, dv, grad_states, exit_state_grad, dentry)

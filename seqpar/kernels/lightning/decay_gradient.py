@@ -2,7 +2,8 @@
 
 """The gradient of decays per token.
 
-Legend: N rows of all sequences, M segments, H heads, K key dim, V value dim.
+Legend: N rows of all sequences, M segments, H heads, K key dim, V value dim. Block b of segment m,
+of 256 tokens, has slot bounds[m] // 256 + m + b, so that every block of every cut has its own.
 
 With G the running sum of log decays, and S the state that leaves a segment, E its gradient,
 
@@ -29,36 +30,83 @@ from torch import Tensor
 from seqpar.kernels.launch import Launch
 from seqpar.kernels.lightning.launch_output import Learning
 from seqpar.kernels.lightning.plan import Cut
+from seqpar.kernels.overlap import can_overlap, wait_for_launches_before
 
 __all__ = ["decay_gradient", "learn"]
 
+_BLOCK, _HEADS = 256, 16
+"""Tokens and heads of a program that adds up along the sequence."""
 
-@triton.jit(do_not_specialize=["M", "N"])  # new with every batch
+
+@triton.jit
+def _block(
+    p_from_q, p_from_k, p_bounds, i_m, i_b, i_g, H, N,
+    TILES: tl.constexpr, BLOCK: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """[BH, BLOCK]: from_q - from_k of a block of a segment's tokens and some heads; 0 outside."""
+    start, stop = tl.load(p_bounds + i_m), tl.load(p_bounds + i_m + 1)
+    o_row = start + i_b * BLOCK + tl.arange(0, BLOCK)
+    o_h = i_g * BH + tl.arange(0, BH)
+    m_block = (o_h < H)[:, None] & (o_row < stop)[None, :]
+    b_dreach = tl.zeros([BH, BLOCK], tl.float32)
+    for i_k in tl.static_range(TILES):
+        o_part = (i_k * H + o_h).to(tl.int64)[:, None] * N + o_row[None, :]
+        b_dreach += tl.load(p_from_q + o_part, mask=m_block, other=0.0)
+        b_dreach -= tl.load(p_from_k + o_part, mask=m_block, other=0.0)
+    return b_dreach
+
+
+@triton.jit(do_not_specialize=["N", "stride_sums"])  # new with every batch
+def block_sums_kernel(
+    p_from_q, p_from_k, p_sums, p_bounds, H, N, stride_sums, OVERLAP: tl.constexpr,
+    TILES: tl.constexpr, BLOCK: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """Sums of from_q - from_k over blocks of tokens. Grid: (blocks, M, head tiles)."""
+    i_b, i_m, i_g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start, stop = tl.load(p_bounds + i_m), tl.load(p_bounds + i_m + 1)
+    wait_for_launches_before(OVERLAP)
+    if start + i_b * BLOCK < stop:
+        b_dreach = _block(
+            p_from_q, p_from_k, p_bounds, i_m, i_b, i_g, H, N, TILES, BLOCK, BH
+        )  # fmt: skip
+        o_h = i_g * BH + tl.arange(0, BH)
+        p_out = p_sums + o_h * stride_sums + start // BLOCK + i_m + i_b
+        tl.store(p_out, tl.sum(b_dreach, 1), mask=o_h < H)
+
+
+@triton.jit(do_not_specialize=["M", "N", "stride_sums"])  # new with every batch
 def decay_gradient_kernel(
-    p_from_q, p_from_k, p_crossing, p_out, p_bounds, M, H, N,
-    TILES: tl.constexpr, BLOCK: tl.constexpr,
+    p_from_q, p_from_k, p_crossing, p_sums, p_out, p_bounds, M, H, N, stride_sums,
+    OVERLAP: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """out[t, h] = crossing[m, h] + the sum, from t to its segment's end, of from_q - from_k.
 
-    All three come in parts, one for each tile of K, to be summed. Grid: (M, H).
+    from_q, from_k and crossing come in parts, one for each tile of K, to be summed. A program adds
+    up the sums of the blocks behind its own. Grid: (blocks, M, head tiles).
     """
-    i_m, i_h = tl.program_id(0), tl.program_id(1)
+    i_b, i_m, i_g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, stop = tl.load(p_bounds + i_m), tl.load(p_bounds + i_m + 1)
-    behind = 0.0
-    if p_crossing is not None:
-        for i_k in tl.static_range(TILES):
-            behind += tl.load(p_crossing + (i_k * M + i_m) * H + i_h)
-    for i in range(0, tl.cdiv(stop - start, BLOCK)):
-        o_row = stop - (i + 1) * BLOCK + tl.arange(0, BLOCK)
-        m_row = o_row >= start
-        b_dreach = tl.zeros([BLOCK], tl.float32)
-        for i_k in tl.static_range(TILES):
-            o_part = (i_k * H + i_h).to(tl.int64) * N + o_row
-            b_dreach += tl.load(p_from_q + o_part, mask=m_row, other=0.0)
-            b_dreach -= tl.load(p_from_k + o_part, mask=m_row, other=0.0)
-        b_out = behind + tl.cumsum(b_dreach, 0, reverse=True)
-        tl.store(p_out + o_row.to(tl.int64) * H + i_h, b_out, mask=m_row)
-        behind += tl.sum(b_dreach, 0)
+    wait_for_launches_before(OVERLAP)
+    if start + i_b * BLOCK < stop:
+        o_h = i_g * BH + tl.arange(0, BH)
+        behind = tl.zeros([BH], tl.float32)
+        if p_crossing is not None:
+            for i_k in tl.static_range(TILES):
+                behind += tl.load(p_crossing + (i_k * M + i_m) * H + o_h, mask=o_h < H, other=0.0)
+        p_first = p_sums + o_h[:, None] * stride_sums + start // BLOCK + i_m
+        num_blocks = tl.cdiv(stop - start, BLOCK)
+        for i in range(i_b + 1, num_blocks, BLOCK):
+            o_b = i + tl.arange(0, BLOCK)[None, :]
+            m_sums = (o_h < H)[:, None] & (o_b < num_blocks)
+            behind += tl.sum(tl.load(p_first + o_b, mask=m_sums, other=0.0), 1)
+        b_dreach = _block(
+            p_from_q, p_from_k, p_bounds, i_m, i_b, i_g, H, N, TILES, BLOCK, BH
+        )  # fmt: skip
+        b_out = behind[:, None] + tl.cumsum(b_dreach, 1, reverse=True)
+        o_row = start + i_b * BLOCK + tl.arange(0, BLOCK)
+        m_out = (o_row < stop)[:, None] & (o_h < H)[None, :]
+        p_rows = p_out + o_row.to(tl.int64)[:, None] * H + o_h[None, :]
+        tl.store(p_rows, tl.trans(b_out), mask=m_out)
 
 
 def learn(
@@ -82,20 +130,38 @@ def learn(
 def decay_gradient(of_q: Learning, of_k: Learning, cut: Cut) -> Tensor:
     """[B, T, H] float32: the gradient of decays per token, after both passes."""
     batch, tokens, heads, _ = of_q.of.shape
-    out = torch.empty(batch, tokens, heads, dtype=torch.float32, device=of_q.of.device)
+    parts, device = of_q.dots.shape[0], of_q.of.device
+    num_slots = batch * tokens // _BLOCK + cut.segments.count + 1
+    sums = torch.empty(heads, num_slots, dtype=torch.float32, device=device)
+    out = torch.empty(batch, tokens, heads, dtype=torch.float32, device=device)
     key = ("decay gradient", of_k.crossing is None)
-    launch = cut.launches.get(key)
-    if launch is None:
-        longest = triton.next_power_of_2(cut.segments.longest)
-        fixed: dict[str, Any] = {
-            "p_bounds": cut.segments.bounds, "M": cut.segments.count, "H": heads,
-            "N": batch * tokens, "TILES": of_q.dots.shape[0], "BLOCK": min(4096, max(16, longest)),
-        }  # fmt: skip
-        if of_k.crossing is None:
-            fixed["p_crossing"] = None
-        grid = (cut.segments.count, heads)
-        launch = Launch(decay_gradient_kernel, grid, fixed=fixed, num_warps=8)
-        cut.launches[key] = launch
-    given = (of_q.dots, of_k.dots, of_k.crossing, out)
-    launch(*[x for x in given if x is not None])
+    launches = cut.launches.get(key)
+    if launches is None:
+        launches = _launches(cut, heads, batch * tokens, num_slots, parts, of_k.crossing, device)
+        cut.launches[key] = launches
+    launches[0](of_q.dots, of_k.dots, sums)
+    given = (of_q.dots, of_k.dots, of_k.crossing, sums, out)
+    launches[1](*[x for x in given if x is not None])
     return out
+
+
+def _launches(
+    cut: Cut,
+    heads: int,
+    num_tokens: int,
+    num_slots: int,
+    parts: int,
+    crossing: Tensor | None,
+    device: torch.device,
+) -> tuple[Launch, Launch]:
+    segments = cut.segments
+    fixed: dict[str, Any] = {
+        "p_bounds": segments.bounds, "H": heads, "N": num_tokens, "stride_sums": num_slots,
+        "TILES": parts, "BLOCK": _BLOCK, "BH": _HEADS,
+    }  # fmt: skip
+    last = {**fixed, "M": segments.count, **({} if crossing is not None else {"p_crossing": None})}
+    grid = (triton.cdiv(segments.longest, _BLOCK), segments.count, triton.cdiv(heads, _HEADS))
+    return (
+        Launch(block_sums_kernel, grid, fixed=fixed, overlap=can_overlap(device)),
+        Launch(decay_gradient_kernel, grid, fixed=last, overlap=can_overlap(device)),
+    )

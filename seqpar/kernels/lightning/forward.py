@@ -52,11 +52,22 @@ class SegmentStates(NamedTuple):
 
 
 def summarize(
-    plan: Plan, y: Tensor, z: Tensor, log_decay: Tensor | None, *, reverse: bool, final: bool
+    plan: Plan,
+    y: Tensor,
+    z: Tensor,
+    log_decay: Tensor | None,
+    *,
+    reverse: bool,
+    final: bool,
+    decays: Decays | None = None,
 ) -> tuple[SegmentStates, Tensor | None]:
-    """What the segments add, and what leaves the sequences for zero in if `final`."""
+    """What the segments add, and what leaves the sequences for zero in if `final`.
+
+    `decays` are those of the plan's cut, if a pass has had them already.
+    """
     cut = plan.cut
-    decays = prepare_decays(plan.decay(log_decay), cut, plan.config.chunk)
+    if decays is None:
+        decays = prepare_decays(plan.decay(log_decay), cut, plan.config.chunk)
     is_cut = cut.segments.num_cut > 0
     if not is_cut and not final:
         return SegmentStates(cut, decays, None), None

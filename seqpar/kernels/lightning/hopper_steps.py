@@ -1,29 +1,55 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
-"""Small steps of the pass by hand (output_pass_hopper.py): decays, states, sums, rounding.
+"""Small steps of the passes by hand (output_pass_hopper.py, output_pass_groups.py).
 
-Legend: C tokens of a chunk, D head dim, H heads.
+Legend: C tokens of a chunk, D head dim, R rows of a state that are worked on, H heads.
 """
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
 __all__ = [
+    "LINE",
+    "TILE",
+    "barrier",
     "clear_rows",
     "head_decay",
     "last_decay",
-    "rounded",
+    "load_tile",
+    "pair_decays",
+    "room_for_parts",
+    "segment_of",
     "split",
     "state_entering",
+    "store_parts",
+    "store_tile",
     "sum_lanes",
+    "times_parts",
     "token_decays",
 ]
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LOWEST_LOG_DECAY = gl.constexpr(-100.0)
 REACH_BITS = gl.constexpr(32.0)
+TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+# Triton 3.6 and 3.9 name these differently.
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+
+@gluon.jit
+def segment_of(p_table, index):
+    """A row of `Segments.table`."""
+    p_row = p_table + index * 8
+    i_m, start, stop = gl.load(p_row), gl.load(p_row + 1), gl.load(p_row + 2)
+    i_s, before, behind = gl.load(p_row + 3), gl.load(p_row + 4), gl.load(p_row + 5)
+    return i_m, start, stop, i_s, before, behind, gl.load(p_row + 6), gl.load(p_row + 7)
 
 
 @gluon.jit
@@ -58,6 +84,20 @@ def last_decay(p_head, slot, num_tokens, log2_decay, DECAY: gl.constexpr, C: gl.
 
 
 @gluon.jit
+def pair_decays(s_reach, REVERSE: gl.constexpr, C: gl.constexpr, L_P: gl.constexpr):
+    """[j, i]: the decay between tokens j and i of a chunk, 0 where j is not before i."""
+    b_up = s_reach.load(gl.SliceLayout(1, L_P))[:, None]
+    b_across = s_reach.load(gl.SliceLayout(0, L_P))[None, :]
+    o_up = gl.arange(0, C, gl.SliceLayout(1, L_P))[:, None]
+    o_across = gl.arange(0, C, gl.SliceLayout(0, L_P))[None, :]
+    if REVERSE:
+        b_gap = gl.where(o_up >= o_across, b_up - b_across, -float("inf"))
+    else:
+        b_gap = gl.where(o_up <= o_across, b_across - b_up, -float("inf"))
+    return gl.exp2(b_gap)
+
+
+@gluon.jit
 def clear_rows(s_tile, num_tokens, ROWS: gl.constexpr):
     """Zero the rows of a tile that belong to the next segment."""
     o_c = gl.arange(0, s_tile.shape[0], gl.SliceLayout(1, ROWS))
@@ -74,20 +114,33 @@ def split(b_x, dtype: gl.constexpr):
 
 
 @gluon.jit
-def rounded(b_x):
-    """x [float32] rounded to bfloat16, as float32, two numbers at a time."""
-    asm: gl.constexpr = """{
-        .reg .b32 pair;
-        cvt.rn.bf16x2.f32 pair, $3, $2;
-        shl.b32 $0, pair, 16;
-        and.b32 $1, pair, 0xffff0000;
-    }"""
-    return gl.inline_asm_elementwise(asm, "=r,=r,r,r", [b_x], gl.float32, is_pure=True, pack=2)
+def room_for_parts(dtype: gl.constexpr, TURNS: gl.constexpr, C: gl.constexpr):
+    """Room for factors [C] in two parts: two buffers, so that writing both needs no barrier."""
+    front = gl.allocate_shared_memory(dtype, [TURNS, C], LINE)
+    return front, gl.allocate_shared_memory(dtype, [TURNS, C], LINE)
 
 
 @gluon.jit
-def sum_lanes(b_x, R: gl.constexpr, C: gl.constexpr):
-    """[R // 16, C]: sums over the second dim of x [R // 16, 8, C].
+def times_parts(b_x, s_parts, stage, L: gl.constexpr):
+    """b_x [_, C] bfloat16 times a factor [C] in two parts, rounded once, two numbers at a time."""
+    b_front = s_parts[0].index(stage).load(gl.SliceLayout(0, L))[None, :]
+    b_rest = s_parts[1].index(stage).load(gl.SliceLayout(0, L))[None, :]
+    b_x, b_front = gl.broadcast(b_x, b_front)
+    b_x, b_rest = gl.broadcast(b_x, b_rest)
+    return gl.fma(b_x, b_front, b_x * b_rest)
+
+
+@gluon.jit
+def store_parts(s_parts, stage, factor, dtype: gl.constexpr):
+    """A factor [C] as the sum of two numbers of the dtype."""
+    front = factor.to(dtype)
+    s_parts[0].index(stage).store(front)
+    s_parts[1].index(stage).store((factor - front.to(gl.float32)).to(dtype))
+
+
+@gluon.jit
+def sum_lanes(b_x, D: gl.constexpr, C: gl.constexpr):
+    """[D // 16, C]: sums over the second dim of x [D // 16, 8, C].
 
     Eight lanes of a warp hold what is added up for a column. Instead of adding up all columns in
     all lanes, each step gives half of the columns away to the lane that adds them: 14 shuffles
@@ -97,19 +150,19 @@ def sum_lanes(b_x, R: gl.constexpr, C: gl.constexpr):
     L4: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 0, 1], [0, 0, 8], [0, 0, 16], [0, 4, 0]],
         [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 0, 32]],
-        warps, [], [R // 16, 8, C],
+        warps, [], [D // 16, 8, C],
     )  # fmt: skip
-    b_x = gl.sum(gl.convert_layout(b_x, L4).reshape([R // 16, 2, 4, C]), 1)
+    b_x = gl.sum(gl.convert_layout(b_x, L4).reshape([D // 16, 2, 4, C]), 1)
     L2: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 0, 1], [0, 0, 8], [0, 2, 0]],
         [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 0, 16], [0, 0, 32]],
-        warps, [], [R // 16, 4, C],
+        warps, [], [D // 16, 4, C],
     )  # fmt: skip
-    b_x = gl.sum(gl.convert_layout(b_x, L2).reshape([R // 16, 2, 2, C]), 1)
+    b_x = gl.sum(gl.convert_layout(b_x, L2).reshape([D // 16, 2, 2, C]), 1)
     L1: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 0, 1], [0, 1, 0]],
         [[0, 0, 2], [0, 0, 4], [0, 0, 8], [0, 0, 16], [0, 0, 32]],
-        warps, [], [R // 16, 2, C],
+        warps, [], [D // 16, 2, C],
     )  # fmt: skip
     return gl.sum(gl.convert_layout(b_x, L1), 1)
 
@@ -118,10 +171,10 @@ def sum_lanes(b_x, R: gl.constexpr, C: gl.constexpr):
 def state_entering(
     p_states, p_initial, p_by_segment, i_m, i_h, num_before, tokens_before, length, o_S, o_sequence,
     H, log2_decay, DECAY: gl.constexpr, REVERSE: gl.constexpr, SCAN: gl.constexpr,
-    D: gl.constexpr, L_S: gl.constexpr,
+    R: gl.constexpr, D: gl.constexpr, L_S: gl.constexpr,
 ):  # fmt: skip
-    """The state [D, D] that enters segment i_m."""
-    b_S = gl.zeros([D, D], gl.float32, L_S)
+    """R rows of the state [D, D] that enters segment i_m: those at `o_S`."""
+    b_S = gl.zeros([R, D], gl.float32, L_S)
     distance = num_before * 0.0
     if SCAN:
         for i in range(0, num_before):

@@ -5,6 +5,7 @@ Legend: B batch, T tokens, H heads, DX and DZ the dims of the roles x, y and z (
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import triton
@@ -15,7 +16,7 @@ from seqpar.kernels.lightning.decays import Decays
 from seqpar.kernels.lightning.output_pass import output_pass_kernel
 from seqpar.kernels.lightning.plan import Cut
 from seqpar.kernels.lightning.state_pass import can_be_flat, precision
-from seqpar.kernels.lightning.tuning import Config, padded
+from seqpar.kernels.lightning.tuning import Config, for_groups, padded
 from seqpar.kernels.overlap import can_overlap
 
 __all__ = ["Learning", "output_pass"]
@@ -71,12 +72,13 @@ def output_pass(
             transposed=transposed, scan=states is not None and not scanned,
         )  # fmt: skip
         cut.launches[key] = launch
-    reach = decays.reach
-    given = (
-        x, y, z, of, out, out, decays.per_head, reach, reach, decays.by_segment,
-        dots, crossing, exits, states, initial, final,
-    )  # fmt: skip
-    launch(*[tensor for tensor in given if tensor is not None])
+    given = {
+        "d_x": x, "d_y": y, "d_z": z, "d_u": of, "d_w": out, "p_w": out,
+        "p_decay": decays.per_head, "d_reach": decays.reach, "p_reach": decays.reach,
+        "p_by_segment": decays.by_segment, "p_dots": dots, "p_crossing": crossing,
+        "p_exits": exits, "p_states": states, "p_initial": initial, "p_final": final,
+    }  # fmt: skip
+    launch(*[tensor for name in launch.names if (tensor := given[name]) is not None])
 
 
 def _output_launch(
@@ -97,6 +99,10 @@ def _output_launch(
     dim_z, segments = z.shape[3], cut.segments
     tile_x, tile_z = padded(dim_x), config.value_tile
     flat = can_be_flat(x, y, z, out) and (of is None or can_be_flat(of))
+    by_hand = config.by_hand and flat
+    in_groups = by_hand and of is None
+    if in_groups:
+        config = for_groups(config)
     fixed: dict[str, Any] = {
         "p_table": segments.table, "H": heads, "N": batch * tokens,
         "M": segments.count, "DX": dim_x, "DZ": dim_z, "length": segments.longest,
@@ -109,24 +115,31 @@ def _output_launch(
     fixed |= missing
     unused = ("d_reach", "p_reach", "p_by_segment") if decays.reach is None else ("p_decay",)
     fixed |= dict.fromkeys(unused)
-    by_hand = config.by_hand and flat and decays.kind == 2  # fixed decays: as fast in Triton
     wide, narrow = (
-        Window(config.chunk, tile, flat=flat, for_gluon=by_hand) for tile in (tile_x, tile_z)
+        Window(config.chunk, tile, flat=flat, for_gluon=by_hand)
+        for tile in (tile_x, tile_z // 2 if in_groups else tile_z)
     )
     windows = {"d_x": wide, "d_y": wide, "d_z": narrow, "d_u": narrow, "d_w": narrow}
-    if not by_hand:
-        windows["d_reach"] = Window(1, config.chunk, flat=True)
+    windows["d_reach"] = Window(1, config.chunk, flat=True)
+    kernel = _kernel_of(by_hand=by_hand, in_groups=in_groups)
+    taken = inspect.signature(kernel.fn).parameters
     return Launch(
-        _hopper_kernel() if by_hand else output_pass_kernel,
+        kernel,
         (segments.count * heads, triton.cdiv(dim_z, tile_z)),
-        fixed=fixed,
-        windows={name: window for name, window in windows.items() if name not in fixed},
+        fixed={name: value for name, value in fixed.items() if name in taken},
+        windows={n: w for n, w in windows.items() if n in taken and n not in fixed},
         num_warps=config.num_warps,
         overlap=can_overlap(x.device),
     )
 
 
-def _hopper_kernel() -> Any:
-    from seqpar.kernels.lightning.output_pass_hopper import output_pass_hopper_kernel
+def _kernel_of(*, by_hand: bool, in_groups: bool) -> Any:
+    if in_groups:
+        from seqpar.kernels.lightning.output_pass_groups import output_pass_groups_kernel
 
-    return output_pass_hopper_kernel
+        return output_pass_groups_kernel
+    if by_hand:
+        from seqpar.kernels.lightning.output_pass_hopper import output_pass_hopper_kernel
+
+        return output_pass_hopper_kernel
+    return output_pass_kernel

@@ -3,8 +3,10 @@
 
 """The output pass by hand, for Hopper's matrix units: bfloat16, head dims of 128.
 
-It computes what `output_pass_kernel` does (see there for roles, legend and formulas), with the same
-arguments; Gluon instead of Triton lets it choose layouts and when it waits for a product.
+It computes what `output_pass_kernel` does (see there for roles, legend and formulas); Gluon instead
+of Triton lets it choose layouts and when it waits for a product. It serves where sums for the
+decays' gradient are taken along (GRAD), and for dk and dv in one launch; output_pass_groups.py
+serves elsewhere.
 
 One chunk: P and the entry product are issued; meanwhile the decays of P are worked out, and z is
 decayed for the state's update. P goes through shared memory; then zᵀ P and the update are issued,
@@ -28,35 +30,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from seqpar.kernels.lightning.hopper_steps import (
+    LINE,
+    TILE,
+    barrier,
     clear_rows,
     head_decay,
     last_decay,
-    rounded,
+    load_tile,
+    pair_decays,
+    room_for_parts,
+    segment_of,
     split,
     state_entering,
+    store_parts,
+    store_tile,
     sum_lanes,
+    times_parts,
     token_decays,
 )
 from seqpar.kernels.overlap import wait_for_launches_before
 
 __all__ = ["output_pair_hopper_kernel", "output_pass_hopper_kernel"]
-
-# Triton 3.6 and 3.9 name these differently.
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-
-_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
-_LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-
-
-@gluon.jit
-def _segment_of(p_table, index):
-    """A row of `Segments.table`."""
-    p_row = p_table + index * 8
-    i_m, start, stop = gl.load(p_row), gl.load(p_row + 1), gl.load(p_row + 2)
-    i_s, before, behind = gl.load(p_row + 3), gl.load(p_row + 4), gl.load(p_row + 5)
-    return i_m, start, stop, i_s, before, behind, gl.load(p_row + 6), gl.load(p_row + 7)
 
 
 @gluon.jit
@@ -64,23 +58,24 @@ def _shared_memory(
     dtype: gl.constexpr, GRAD: gl.constexpr, STAGES: gl.constexpr, C: gl.constexpr, D: gl.constexpr
 ):
     """Room for the chunks in flight of x, y, z and u, for w, P and the decays; and barriers."""
-    s_x = gl.allocate_shared_memory(dtype, [STAGES, C, D], _TILE)
-    s_y = gl.allocate_shared_memory(dtype, [STAGES, C, D], _TILE)
-    s_z = gl.allocate_shared_memory(dtype, [STAGES, C, D], _TILE)
+    s_x = gl.allocate_shared_memory(dtype, [STAGES, C, D], TILE)
+    s_y = gl.allocate_shared_memory(dtype, [STAGES, C, D], TILE)
+    s_z = gl.allocate_shared_memory(dtype, [STAGES, C, D], TILE)
     s_u = s_z
     if GRAD:
-        s_u = gl.allocate_shared_memory(dtype, [STAGES, C, D], _TILE)
-    s_w = gl.allocate_shared_memory(dtype, [C, D], _TILE)
-    s_P = gl.allocate_shared_memory(dtype, [C, C], _TILE)
-    s_reach = gl.allocate_shared_memory(gl.float32, [2, C], _LINE)
-    s_back = gl.allocate_shared_memory(gl.float32, [2, C], _LINE)
-    s_ahead = gl.allocate_shared_memory(gl.float32, [2, C], _LINE)
+        s_u = gl.allocate_shared_memory(dtype, [STAGES, C, D], TILE)
+    s_w = gl.allocate_shared_memory(dtype, [C, D], TILE)
+    s_P = gl.allocate_shared_memory(dtype, [C, C], TILE)
+    s_reach = gl.allocate_shared_memory(gl.float32, [2, C], LINE)
+    s_factor = gl.allocate_shared_memory(gl.float32, [2, C], LINE)
+    s_back = room_for_parts(dtype, 2, C)
+    s_ahead = room_for_parts(dtype, 2, C)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(bars.index(i), count=1)
     fence_async_shared()
-    _barrier()
-    return s_x, s_y, s_z, s_u, s_w, s_P, s_reach, s_back, s_ahead, bars
+    barrier()
+    return s_x, s_y, s_z, s_u, s_w, s_P, s_reach, s_factor, s_back, s_ahead, bars
 
 
 @gluon.jit
@@ -95,25 +90,11 @@ def _fetch(
     bar = bars.index(stage)
     pred = i < num_chunks
     mbarrier.expect(bar, (4 if GRAD else 3) * C * D * 2, pred=pred)
-    _load(d_y, [row, column], bar, s_y.index(stage), pred=pred)
-    _load(d_x, [row, column], bar, s_x.index(stage), pred=pred)
-    _load(d_z, [row, column], bar, s_z.index(stage), pred=pred)
+    load_tile(d_y, [row, column], bar, s_y.index(stage), pred=pred)
+    load_tile(d_x, [row, column], bar, s_x.index(stage), pred=pred)
+    load_tile(d_z, [row, column], bar, s_z.index(stage), pred=pred)
     if GRAD:
-        _load(d_u, [row, column], bar, s_u.index(stage), pred=pred)
-
-
-@gluon.jit
-def _pair_decays(s_reach, REVERSE: gl.constexpr, C: gl.constexpr, L_P: gl.constexpr):
-    """[j, i]: the decay between tokens j and i of a chunk, 0 where j is not before i."""
-    b_up = s_reach.load(gl.SliceLayout(1, L_P))[:, None]
-    b_across = s_reach.load(gl.SliceLayout(0, L_P))[None, :]
-    o_up = gl.arange(0, C, gl.SliceLayout(1, L_P))[:, None]
-    o_across = gl.arange(0, C, gl.SliceLayout(0, L_P))[None, :]
-    if REVERSE:
-        b_gap = gl.where(o_up >= o_across, b_up - b_across, -float("inf"))
-    else:
-        b_gap = gl.where(o_up <= o_across, b_across - b_up, -float("inf"))
-    return gl.exp2(b_gap)
+        load_tile(d_u, [row, column], bar, s_u.index(stage), pred=pred)
 
 
 @gluon.jit
@@ -123,7 +104,7 @@ def _write(
 ):  # fmt: skip
     """Store a chunk's w: in one bulk copy, or only the rows that are the segment's."""
     if num_tokens == C:
-        _store(d_w, [row, i_h * D], s_w)
+        store_tile(d_w, [row, i_h * D], s_w)
     else:
         o_r = gl.arange(0, C, gl.SliceLayout(1, ROWS))
         o_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))[None, :]
@@ -146,11 +127,11 @@ def _run_segment(
     A_W: gl.constexpr = gl.DotOperandLayout(0, L_W, 2)
     A_S: gl.constexpr = gl.DotOperandLayout(0, L_S, 2)
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
-    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
+    TOKENS: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     COLUMNS: gl.constexpr = gl.BlockedLayout([8, 1], [1, 32], [1, 8], [1, 0])
     dtype: gl.constexpr = d_x.dtype
     i_m, start, stop, i_s, before, behind, begin, end = segment
-    s_x, s_y, s_z, s_u, s_w, s_P, s_reach, s_back, s_ahead, bars = tiles
+    s_x, s_y, s_z, s_u, s_w, s_P, s_reach, s_factor, s_back, s_ahead, bars = tiles
     num_chunks = (stop - start + C - 1) // C
     for i in gl.static_range(STAGES):
         _fetch(
@@ -169,7 +150,7 @@ def _run_segment(
     b_S = state_entering(
         p_states, p_initial, p_by_segment, i_m, i_h, behind if REVERSE else before,
         end - stop if REVERSE else start - begin, length, o_S, o_sequence, H, log2_decay,
-        DECAY, REVERSE, SCAN, D, L_S,
+        DECAY, REVERSE, SCAN, D, D, L_S,
     )  # fmt: skip
     o_exit = (i_m * H + i_h).to(gl.int64) * (D * D)
     if GRAD and REVERSE:
@@ -177,16 +158,17 @@ def _run_segment(
             crossing = gl.sum(gl.sum(b_S * gl.load(p_exits + o_exit + o_S), 1), 0)
             gl.store(p_crossing + i_m * H + i_h, crossing)
 
-    o_line = gl.arange(0, C, LINE)
+    o_line = gl.arange(0, C, TOKENS)
     first_slot = start // C + i_m
     i_c = num_chunks - 1 if REVERSE else 0
     left = gl.minimum(stop - start - i_c * C, C)
     reach, back, ahead = token_decays(p_head, first_slot + i_c, left, log2_decay, o_line, DECAY, C)
     s_reach.index(0).store(reach)
-    s_back.index(0).store(back)
-    s_ahead.index(0).store(ahead)
+    s_factor.index(0).store(ahead if REVERSE else back)
+    store_parts(s_back, 0, back, dtype)
+    store_parts(s_ahead, 0, ahead, dtype)
     last = last_decay(p_head, first_slot + i_c, left, log2_decay, DECAY, C)
-    _barrier()
+    barrier()
 
     for i in range(0, num_chunks):
         stage = i % STAGES
@@ -205,7 +187,7 @@ def _run_segment(
             clear_rows(b_y, num_tokens, ROWS)
             clear_rows(b_z, num_tokens, ROWS)
             fence_async_shared()
-            _barrier()
+            barrier()
 
         b_P = gl.zeros([C, C], gl.float32, L_P)
         b_w = gl.zeros([D, C], gl.float32, L_W)
@@ -218,27 +200,25 @@ def _run_segment(
             b_front = gl.convert_layout(b_S.to(dtype), A_W)
             b_P = warpgroup_mma(b_y, b_x.permute((1, 0)), b_P, use_acc=False, is_async=True)
             b_w = warpgroup_mma(b_front, b_x.permute((1, 0)), b_w, use_acc=False, is_async=True)
-        b_gap = _pair_decays(s_reach.index(turn), REVERSE, C, L_P)
+        b_gap = pair_decays(s_reach.index(turn), REVERSE, C, L_P)
         b_P = warpgroup_mma_wait(2 if GRAD else 1, deps=[b_P])
         s_P.store((b_P * b_gap).to(dtype))
         tma.store_wait(0)
         fence_async_shared()
-        _barrier()
+        barrier()
 
-        b_decayed = b_z.permute((1, 0)).load(A_S).to(gl.float32)
-        b_decayed *= (
-            (s_back if REVERSE else s_ahead).index(turn).load(gl.SliceLayout(0, A_S))[None, :]
-        )
-        b_decayed = b_decayed.to(dtype)
+        s_parts = s_back if REVERSE else s_ahead
+        b_decayed = times_parts(b_z.permute((1, 0)).load(A_S), s_parts, turn, A_S)
         b_S = b_S * gl.exp2(last)
         b_w, b_S, b_decayed = warpgroup_mma_wait(0, deps=[b_w, b_S, b_decayed])
-        b_factor = (
-            (s_ahead if REVERSE else s_back).index(turn).load(gl.SliceLayout(0, L_W))[None, :]
-        )
+        b_factor = s_factor.index(turn).load(gl.SliceLayout(0, L_W))[None, :]
         if GRAD:
             # The other pass adds u, decayed and rounded, to its state: so it counts here as well.
-            b_u = s_u.index(stage).permute((1, 0)).load(L_W).to(gl.float32)
-            b_more = b_w * (rounded(b_u * b_factor) - b_u * b_factor)
+            b_u = s_u.index(stage).permute((1, 0)).load(L_W)
+            s_parts = s_ahead if REVERSE else s_back
+            b_far = times_parts(b_u, s_parts, turn, L_W).to(gl.float32)
+            b_u = b_u.to(gl.float32)
+            b_more = b_w * (b_far - b_u * b_factor)
             b_dots = gl.sum(b_more.reshape([D // 16, 2, 8, C]), 1)
         b_w = warpgroup_mma(b_z.permute((1, 0)), s_P, b_w * b_factor, is_async=True)
         b_S = warpgroup_mma(b_decayed, b_y, b_S, is_async=True)
@@ -250,10 +230,11 @@ def _run_segment(
             b_dots = gl.sum(gl.convert_layout(sum_lanes(b_dots, D, C), COLUMNS), 0)
         b_S = warpgroup_mma_wait(0, deps=[b_S])
         s_reach.index(1 - turn).store(reach)
-        s_back.index(1 - turn).store(back)
-        s_ahead.index(1 - turn).store(ahead)
+        s_factor.index(1 - turn).store(ahead if REVERSE else back)
+        store_parts(s_back, 1 - turn, back, dtype)
+        store_parts(s_ahead, 1 - turn, ahead, dtype)
         fence_async_shared()
-        _barrier()
+        barrier()
         _write(d_w, p_w, s_w, row, num_tokens, i_h, H, C, D, ROWS)
         _fetch(
             d_x, d_y, d_z, d_u, s_x, s_y, s_z, s_u, bars, i + STAGES, num_chunks, start, i_h * D,
@@ -276,16 +257,15 @@ def _run_segment(
 
 @gluon.jit(do_not_specialize=["N", "M", "length"])  # new with every batch
 def output_pass_hopper_kernel(
-    d_x, d_y, d_z, d_u, d_w, p_w, p_decay, d_reach, p_reach, stride_reach,
+    d_x, d_y, d_z, d_u, d_w, p_w, p_decay, p_reach, stride_reach,
     p_by_segment, p_dots, p_crossing, p_exits, p_states, p_initial,
-    p_final, p_table, H, N, M, DX, DZ, length, stride_x, stride_z, OVERLAP: gl.constexpr,
-    DECAY: gl.constexpr, REVERSE: gl.constexpr, GRAD: gl.constexpr, FLAT: gl.constexpr,
-    SCAN: gl.constexpr, C: gl.constexpr, BX: gl.constexpr, BZ: gl.constexpr,
-    STAGES: gl.constexpr, PRECISION: gl.constexpr,
+    p_final, p_table, H, N, M, length, stride_x, stride_z, OVERLAP: gl.constexpr,
+    DECAY: gl.constexpr, REVERSE: gl.constexpr, GRAD: gl.constexpr, SCAN: gl.constexpr,
+    C: gl.constexpr, BX: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """w of every segment. Grid: (M * H,); the longest segments start first."""
     i_h = gl.program_id(0) % H
-    segment = _segment_of(p_table, gl.program_id(0) // H)
+    segment = segment_of(p_table, gl.program_id(0) // H)
     tiles = _shared_memory(d_x.dtype, GRAD, STAGES, C, BX)
     wait_for_launches_before(OVERLAP)
     _run_segment(
@@ -305,7 +285,7 @@ def output_pair_hopper_kernel(
 ):  # fmt: skip
     """dk and dv of every segment, by neighbouring programs. Grid: (M * H * 2,)."""
     i_role, i_h = gl.program_id(0) % 2, gl.program_id(0) // 2 % H
-    segment = _segment_of(p_table, gl.program_id(0) // 2 // H)
+    segment = segment_of(p_table, gl.program_id(0) // 2 // H)
     tiles = _shared_memory(d_q.dtype, False, STAGES, C, D)
     wait_for_launches_before(OVERLAP)
     if i_role == 0:

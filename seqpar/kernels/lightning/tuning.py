@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ["Config", "configuration", "for_states", "padded", "with_gradient"]
+__all__ = ["Config", "configuration", "for_groups", "for_states", "padded", "with_gradient"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Config:
     programs_per_sm: int
     """How many programs one multiprocessor runs at a time; decides how long segments are."""
     by_hand: bool = False
-    """Whether passes written by hand for Hopper serve: per token, and for dk and dv together."""
+    """Whether the passes written by hand for Hopper serve, for inputs with heads side by side."""
 
 
 def padded(dim: int) -> int:
@@ -55,6 +55,11 @@ def configuration(
 def with_gradient(config: Config) -> Config:
     """The configuration of a pass that also reads the tensor whose gradient it makes."""
     return replace(config, num_stages=min(config.num_stages, 3))
+
+
+def for_groups(config: Config) -> Config:
+    """The configuration of a pass in two groups of warps: warps of one, and room for w in both."""
+    return replace(config, num_warps=4, num_stages=3)
 
 
 def for_states(config: Config, *, decays_differ: bool) -> Config:
