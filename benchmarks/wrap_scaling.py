@@ -31,10 +31,11 @@ def hybrid(machine: Machine) -> Iterator[dict[str, Any]]:
     count = machine.tokens(65536) * machine.ranks
     model = machine.model("minimax", MINIMAX, checkpointed=True)
     ways = _own(machine, model, count)
-    pool, ranks = GroupPool(share_memory=True), tuple(range(machine.ranks))
-    pool.prepare([ranks])  # a group of its own: the other ways' does not share
-    if shares_memory(group := pool.group(ranks)):
-        ways["ring_zigzag_shared_memory"] = _wrapped(machine, model, count, group, "ring", "zigzag")
+    pool, ranks = GroupPool(share_memory=False), tuple(range(machine.ranks))
+    pool.prepare([ranks])
+    if shares_memory(machine.mesh.get_group()):  # as meshes do by default
+        over_nccl = pool.group(ranks)
+        ways["ring_zigzag_nccl"] = _wrapped(machine, model, count, over_nccl, "ring", "zigzag")
     yield from _rates(machine, model, count, ways, warm=2)
 
 

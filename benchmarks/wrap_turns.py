@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ def _take(machine: Machine, model: nn.Module, way: Way, found: Timed, *, counts:
             took = machine.slowest((time.perf_counter() - started) * 1e3)
         model.zero_grad(set_to_none=True)
     except FAILURES as error:
+        traceback.print_exc()
         found.failure = f"{type(error).__name__}: {error}"[:300]
         return
     found.loss = float(loss)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from seqpar.adapters.tiny import tiny_model
 from seqpar.batch import PackedStream, pack, shard
-from seqpar.comm import share_memory
+from seqpar.comm import shares_memory
 from seqpar.gradients import reduce_gradients
 from seqpar.layout import SequenceLayout
 from seqpar.loss import token_loss
+from seqpar.mesh import GroupPool
 from seqpar.models.decoder import Decoder, hybrid
 from seqpar.ops import state_recorded
 from seqpar.ranks import run_on_ranks
@@ -85,8 +86,10 @@ def _one_device(
     return total.item(), {name: p.grad for name, p in reference.named_parameters()}
 
 
-def _steps(rank: int, name: str, device: str, dtype: torch.dtype, recomputed: bool) -> Any:
-    group = dist.group.WORLD
+def _steps(
+    group: dist.ProcessGroup, name: str, device: str, dtype: torch.dtype, recomputed: bool
+) -> dict[str, Any]:
+    state_recorded._CALLS.pop(group, None)
     model = parallelize(_model(name).to(device).train(), group)
     for parameter in model.parameters():  # and not the buffers: decays are float32
         parameter.data = parameter.data.to(dtype)
@@ -130,36 +133,39 @@ CASES = [
 ]
 
 
-def _all_cases(rank: int, device: str, shares: bool) -> list[Any]:
-    if shares:
-        assert share_memory(dist.group.WORLD)
-    found = []
-    for name, dtype, recomputed in CASES:
-        state_recorded._CALLS.pop(dist.group.WORLD, None)
-        found.append(_steps(rank, name, device, dtype, recomputed))
-    return found
+def _all_cases(rank: int, device: str) -> dict[str, list[Any]]:
+    """By what carries the states: messages, and on CUDA memory that peers read."""
+    groups = {"messages": dist.group.WORLD}
+    if device == "cuda":
+        pool, ranks = GroupPool(), tuple(range(dist.get_world_size()))
+        pool.prepare([ranks])
+        assert shares_memory(pool.group(ranks)), "these devices cannot read each other's memory"
+        groups["peers' memory"] = pool.group(ranks)
+    return {
+        carrier: [_steps(group, name, device, *options) for name, *options in CASES]
+        for carrier, group in groups.items()
+    }
 
 
-def _check(results: list[Any]) -> None:
-    for (name, dtype, _), found in zip(CASES, results, strict=True):
-        exact = dtype == torch.float32
-        assert found["loss"] < (MODEL_LOSS if exact else BFLOAT16_LOSS), (name, dtype, found)
-        limit = MODEL_GRADIENT if exact else BFLOAT16_GRADIENT
-        assert 0 < found["gradient"] < limit, (name, dtype, found)
+def _check(results: dict[str, list[Any]]) -> None:
+    for carrier, found in results.items():
+        for (name, dtype, _), errors in zip(CASES, found, strict=True):
+            exact = dtype == torch.float32
+            said = (carrier, name, dtype, errors)
+            assert errors["loss"] < (MODEL_LOSS if exact else BFLOAT16_LOSS), said
+            assert 0 < errors["gradient"] < (MODEL_GRADIENT if exact else BFLOAT16_GRADIENT), said
 
 
 def test_steps_on_two_cpu_ranks_agree_with_one_device() -> None:
-    results = run_on_ranks(_all_cases, "cpu", False, ranks=2, device="cpu", timeout_s=120.0)
-    for result in results:
-        _check(result)
-        assert all(found["kinds"] == 0 for found in result)
+    for results in run_on_ranks(_all_cases, "cpu", ranks=2, device="cpu", timeout_s=120.0):
+        _check(results)
+        assert all(errors["kinds"] == 0 for errors in results["messages"])
 
 
 @pytest.mark.multigpu
-@pytest.mark.parametrize("shares", [False, True], ids=["NCCL", "peer memory"])
-def test_repeated_steps_on_two_gpus_agree_with_one(shares: bool) -> None:
-    results = run_on_ranks(_all_cases, "cuda", shares, ranks=2, device="cuda", timeout_s=150.0)
-    for result in results:
-        print(result)
-        _check(result)
-        assert all(found["repeated"] > 0 for found in result), result
+def test_repeated_steps_on_two_gpus_agree_with_one() -> None:
+    for results in run_on_ranks(_all_cases, "cuda", ranks=2, device="cuda", timeout_s=150.0):
+        print(results)
+        _check(results)
+        for found in results.values():
+            assert all(errors["repeated"] > 0 for errors in found), results
