@@ -70,15 +70,22 @@ def deepspeed_ulysses(
     UlyssesSPAttentionHF.register_with_transformers(
         model, "sdpa", sequence_parallel_size=machine.ranks, micro_batch_size=1
     )
+    ulysses = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = core  # between steps other ways use torch's own
     mlps = [module for name, module in model.named_modules() if name.endswith(".mlp")]
-    for mlp in mlps if tiled_mlp else ():
-        mlp.forward = functools.partial(_tiled_mlp, mlp)
-    try:
-        yield functools.partial(_deepspeed_step, machine, model)
-    finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = core
+
+    def step(count: int) -> Tensor:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = ulysses
         for mlp in mlps if tiled_mlp else ():
-            del mlp.forward
+            mlp.forward = functools.partial(_tiled_mlp, mlp)
+        try:
+            return _deepspeed_step(machine, model, count)
+        finally:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = core
+            for mlp in mlps if tiled_mlp else ():
+                del mlp.forward
+
+    yield step
 
 
 def _deepspeed_step(machine: Machine, model: Any, count: int) -> Tensor:

@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ MINIMAX = {
     "max_position_embeddings": 1 << 20,
     "tie_word_embeddings": True,
 }
+FAILURES = (RuntimeError, ImportError, ValueError, TypeError, AttributeError, AssertionError)
+"""What is recorded of a way, and not raised."""
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 64,
@@ -57,8 +59,8 @@ TINY = {
 class Machine:
     """One process's device and mesh; builds models and streams for it, times and frees."""
 
-    def __init__(self, *, tiny: bool, time_limit_s: float) -> None:
-        self.tiny, self.time_limit_s = tiny, time_limit_s
+    def __init__(self, *, tiny: bool, time_limit_s: float, ways: Sequence[str]) -> None:
+        self.tiny, self.time_limit_s, self.ways = tiny, time_limit_s, ways
         self.began = time.perf_counter()
         self.mesh = init_mesh(sp=int(os.environ.get("WORLD_SIZE", "1")))["sp"]
         self.ranks = self.mesh.size()

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from seqpar.batch import Batch, PackedStream
 from seqpar.comm import all_gather, all_reduce_sum, group_rank
-from seqpar.errors import ParityError, UnsupportedModelError
+from seqpar.errors import DataError, ParityError, UnsupportedModelError
 from seqpar.layout import IGNORE_INDEX
 from seqpar.loss import token_loss
 from seqpar.parity_divergence import Divergence, first_divergence
@@ -117,13 +117,19 @@ def check_parity(
         ParityError: it is not; the message names the first module that diverges. Or the ranks do
             not hold the same weights, so that there is no one device to compare with.
         UnsupportedModelError: a model that is not wrapped, is sharded, or draws dropout masks.
+        DataError: no token of the batches is a target.
     """
     _check_comparable(model)
     groups = [group for group in _groups(batch, mesh) if group is not None]
     _check_same_weights(model, groups)
     streams = _all_streams(batch, groups)
+    targets = sum(int((stream.labels != IGNORE_INDEX).sum()) for stream in streams)
+    if not targets:  # the same on every rank
+        raise DataError(
+            "no token of the batch is a target: give it a document of two tokens or more"
+        )
     reference_model = unparallelize(copy.deepcopy(model))
-    reference_loss, reference_gradients = _reference(reference_model, streams, groups)
+    reference_loss, reference_gradients = _reference(reference_model, streams, targets, groups)
     loss, gradients = _wrapped(model, batch, mesh, groups)
     errors = _gradient_errors(gradients, reference_gradients)
     report = ParityReport(loss, reference_loss, errors, loss_tolerance, gradient_tolerance)
@@ -149,10 +155,12 @@ def _wrapped(
 
 
 def _reference(
-    model: nn.Module, streams: Sequence[PackedStream], groups: Sequence[ProcessGroup]
+    model: nn.Module,
+    streams: Sequence[PackedStream],
+    targets: int,
+    groups: Sequence[ProcessGroup],
 ) -> tuple[float, dict[str, Tensor]]:
     """Each document whole on one device; the documents are dealt to the ranks."""
-    targets = sum(int((stream.labels != IGNORE_INDEX).sum()) for stream in streams)
     documents = list(itertools.chain.from_iterable(map(documents_of, streams)))
     index, ranks = _place(groups)
     loss, total = torch.zeros((), dtype=torch.float64), dict[str, Tensor | None]()

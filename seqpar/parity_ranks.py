@@ -81,7 +81,11 @@ def build_model(name: str) -> nn.Module:
     if ":" not in name:
         return tiny_model(family_of(name))
     module_name, _, function_name = name.partition(":")
-    model: nn.Module = getattr(importlib.import_module(module_name), function_name)()
+    model = getattr(importlib.import_module(module_name), function_name)()
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            name, f"it returned {type(model).__name__}, no nn.Module", "return the model from it"
+        )
     return model
 
 

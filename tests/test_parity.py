@@ -20,7 +20,7 @@ import seqpar.parity as parity
 from seqpar.adapters.families import family_of
 from seqpar.adapters.tiny import TINY_VOCABULARY, tiny_model, tiny_stream
 from seqpar.batch import Batch, pack, shard
-from seqpar.errors import ParityError, UnsupportedModelError
+from seqpar.errors import DataError, ParityError, UnsupportedModelError
 from seqpar.layout import SequenceLayout
 from seqpar.ops.softmax import softmax_attention
 from seqpar.parity import check_parity
@@ -197,6 +197,23 @@ def test_a_module_in_the_users_folder_is_found(tmp_path: Path) -> None:
     ran = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("mine:build: loss ")
+
+
+def _no_targets(rank: int) -> str:
+    batch = shard(pack([[1], [2]]), dist.group.WORLD)
+    with pytest.raises(DataError) as caught:
+        check_parity(parallelize(small_hybrid(), dist.group.WORLD), batch)
+    return str(caught.value)
+
+
+def test_a_batch_without_targets_is_refused_on_every_rank() -> None:
+    for message in run_ranks(4, _no_targets):  # two of them hold no token at all
+        assert "no token of the batch is a target" in message
+
+
+def test_a_function_that_returns_no_model_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="it returned OrderedDict, no nn.Module"):
+        check_on_ranks(ParityJob("collections:OrderedDict", ranks=1))
 
 
 def test_unknown_functions_are_refused_by_the_check() -> None:

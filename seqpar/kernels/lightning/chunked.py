@@ -203,8 +203,7 @@ def attend_backward_chunked(
     exit_grads = _new_states(k, v, cu_seqlens, exit_state_grad)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     per_token = log_decay is not None and log_decay.ndim == 3
-    dreach = q.new_empty(q.shape[:3], dtype=entries.dtype) if per_token else None
-    dlog = torch.empty_like(dreach) if dreach is not None else None
+    dlog = q.new_empty(q.shape[:3], dtype=entries.dtype) if per_token else None
     for sequence in _sequences(q, cu_seqlens):
         state, chunk_states = entries[sequence.states], []
         for start, stop in sequence.chunks():
@@ -212,7 +211,6 @@ def attend_backward_chunked(
             chunk_states.append(state)
             state = _pass_on(state, k_c, v_c, decays.chunk(sequence.rows, start, stop))
         grad = exit_grads[sequence.states].clone()
-        crossing = (state * grad).sum((-2, -1))
         for (start, stop), entry in zip(
             reversed(sequence.chunks()), reversed(chunk_states), strict=True
         ):
@@ -221,13 +219,13 @@ def attend_backward_chunked(
             dq_c, dk_c, dv_c, dreach_c = _chunk_gradients(inputs, decay, entry, grad, per_token)
             for whole, part in ((dq, dq_c), (dk, dk_c), (dv, dv_c)):
                 whole[:, start:stop].copy_(part.transpose(1, 2))
-            if dreach is not None and dreach_c is not None:
-                dreach[:, start:stop] = dreach_c.transpose(1, 2)
-            grad = _pass_back(grad, inputs[0], inputs[3], decay)
+            if dlog is not None and dreach_c is not None:
+                # Summed within the chunk alone: what later chunks add would cancel but for errors.
+                crossing = (state * grad).sum((-2, -1))
+                tail = dreach_c.double().flip(-1).cumsum(-1).flip(-1) + crossing[..., None]
+                dlog[:, start:stop] = tail.transpose(1, 2)
+            state, grad = entry, _pass_back(grad, inputs[0], inputs[3], decay)
         exit_grads[sequence.states] = grad
-        if dreach is not None and dlog is not None:
-            tail = dreach[:, sequence.start : sequence.stop].double().flip(1).cumsum(1).flip(1)
-            dlog[:, sequence.start : sequence.stop] = tail + crossing[:, None]
     return dq, dk, dv, dlog, exit_grads
 
 
