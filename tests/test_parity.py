@@ -212,7 +212,7 @@ def test_a_batch_without_targets_is_refused_on_every_rank() -> None:
 
 
 def test_a_function_that_returns_no_model_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="it returned OrderedDict, no nn.Module"):
+    with pytest.raises(UnsupportedModelError, match=r"it returned OrderedDict, no nn.Module"):
         check_on_ranks(ParityJob("collections:OrderedDict", ranks=1))
 
 
