@@ -11,7 +11,8 @@ the host), and sums 16-bit floats in float32; `all_gather_into_tensor` was renam
 `all_gather_single` in torch 2.12. Tensors travel as bytes, so any dtype goes over any backend.
 
 `with count_traffic() as traffic:` adds up calls and payload bytes of this rank, by operation; see
-`seqpar.traffic`.
+`seqpar.traffic`. What goes past the backend, over memory that ranks of one host share, is decided
+in `seqpar.peers.sharing`.
 """
 
 from __future__ import annotations
@@ -19,16 +20,25 @@ from __future__ import annotations
 import pickle
 import weakref
 import zlib
-from collections.abc import Callable, Collection, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from seqpar.errors import LayoutError, MeshError, SeqparError
+from seqpar.errors import LayoutError, SeqparError
 from seqpar.kernels.recorder import current_recorder
+from seqpar.peers.sharing import (
+    engines_of,
+    make_room,
+    memory_of,
+    share_memory,
+    shared_bytes,
+    shares_memory,
+)
+from seqpar.process_groups import backend_of, group_rank, group_size, on_host
 from seqpar.traffic import (
     Operation,
     Traffic,
@@ -38,10 +48,6 @@ from seqpar.traffic import (
     current_traffic,
     report_saved,
 )
-
-if TYPE_CHECKING:
-    from seqpar.peer_exchange import Inboxes, PeerExchange
-    from seqpar.peer_memory import PeerMemory
 
 __all__ = [
     "Operation",
@@ -72,20 +78,9 @@ __all__ = [
 T = TypeVar("T")
 _OBJECT_BYTES = 65536
 _HEAD_START_CYCLES = 20_000
-_SHARE_OF_DEVICE = 64
 _GATHER: Callable[..., Any] = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 )
-
-_BACKENDS: MutableMapping[ProcessGroup, str] = weakref.WeakKeyDictionary()
-"""What `backend_of` has found out; torch takes longer to say it than to start a message."""
-_SHARED: MutableMapping[ProcessGroup, PeerMemory | None] = weakref.WeakKeyDictionary()
-"""Memory shared by `share_memory`, for as long as the group lives."""
-_INBOXES: MutableMapping[ProcessGroup, Inboxes] = weakref.WeakKeyDictionary()
-"""Memory shared by `make_room`, for as long as the group lives."""
-
-
-# -- waiting ----------------------------------------------------------------------------------
 
 
 class Pending(Generic[T]):
@@ -107,37 +102,6 @@ class Pending(Generic[T]):
         return self._result  # type: ignore[return-value]
 
 
-def group_size(group: ProcessGroup | None) -> int:
-    """How many ranks; 1 for None."""
-    return 1 if group is None else group.size()
-
-
-def group_rank(group: ProcessGroup | None) -> int:
-    """This rank within the group; 0 for None.
-
-    Raises:
-        MeshError: this process is no member of the group.
-    """
-    if group is None:
-        return 0
-    try:
-        return group.rank()
-    except AttributeError:  # torch's stand-in for a group that this process is not in
-        rank = dist.get_rank()
-        raise MeshError(f"global rank {rank} is not in the group it was handed") from None
-
-
-def backend_of(group: ProcessGroup | None) -> str:
-    """ "nccl" if the group moves CUDA tensors itself, else "gloo"; "none" for None."""
-    if group is None:
-        return "none"
-    name = _BACKENDS.get(group)
-    if name is None:
-        name = "nccl" if "nccl" in dist.get_backend(group) else "gloo"
-        _BACKENDS[group] = name
-    return name
-
-
 # -- collectives ------------------------------------------------------------------------------
 
 
@@ -157,10 +121,10 @@ def all_gather(
         sources: ranks whose tensors are wanted, which all give; None: all ranks. The others' may
             be anything. Over memory that peers read only these are moved and waited for.
     """
-    if group is None or not x.is_cuda or _on_host(group) or not x.numel():
+    if group is None or not x.is_cuda or on_host(group) or not x.numel():
         return all_gather_async(x, group).wait()
     size = group.size()
-    peers = _SHARED.get(group) if _SHARED else None
+    peers = memory_of(group)
     if peers is not None and peers.takes(x):
         wanted = range(size) if sources is None else sources
         others = len(wanted) - (group.rank() in wanted)
@@ -175,63 +139,11 @@ def all_gather(
     return gathered
 
 
-def share_memory(group: ProcessGroup | None, *, max_bytes: int = 8 * 2**20) -> bool:
-    """Let `all_gather` move messages of up to `max_bytes` without NCCL, where devices allow it.
-
-    Collective, once for a group; `init_mesh` and `GroupPool` do it. For CUDA ranks of one host that
-    can read each other's memory: each takes 2 * max_bytes of device memory, and a small all_gather
-    then is one launch. Returns whether it is so, the same on every rank; elsewhere, and where any
-    rank fails to set it up, nothing changes (the log says why, at level info). See
-    `seqpar.peer_memory`.
-    """
-    if group is None or group.size() == 1 or _on_host(group):
-        return False
-    if group not in _SHARED:
-        from seqpar.peer_memory import PeerMemory, open_on_one_host
-
-        _SHARED[group] = open_on_one_host(PeerMemory, group, max_bytes)
-    return _SHARED[group] is not None
-
-
-def shares_memory(group: ProcessGroup | None, num_bytes: int = 0) -> bool:
-    """Whether `share_memory` is in force for the group, and for messages of so many bytes."""
-    return 0 < shared_bytes(group) >= num_bytes
-
-
-def shared_bytes(group: ProcessGroup | None) -> int:
-    """The largest message that memory shared by the group carries; 0 if it shares none."""
-    peers = _SHARED.get(group) if _SHARED and group is not None else None
-    return 0 if peers is None else peers.capacity_bytes
-
-
-def make_room(group: ProcessGroup | None, num_bytes: int) -> None:
-    """Let `exchange(beside_work=True)` move messages by copy engines instead of NCCL's kernels.
-
-    Where `share_memory` is in force for the group; elsewhere, and while a graph is being captured,
-    nothing happens. Collective: all ranks of the group ask alike, for the most that any rank sends
-    another in one exchange. It costs nothing when there is room already; else each rank takes so
-    much device memory, a quarter more at most, and waits for the others and for its device. No
-    device gives more than a 64th of its memory to all groups together. See `seqpar.peer_exchange`.
-    """
-    if group is None or not num_bytes or not shares_memory(group):
-        return
-    if torch.cuda.is_current_stream_capturing():
-        return
-    if group not in _INBOXES:
-        from seqpar.peer_exchange import Inboxes
-
-        _INBOXES[group] = Inboxes()
-    own = _INBOXES[group]
-    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    taken = sum(inboxes.num_bytes for inboxes in _INBOXES.values() if inboxes is not own)
-    own.make_room(group, num_bytes, at_most=total // _SHARE_OF_DEVICE - taken)
-
-
 def all_gather_async(x: Tensor, group: ProcessGroup | None) -> Pending[Tensor]:
     """`all_gather`, under way."""
     if group is None:
         return Pending((), lambda: x.detach().clone()[None])
-    staged = x.is_cuda and _on_host(group)
+    staged = x.is_cuda and on_host(group)
     others = group.size() - 1
     gathered, message = _gather_buffers(x.cpu() if staged else x, others + 1, others, others)
     if not message.numel():
@@ -347,18 +259,11 @@ def exchange(
     sent_bytes, received_bytes = (sum(x.numel() for _, x in side) for side in (messages, arriving))
     count("exchange", sent_bytes, received_bytes)
     works, keep = [], messages
-    if beside_work and (engines := _engines_of(group)) is not None:
+    if beside_work and (engines := engines_of(group)) is not None:
         work, messages, arriving = engines.post(messages, arriving)
         works.append(work)
     works += _post(messages, arriving, group, head_start=head_start)
     return Pending(works, finish, keep=keep)
-
-
-def _engines_of(group: ProcessGroup | None) -> PeerExchange | None:
-    inboxes = _INBOXES.get(group) if _INBOXES and group is not None else None
-    if inboxes is None or torch.cuda.is_current_stream_capturing():
-        return None
-    return inboxes.exchange
 
 
 def _post(
@@ -372,7 +277,7 @@ def _post(
     ops = [dist.P2POp(dist.isend, x, group=group, group_peer=peer) for peer, x in sends]
     ops += [dist.P2POp(dist.irecv, x, group=group, group_peer=peer) for peer, x in recvs]
     works = dist.batch_isend_irecv(ops) if ops else []
-    if works and head_start and not _on_host(group):
+    if works and head_start and not on_host(group):
         torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
     return works
 
@@ -384,7 +289,7 @@ def all_reduce_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:
         return total
     ring_bytes = 2 * (group.size() - 1) * total.numel() * total.element_size() // group.size()
     count("all_reduce_sum", ring_bytes, ring_bytes)
-    if _on_host(group):
+    if on_host(group):
         narrow = total.dtype in (torch.float16, torch.bfloat16)
         total = total.to(device="cpu", dtype=torch.float32 if narrow else total.dtype)
     dist.all_reduce(total, group=group)
@@ -448,7 +353,7 @@ def agree(
             raise error(problem)
         return
     digest = zlib.crc32(repr(same).encode())
-    device = "cpu" if _on_host(group) else torch.device("cuda", torch.cuda.current_device())
+    device = "cpu" if on_host(group) else torch.device("cuda", torch.cuda.current_device())
     mine = torch.tensor([problem is not None, digest], dtype=torch.int64, device=device)
     flags = all_gather(mine, group).tolist()
     if not any(bad for bad, _ in flags) and len({digest for _, digest in flags}) == 1:
@@ -478,15 +383,10 @@ def _disagreement(messages: Sequence[tuple[str | None, str]], rank: int) -> str:
     )
 
 
-def _on_host(group: ProcessGroup | None) -> bool:
-    """Whether the group's backend moves host memory only."""
-    return backend_of(group) != "nccl"
-
-
 def _outgoing(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """The tensor's bytes, uint8 and flat, where the backend can read them."""
     flat = x.detach().contiguous().view(-1)
-    flat = flat.cpu() if _on_host(group) else flat
+    flat = flat.cpu() if on_host(group) else flat
     return flat.view(torch.uint8)
 
 
@@ -494,7 +394,7 @@ def _landing(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """Where bytes for x can land: x's own memory if the backend can write there."""
     assert x.is_contiguous(), "a receive buffer must be contiguous"
     flat = x.detach().view(-1).view(torch.uint8)
-    return torch.empty_like(flat, device="cpu") if _on_host(group) and x.is_cuda else flat
+    return torch.empty_like(flat, device="cpu") if on_host(group) and x.is_cuda else flat
 
 
 def _incoming(message: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -505,7 +405,7 @@ def _incoming(message: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def _broadcast_bytes(data: bytes, size: int, group: ProcessGroup, source: int) -> bytes:
-    device = "cpu" if _on_host(group) else torch.device("cuda", torch.cuda.current_device())
+    device = "cpu" if on_host(group) else torch.device("cuda", torch.cuda.current_device())
     padded = data[:size].ljust(size, b"\0")
     buffer = torch.frombuffer(bytearray(padded), dtype=torch.uint8).to(device)
     return bytes(broadcast(buffer, group, source=source).cpu().numpy().tobytes())

@@ -14,12 +14,9 @@ ALLOWED = {
     "errors": set(),
     "layout": {"errors"},
     "balance": {"errors", "layout"},
-    "comm": {"errors", "layout", "kernels", "peer_exchange", "peer_memory"},
-    "peer_exchange": {"errors", "peer_exchange_limit", "peer_flags", "peer_memory"},
-    "peer_exchange_limit": set(),
-    "peer_flags": set(),
-    "peer_memory": {"errors", "kernels", "peer_limit"},
-    "peer_limit": set(),
+    "process_groups": {"errors"},
+    "comm": {"errors", "layout", "kernels", "process_groups", "peers"},
+    "peers": {"errors", "kernels", "process_groups"},
     "mesh": {"errors", "layout", "comm"},
     "kernels": {"errors", "layout"},
     "planners": {"errors"},
@@ -32,8 +29,7 @@ ALLOWED = {
 }
 # fmt: off
 TOP = {
-    "errors", "layout", "balance", "comm", "peer_exchange", "peer_exchange_limit",
-    "peer_flags", "peer_limit", "peer_memory", "mesh", "kernels", "ops",
+    "errors", "layout", "balance", "comm", "process_groups", "peers", "mesh", "kernels", "ops",
     "batch", "loss", "models", "adapters", "planners", "launch", "data", "training", "calibration",
     "comparison", "ranks", "feedback", "report", "report_html", "console", "wrap", "parity",
     "commands",

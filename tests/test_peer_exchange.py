@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from seqpar.peer_exchange import program, rounded_up
-from seqpar.peer_exchange_limit import ExchangeLimit
+from seqpar.peers.exchange import program, rounded_up
+from seqpar.peers.exchange_limit import ExchangeLimit
 
 ROOT = Path(__file__).parents[1]
 Program = Callable[..., Iterator[tuple[str, int]]]

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from seqpar.peer_limit import WaitLimit
-from seqpar.peer_memory import ApartError, _check_places, open_on_one_host, together
+from seqpar.peers.memory import ApartError, _check_places, open_on_one_host, together
+from seqpar.peers.memory_limit import WaitLimit
 from tests.ranks import run_ranks
 
 

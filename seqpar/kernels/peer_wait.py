@@ -3,8 +3,9 @@
 
 Legend: i_ index, p_ pointer.
 
-What a rank may wait for and how long is on a page of host memory (`seqpar.peer_limit`), which is
-read only by those who have waited for about a millisecond: who finds the flag set pays nothing.
+What a rank may wait for and how long is on a page of host memory (`seqpar.peers.memory_limit`),
+which is read only by those who have waited for about a millisecond: who finds the flag set pays
+nothing.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ START = time.monotonic()
 def main() -> None:
     faulthandler.dump_traceback_later(float(sys.argv[1]) if sys.argv[1:] else LIMIT_S, exit=True)
     logging.basicConfig()
-    logging.getLogger("seqpar.peer_memory").setLevel(logging.INFO)  # says why there is none
+    logging.getLogger("seqpar.peers.memory").setLevel(logging.INFO)  # says why there is none
     world_size = int(os.environ["WORLD_SIZE"])
     group = init_mesh(sp=world_size)["sp"].get_group()
     say("the mesh is made")

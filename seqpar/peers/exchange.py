@@ -3,7 +3,7 @@
 NCCL's send and receive kernels take multiprocessors from the kernels they travel under, also while
 they wait for a rank that is late. Here a rank's copy engine writes a message straight into its
 peer's inbox over NVLink. The streams tell each other by words in the peers' memory; see
-`seqpar.peer_flags`.
+`seqpar.peers.flags`.
 
     receiver   grant: the inbox is free             |        deliver: copy it to where it belongs
     sender              | send: write the inbox, say so
@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from seqpar.errors import MeshError
-from seqpar.peer_exchange_limit import ExchangeLimit
-from seqpar.peer_flags import wait_for_word, write_word
-from seqpar.peer_memory import ApartError, timeout_of, together
+from seqpar.peers.exchange_limit import ExchangeLimit
+from seqpar.peers.flags import wait_for_word, write_word
+from seqpar.peers.memory import ApartError, timeout_of, together
 
 __all__ = ["Inboxes", "PeerExchange", "program", "rounded_up"]
 
@@ -100,7 +100,7 @@ class PeerExchange:
 
     Made collectively; all ranks call `exchange` in one order. A rank that has waited for another as
     long as the group's collectives may ends its process, as NCCL's watchdog does; see
-    `seqpar.peer_exchange_limit`. CUDA graphs cannot capture it: the host counts the messages.
+    `seqpar.peers.exchange_limit`. CUDA graphs cannot capture it: the host counts the messages.
 
     Args:
         capacity_bytes: of an inbox: the most that one rank sends another in one exchange.

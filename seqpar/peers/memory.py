@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from seqpar.errors import MeshError
-from seqpar.peer_limit import WaitLimit
+from seqpar.peers.memory_limit import WaitLimit
 
 __all__ = ["ApartError", "PeerMemory", "open_on_one_host", "timeout_of", "together"]
 
@@ -119,7 +119,7 @@ class PeerMemory:
     Each call uses the other buffer: all ranks make the same calls in the same order. A rank writes
     to a buffer only when all peers have read what it held, so none runs ahead by over two calls.
     A rank that has waited for another as long as the group's collectives may ends its process, as
-    NCCL's watchdog does; see `seqpar.peer_limit`.
+    NCCL's watchdog does; see `seqpar.peers.memory_limit`.
     """
 
     def __init__(self, group: ProcessGroup, capacity_bytes: int) -> None:
