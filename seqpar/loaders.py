@@ -10,80 +10,22 @@ them work on these together. Nothing that a rank has read is dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from seqpar.batch import (
-    Batch,
-    Group,
-    LayoutChoice,
-    PackedStream,
-    documents_of_padded,
-    documents_of_positions,
-    group_of,
-    pack,
-    shard,
-)
+from seqpar.batch import Batch, Group, LayoutChoice, PackedStream, group_of, pack, shard
 from seqpar.comm import broadcast_object, group_rank, group_size
-from seqpar.errors import DataError
+from seqpar.layout import IGNORE_INDEX
+from seqpar.loss import groups_of
+from seqpar.rows import collate_documents, stream_of
 
 __all__ = ["SequenceParallelLoader", "TrainerLoader", "collate_documents", "stream_of"]
 
 _END = "end of data"
-
-
-def collate_documents(examples: Sequence[Mapping[str, Any]]) -> dict[str, list[Tensor]]:
-    """A collator that pads nothing: each column as a list of tensors, one for each document.
-
-    For `transformers.Trainer(data_collator=...)` or `DataLoader(collate_fn=...)`; the loader below
-    packs what it returns. Columns other than `input_ids` and `labels` are left out.
-
-    Raises:
-        DataError: an example without `input_ids`.
-    """
-    for index, example in enumerate(examples):
-        if "input_ids" not in example:
-            raise DataError(f"example {index} has no input_ids, only {sorted(example)}")
-    return {
-        name: [torch.as_tensor(example[name], dtype=torch.int64) for example in examples]
-        for name in ("input_ids", "labels")
-        if name in examples[0]
-    }
-
-
-def stream_of(rows: Any, *, shift_labels: bool = True) -> PackedStream:
-    """What a DataLoader yields -> one packed stream.
-
-    Args:
-        rows: token ids of several documents; or a mapping with `input_ids` and optionally `labels`,
-            either lists of documents, or [R, L] tensors with an `attention_mask` (padding becomes
-            nothing, each row a document) or with `position_ids` that restart at 0.
-        shift_labels: as `pack` takes it.
-
-    Raises:
-        DataError: rows of none of these kinds.
-    """
-    if not isinstance(rows, Mapping):
-        return pack(list(rows), shift_labels=shift_labels)
-    if "input_ids" not in rows:
-        raise DataError(f"a batch needs input_ids, got {sorted(rows)}")
-    columns = [rows["input_ids"], rows.get("labels")]
-    if isinstance(columns[0], Tensor) and columns[0].ndim == 2:
-        columns = [column if column is None else _documents(column, rows) for column in columns]
-    documents, labels = columns
-    return pack(documents, labels=labels, shift_labels=shift_labels)
-
-
-def _documents(column: Tensor, rows: Mapping[str, Any]) -> list[Tensor]:
-    if rows.get("attention_mask") is not None:
-        return documents_of_padded(column, rows["attention_mask"])
-    if rows.get("position_ids") is not None:
-        return documents_of_positions(column, rows["position_ids"])
-    return list(column)
 
 
 class SequenceParallelLoader:
@@ -97,6 +39,9 @@ class SequenceParallelLoader:
         layout: "contiguous", "zigzag", "balanced", or a SequenceLayout.
         shift_labels: as `pack` takes it.
         device: where the batches' tensors go.
+        mesh: the whole mesh, if its groups may read different numbers of batches. One that has no
+            rows left goes on with a token that is no target until none has any: DDP, fully_shard
+            and `token_loss` wait for every rank. One small gather a batch.
     """
 
     def __init__(
@@ -107,18 +52,36 @@ class SequenceParallelLoader:
         layout: LayoutChoice = "contiguous",
         shift_labels: bool = True,
         device: torch.device | str | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         self.loader = loader
         self.group = group_of(where)
         self.layout: LayoutChoice = layout
         self.shift_labels = shift_labels
         self.device = device
+        self.everywhere = groups_of(mesh)
 
     def __len__(self) -> int:
         """Batches in one pass, if every rank reads as many as this one."""
         return len(self.loader) * group_size(self.group)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Batch]:
+        streams, no_target = self._streams(), pack([[0]], labels=[[IGNORE_INDEX]])
+        while True:
+            stream = next(streams, None)
+            if not self._anywhere(stream is not None):
+                return
+            # All ranks have just been sent these rows: there is nothing to compare.
+            yield shard(
+                no_target if stream is None else stream,
+                self.group,
+                layout="contiguous" if stream is None else self.layout,
+                device=self.device,
+                check=False,
+            )
+
+    def _streams(self) -> Iterator[PackedStream]:
+        """Every rank's rows, in turn."""
         mine = iter(self.loader)
         sources = list(range(group_size(self.group)))
         while sources:
@@ -128,13 +91,15 @@ class SequenceParallelLoader:
                 if isinstance(rows, str) and rows == _END:
                     sources.remove(source)
                 else:
-                    yield self.sharded(rows)
+                    yield stream_of(rows, shift_labels=self.shift_labels)
 
-    def sharded(self, rows: Any) -> Batch:
-        """One item of the loader as this rank's batch."""
-        stream = stream_of(rows, shift_labels=self.shift_labels)
-        # All ranks have just been sent these rows: there is nothing to compare.
-        return shard(stream, self.group, layout=self.layout, device=self.device, check=False)
+    def _anywhere(self, here: bool) -> bool:
+        """Whether it is so on any rank of the mesh."""
+        for group in self.everywhere:
+            answers = [False] * group.size()
+            dist.all_gather_object(answers, here, group=group)
+            here = any(answers)
+        return here
 
 
 class TrainerLoader(SequenceParallelLoader):

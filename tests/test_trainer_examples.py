@@ -15,8 +15,11 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from seqpar.errors import DataError
-from seqpar.loaders import SequenceParallelLoader, TrainerLoader, collate_documents, stream_of
+from seqpar.adapters.tiny import tiny_model
+from seqpar.batch import pack, shard
+from seqpar.loaders import SequenceParallelLoader, TrainerLoader, collate_documents
+from seqpar.loss import token_loss
+from seqpar.wrap import parallelize
 from tests.ranks import run_ranks
 
 pytest.importorskip("transformers")
@@ -102,22 +105,36 @@ def test_any_data_loader_gives_every_row_once_an_epoch() -> None:
     assert first[0] != first[1]  # another epoch, another order
 
 
-def test_rows_of_every_kind_become_the_same_stream() -> None:
-    documents = [[5, 6, 7], [8, 9]]
-    padded = torch.tensor([[0, 5, 6, 7], [8, 9, 0, 0]])
-    flat = torch.tensor([[5, 6, 7, 8, 9]])
-    kinds = [
-        documents,
-        collate_documents([{"input_ids": document} for document in documents]),
-        {"input_ids": padded, "attention_mask": (padded > 0).long(), "labels": padded},
-        {"input_ids": flat, "position_ids": torch.tensor([[0, 1, 2, 0, 1]])},
-    ]
-    for rows in kinds:
-        stream = stream_of(rows)
-        assert stream.cu_seqlens == (0, 3, 5)
-        assert stream.ids.tolist() == [[5, 6, 7, 8, 9]]
-        assert stream.labels.tolist() == [[6, 7, -100, 9, -100]]
-    with pytest.raises(DataError, match="needs input_ids"):
-        stream_of({"text": ["a"]})
-    with pytest.raises(DataError, match="example 0 has no input_ids"):
-        collate_documents([{"text": "a"}])
+def _groups_that_read_unequally(rank: int) -> list[tuple[float, float]]:
+    """Group 0 reads two batches, group 1 five: the loss of each step, and a gradient's norm."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    model = parallelize(tiny_model("llama"), mesh["sp"])
+    outer = torch.nn.parallel.DistributedDataParallel(model)
+    loader = SequenceParallelLoader(UNEQUAL[rank], mesh["sp"], layout="zigzag", mesh=mesh)
+    steps = []
+    for batch in loader:
+        loss = token_loss(outer(**batch.inputs).logits, batch, mesh=mesh)
+        loss.backward()
+        steps.append((loss.item(), model.model.embed_tokens.weight.grad.norm().item()))
+        model.zero_grad()
+    return steps
+
+
+UNEQUAL = [[[[3, 4, 5]]], [[[6, 7]]], [[[8, 9, 10], [11, 12]], [[13, 14]]], [[[15, 16]]] * 3]
+"""By rank, batches, documents. Ranks 0 and 1 share a group, 2 and 3 another."""
+STEPS = [
+    [[3, 4, 5], [8, 9, 10], [11, 12]], [[6, 7], [15, 16]], [[13, 14]], [[15, 16]], [[15, 16]]
+]  # fmt: skip
+
+
+def test_a_group_without_rows_goes_on_without_targets() -> None:
+    results = run_ranks(4, _groups_that_read_unequally)
+    assert results[1:] == results[:1] * 3
+    for documents, (loss, norm) in zip(STEPS, results[0], strict=True):
+        model = tiny_model("llama")
+        batch = shard(pack(documents), None)
+        expected = token_loss(parallelize(model, None)(**batch.inputs).logits, batch)
+        expected.backward()
+        gradient = model.model.embed_tokens.weight.grad
+        assert math.isclose(loss, expected.item(), rel_tol=1e-5)
+        assert math.isclose(norm, gradient.norm().item(), rel_tol=1e-4)
