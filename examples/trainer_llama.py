@@ -45,9 +45,13 @@ class SequenceParallelTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         return TrainerLoader(super().get_train_dataloader(), self.mesh["sp"], layout="zigzag")
 
+    def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:
+        loader = super().get_eval_dataloader(eval_dataset)
+        return TrainerLoader(loader, self.mesh["sp"], layout="zigzag")
+
 
 def main(words: list[str] | None = None) -> dict[str, list[float]]:
-    """Train for one epoch; the losses and gradient norms by step."""
+    """Train for one epoch; the losses and gradient norms by step, and the loss of evaluation."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sp", type=int, default=2, help="ranks of one stream")
     options = parser.parse_args(words)
@@ -74,15 +78,18 @@ def main(words: list[str] | None = None) -> dict[str, list[float]]:
             model=parallelize(tiny_model("llama"), mesh["sp"]),
             args=arguments,
             train_dataset=Documents(),
+            eval_dataset=Documents(),
             data_collator=collate_documents,
             compute_loss_func=trainer_loss,
         )
         trainer.mesh = mesh
         trainer.train()
+        held_out = trainer.evaluate()["eval_loss"]
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
         if trainer.is_world_process_zero():
-            print(f"loss {steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f}")
-    return {key: [step[key] for step in steps] for key in ("loss", "grad_norm")}
+            print(f"loss {steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f}, then {held_out:.4f}")
+    curves = {key: [step[key] for step in steps] for key in ("loss", "grad_norm")}
+    return {**curves, "eval_loss": [held_out]}
 
 
 if __name__ == "__main__":

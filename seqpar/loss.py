@@ -115,7 +115,9 @@ def trainer_loss(
     """transformers' `Trainer(compute_loss_func=trainer_loss)`: this rank's share of the mean.
 
     The Trainer counts the step's targets over all ranks and micro-batches, and multiplies by the
-    ranks what DDP's average takes away (`average_tokens_across_devices`, on by default).
+    ranks what DDP's average takes away (`average_tokens_across_devices`, on by default). When it
+    evaluates, it averages over ranks after leaving out some that padded the last batch: without a
+    gradient every rank gets the same share, and its `eval_loss` is the mean of its steps' means.
 
     Args:
         outputs: with `.logits` [1, T, V].
@@ -128,6 +130,8 @@ def trainer_loss(
     if num_items_in_batch is None:
         raise DataError("the Trainer counted no targets: leave average_tokens_across_devices on")
     nll_sum, _ = token_loss_sum(outputs.logits, labels)
+    if not torch.is_grad_enabled() and dist.is_initialized():
+        nll_sum = all_reduce_sum(nll_sum, dist.group.WORLD) / dist.get_world_size()
     return nll_sum / num_items_in_batch
 
 

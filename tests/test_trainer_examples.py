@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import tempfile
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 from seqpar.adapters.tiny import tiny_model
 from seqpar.batch import pack, shard
 from seqpar.loaders import SequenceParallelLoader, TrainerLoader, collate_documents
-from seqpar.loss import token_loss
+from seqpar.loss import token_loss, trainer_loss
 from seqpar.wrap import parallelize
 from tests.ranks import run_ranks
 
@@ -64,6 +65,44 @@ def test_an_example_trains_alike_on_any_split(
     for sp in (2, 4):
         pairs = zip(curves[name][sp][what], alone, strict=True)
         assert all(math.isclose(a, b, rel_tol=1e-4) for a, b in pairs), (sp, curves[name][sp][what])
+
+
+def _evaluated(rank: int) -> float:
+    """The Trainer's loss of 30 documents: it pads the last batch with the first two of them."""
+    from transformers import TrainingArguments
+
+    warnings.simplefilter("ignore")
+    os.environ.update(LOCAL_WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    example = _example("trainer_llama")
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"report_to": [], "disable_tqdm": True, "remove_unused_columns": False}
+        arguments = TrainingArguments(folder, use_cpu=True, **options)
+        trainer = example.SequenceParallelTrainer(
+            model=parallelize(tiny_model("llama"), mesh["sp"]),
+            args=arguments,
+            eval_dataset=HELD_OUT,
+            data_collator=collate_documents,
+            compute_loss_func=trainer_loss,
+        )
+        trainer.mesh = mesh
+        return float(trainer.evaluate()["eval_loss"])
+
+
+HELD_OUT = [{"input_ids": torch.arange(2 + 5 * n % 23) % 50 + 3} for n in range(30)]
+
+
+def test_evaluation_gives_the_mean_of_its_steps_means() -> None:
+    results = run_ranks(4, _evaluated)
+    model, documents = parallelize(tiny_model("llama"), None), [x["input_ids"] for x in HELD_OUT]
+    of_ranks = [documents[8 * n : 8 * n + 8] for n in range(4)]
+    of_ranks[3] += documents[:2]
+    means = []
+    for together in ((0, 2), (1, 3)):  # ranks 0 and 1 take turns, and ranks 2 and 3
+        batch = shard(pack([d for rank in together for d in of_ranks[rank]]), None)
+        means.append(token_loss(model(**batch.inputs).logits, batch).item())
+    for result in results:
+        assert math.isclose(result, sum(means) / 2, rel_tol=1e-5)
 
 
 def _uneven_loaders(rank: int) -> list[list[list[int]]]:
