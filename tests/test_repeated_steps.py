@@ -165,7 +165,6 @@ def test_steps_on_two_cpu_ranks_agree_with_one_device() -> None:
 @pytest.mark.multigpu
 def test_repeated_steps_on_two_gpus_agree_with_one() -> None:
     for results in run_on_ranks(_all_cases, "cuda", ranks=2, device="cuda", timeout_s=150.0):
-        print(results)
         _check(results)
         for found in results.values():
             assert all(errors["repeated"] > 0 for errors in found), results
