@@ -214,6 +214,7 @@ def _with_lora(rank: int) -> dict[str, int]:
 
 
 def test_lora_adapters_before_or_after() -> None:
+    pytest.importorskip("peft")
     for compared in run_ranks(2, _with_lora):
         assert compared == {"wrapped before": 12, "wrapped after": 12}  # 2 layers x 3 x A and B
 
@@ -237,6 +238,7 @@ def _lora_sharded(rank: int) -> dict[str, dict[str, Tensor]]:
 
 
 def test_lora_adapters_train_alike_when_sharded_and_tiled() -> None:
+    pytest.importorskip("peft")
     for found in run_ranks(2, _lora_sharded):
         assert found["sharded"].keys() == found["replicated"].keys()
         for name, gradient in found["sharded"].items():
