@@ -7,6 +7,8 @@ stream, the group that holds it, and whether the ranks first make sure that they
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -54,6 +56,14 @@ class LightningMixer(nn.Module):
         if use_lrpe:
             frequencies = rotary_frequencies(2 * head_dim).expand(num_heads, head_dim)
             self.theta_HK = nn.Parameter(frequencies.clone())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LightningMixer:
+        """Decays stay as they are in float32 when the model is cast: operators take no other."""
+        exact_H = self.log_decay_H
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.log_decay_H.dtype != exact_H.dtype:
+            self.log_decay_H = exact_H.to(self.log_decay_H.device)
+        return self
 
     def forward(
         self,

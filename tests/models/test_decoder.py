@@ -101,3 +101,21 @@ def test_decay_is_weaker_in_later_layers_and_never_grows() -> None:
     assert (decays < 0).all()
     assert (decays.diff(dim=0) > 0).all()
     assert torch.allclose(decays[0], torch.tensor([-(2.0**-p) for p in (2, 4, 6, 8)]), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_decoder_in_bfloat16_keeps_its_decays(name: str) -> None:
+    torch.manual_seed(0)
+    model = Decoder(CONFIGS[name])
+    batch = shard(pack(_documents()), None)
+    expected, _ = token_loss_sum(model(**batch.inputs), batch.labels)
+    decays = {key: x.clone() for key, x in model.named_buffers() if "log_decay" in key}
+    loss, _ = token_loss_sum(model.to(torch.bfloat16)(**batch.inputs).float(), batch.labels)
+    loss.backward()
+    assert decays
+    for key, x in model.named_buffers():
+        if key in decays:
+            assert x.dtype == torch.float32
+            assert torch.equal(x, decays[key])
+    assert abs(loss.item() / expected.item() - 1) < 0.01
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
