@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -140,6 +141,34 @@ def test_exchanges_that_finish_in_time_end_nothing() -> None:
     assert not ended.wait(0.6), "nobody looks any longer"
 
 
+LATE = """
+import os, time
+from datetime import timedelta
+from seqpar.peers.exchange_limit import ExchangeLimit
+limits = [ExchangeLimit([4, 6], 0, 2, timedelta(seconds={limit_s})) for _ in range(8)]
+if {sleep_s}:
+    limits[0].posted(1, [1])
+time.sleep({sleep_s})
+"""
+
+
+def _process(**numbers: float) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", LATE.format(**numbers)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_process_ends_when_a_rank_does_not_come() -> None:
+    done = _process(limit_s=0.2, sleep_s=60)
+    assert done.returncode == -signal.SIGABRT
+    assert "rank 4 has waited 0.2 s for rank(s) 6" in done.stderr
+
+
+def test_who_looks_does_not_disturb_the_end_of_the_process() -> None:
+    for _ in range(3):  # looks every millisecond, while all is torn down
+        done = _process(limit_s=0.004, sleep_s=0)
+        assert done.returncode == 0, done.stderr
+
+
 def _on_gpus(*arguments: str) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
@@ -163,5 +192,5 @@ def test_copy_engines_deliver_what_nccl_delivers() -> None:
 @pytest.mark.multigpu
 def test_a_process_ends_whose_peer_does_not_come() -> None:
     said = _on_gpus("absent")
-    assert "a rank that does not come is waited for" in said
+    assert "a process that waits for a rank that does not come ended after" in said
     assert "in exchange 1 by copy engines" in said

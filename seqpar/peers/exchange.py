@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -132,7 +132,7 @@ class PeerExchange:
         self._receiving: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         together(group, self._try)
         ranks = dist.get_process_group_ranks(group)
-        self._limit = ExchangeLimit(ranks, self._rank, 2, timeout_of(group), _trap_on(device))
+        self._limit = ExchangeLimit(ranks, self._rank, 2, timeout_of(group))
 
     def _try(self) -> None:
         """Raises where the driver has no such words; all ranks' are zero from here on."""
@@ -249,19 +249,6 @@ def _flags_cleared(num_bytes: int, flag_bytes: int) -> Tensor:
     memory[:flag_bytes].zero_()
     torch.cuda.synchronize()
     return memory
-
-
-def _trap_on(device: torch.device) -> Callable[[], None]:
-    """What makes every later CUDA call of the process fail, from any thread."""
-    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    untrue = torch.zeros((), device=device)
-    torch._assert_async(torch.ones((), device=device))  # loaded now: later the device is stuck
-
-    def trap() -> None:
-        with torch.cuda.stream(stream):
-            torch._assert_async(untrue)
-
-    return trap
 
 
 def _aligned(num_bytes: int) -> int:

@@ -7,7 +7,9 @@ no CUDA call, and so disturbs no capture, compares it with what was posted, and 
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -23,6 +25,7 @@ __all__ = ["ExchangeLimit"]
 _log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 0.5
 _WORD_BYTES = 4
+Words = ctypes.Array[ctypes.c_int32]
 
 
 class _Posted(NamedTuple):
@@ -39,7 +42,8 @@ class ExchangeLimit:
         rank: this one's place among them.
         num_streams: how many streams report.
         limit: how long an exchange may be under way.
-        end: called once when one has been for longer, from another thread.
+        end: called once when one has been for longer, from another thread. By default the process
+            aborts, as by NCCL's watchdog: its streams wait for ever, and whoever asks them does.
     """
 
     def __init__(
@@ -48,14 +52,16 @@ class ExchangeLimit:
         rank: int,
         num_streams: int,
         limit: timedelta,
-        end: Callable[[], None],
+        end: Callable[[], None] = os.abort,
     ) -> None:
         self._page = torch.zeros(
             num_streams, dtype=torch.int32, pin_memory=torch.cuda.is_available()
         )
+        # Read without torch: whoever looks may do so while the interpreter ends.
+        words = (ctypes.c_int32 * num_streams).from_address(self._page.data_ptr())
         self._posted: deque[_Posted] = deque()
         self._closed = threading.Event()
-        arguments = (self._page, self._posted, self._closed, list(ranks), rank, limit, end)
+        arguments = (self._page, words, self._posted, self._closed, list(ranks), rank, limit, end)
         self._thread = threading.Thread(
             target=_watch, args=arguments, name="exchange limit", daemon=True
         )
@@ -79,6 +85,7 @@ class ExchangeLimit:
 
 def _watch(
     page: Tensor,
+    words: Words,
     posted: deque[_Posted],
     closed: threading.Event,
     ranks: Sequence[int],
@@ -86,16 +93,17 @@ def _watch(
     limit: timedelta,
     end: Callable[[], None],
 ) -> None:
+    """Until closed. The page is what keeps the words' memory."""
     limit_s = limit.total_seconds()
     while not closed.wait(min(_LOOK_EVERY_S, limit_s / 4)):
-        finished = int(page.min())
+        finished = min(words)
         while posted and posted[0].number <= finished:
             posted.popleft()
         if posted and time.monotonic() - posted[0].at > limit_s:
             _log.error(
                 "rank %d has waited %g s for rank(s) %s in exchange %d by copy engines, of ranks "
-                "%s; this process now ends with a CUDA error: find out what the missing rank did, "
-                "or give the group a longer timeout",
+                "%s; this process now ends: find out what the missing rank did, or give the group "
+                "a longer timeout",
                 ranks[rank],
                 limit_s,
                 ", ".join(str(ranks[peer]) for peer in posted[0].peers),
