@@ -111,7 +111,7 @@ def _limit(ended: threading.Event, seconds: float) -> ExchangeLimit:
 
 def _finish(limit: ExchangeLimit, stream: int, number: int) -> None:
     """What a stream writes, by the address it would write to."""
-    ctypes.c_int32.from_address(limit.address(stream)).value = number
+    ctypes.c_uint32.from_address(limit.address(stream)).value = number % 2**32
 
 
 def test_a_rank_that_does_not_come_is_named_and_the_end_called(
@@ -141,6 +141,22 @@ def test_exchanges_that_finish_in_time_end_nothing() -> None:
     assert not ended.wait(0.6), "nobody looks any longer"
 
 
+@pytest.mark.parametrize("last", [2**31 - 1, 2**32 - 1])
+def test_numbers_of_exchanges_may_overflow_their_words(last: int) -> None:
+    ended = threading.Event()
+    limit = _limit(ended, 0.2)
+    for stream in range(2):
+        _finish(limit, stream, last)
+    for number in (last, last + 1):
+        limit.posted(number, [1])
+        _finish(limit, 0, number)
+        _finish(limit, 1, number)
+    assert not ended.wait(0.6)
+    limit.posted(last + 2, [1])
+    _finish(limit, 0, last + 2)
+    assert ended.wait(5), "one of two streams has not finished"
+
+
 LATE = """
 import os, time
 from datetime import timedelta
@@ -161,6 +177,38 @@ def test_the_process_ends_when_a_rank_does_not_come() -> None:
     done = _process(limit_s=0.2, sleep_s=60)
     assert done.returncode == -signal.SIGABRT
     assert "rank 4 has waited 0.2 s for rank(s) 6" in done.stderr
+
+
+WAITING = """
+import ctypes
+from datetime import timedelta
+from seqpar.peers.exchange_limit import ExchangeLimit
+limit = ExchangeLimit([4, 6], 0, 2, timedelta(seconds=0.2))
+limit.posted(1, [1])
+print("waits", flush=True)
+ctypes.{library}(None).sleep(3)
+"""
+
+
+def _seconds_waited(library: str) -> float:
+    """Until the process is ended, while its main thread waits in a C function."""
+    command = [sys.executable, "-c", WAITING.format(library=library)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"waits\n"
+        began = time.monotonic()
+        process.wait(60)
+    return time.monotonic() - began
+
+
+def test_the_process_ends_while_a_launch_waits() -> None:
+    """A launch waits while the device's queue is full, as it gets behind a rank that never comes.
+
+    Called with the interpreter's lock held, it would keep everybody else from ending the process.
+    """
+    assert _seconds_waited("CDLL") < 2 < 2.5 < _seconds_waited("PyDLL")
+    sources = (ROOT / "seqpar").rglob("*.py")
+    assert not [path for path in sources if "ctypes.PyDLL" in path.read_text()]
 
 
 def test_who_looks_does_not_disturb_the_end_of_the_process() -> None:

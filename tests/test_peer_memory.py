@@ -71,6 +71,12 @@ def test_who_was_waited_for_is_said(caplog: pytest.LogCaptureFixture) -> None:
     limit.close()
 
 
+def test_a_limit_of_for_ever_is_not_over_at_once() -> None:
+    limit = WaitLimit([0, 1], 0)
+    limit.tolerate(timedelta.max)
+    assert limit._page.tolist() == [0, 0, 2**63 - 1, 0]
+
+
 def test_a_trial_is_not_the_end() -> None:
     limit = WaitLimit([0, 1], 0)
     limit.tolerate(timedelta(seconds=30))

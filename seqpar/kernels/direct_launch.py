@@ -294,8 +294,10 @@ def _expected_sizes(signature: tuple[str, ...]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1)
 def _driver() -> Any:
-    """The CUDA driver, called with the interpreter lock held: a launch takes microseconds."""
-    driver = ctypes.PyDLL("libcuda.so.1")
+    """The CUDA driver. Not PyDLL: a launch waits while the device's queue is full, and the threads
+    that look for ranks which do not come must go on meanwhile.
+    """
+    driver = ctypes.CDLL("libcuda.so.1")
     number, pointer = ctypes.c_uint32, ctypes.c_void_p
     driver.cuLaunchKernelEx.argtypes = [pointer] * 4
     driver.cuDevicePrimaryCtxRetain.argtypes = [pointer, ctypes.c_int]

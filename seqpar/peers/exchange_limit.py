@@ -24,6 +24,7 @@ __all__ = ["ExchangeLimit"]
 
 _log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 0.5
+_LEAST_WAIT_S = 1e-3
 _WORD_BYTES = 4
 Words = ctypes.Array[ctypes.c_int32]
 
@@ -54,13 +55,13 @@ class ExchangeLimit:
         limit: timedelta,
         end: Callable[[], None] = os.abort,
     ) -> None:
+        self._closed = threading.Event()
         self._page = torch.zeros(
             num_streams, dtype=torch.int32, pin_memory=torch.cuda.is_available()
         )
         # Read without torch: whoever looks may do so while the interpreter ends.
         words = (ctypes.c_int32 * num_streams).from_address(self._page.data_ptr())
         self._posted: deque[_Posted] = deque()
-        self._closed = threading.Event()
         arguments = (self._page, words, self._posted, self._closed, list(ranks), rank, limit, end)
         self._thread = threading.Thread(
             target=_watch, args=arguments, name="exchange limit", daemon=True
@@ -95,9 +96,8 @@ def _watch(
 ) -> None:
     """Until closed. The page is what keeps the words' memory."""
     limit_s = limit.total_seconds()
-    while not closed.wait(min(_LOOK_EVERY_S, limit_s / 4)):
-        finished = min(words)
-        while posted and posted[0].number <= finished:
+    while not closed.wait(min(_LOOK_EVERY_S, max(limit_s / 4, _LEAST_WAIT_S))):
+        while posted and all(_has_passed(word, posted[0].number) for word in words):
             posted.popleft()
         if posted and time.monotonic() - posted[0].at > limit_s:
             _log.error(
@@ -112,3 +112,8 @@ def _watch(
             )
             end()
             return
+
+
+def _has_passed(word: int, number: int) -> bool:
+    """Whether a word of 32 bits, which overflows, has reached a number; streams compare alike."""
+    return (word - number) % 2**32 < 2**31

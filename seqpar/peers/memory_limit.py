@@ -69,7 +69,8 @@ class WaitLimit:
 
 
 def _nanoseconds(limit: timedelta) -> int:
-    return round(limit.total_seconds() * 1e9)
+    """For ever is as long as the word can say: 292 years."""
+    return min(round(limit.total_seconds() * 1e9), 2**63 - 1)
 
 
 def _problem(words: Words, ranks: Sequence[int], rank: int) -> str | None:
