@@ -17,8 +17,17 @@ _BACKENDS: MutableMapping[ProcessGroup, str] = weakref.WeakKeyDictionary()
 
 
 def group_size(group: ProcessGroup | None) -> int:
-    """How many ranks; 1 for None."""
-    return 1 if group is None else group.size()
+    """How many ranks; 1 for None.
+
+    Raises:
+        MeshError: this process is no member of the group.
+    """
+    if group is None:
+        return 1
+    try:
+        return group.size()
+    except AttributeError:
+        raise _no_member() from None
 
 
 def group_rank(group: ProcessGroup | None) -> int:
@@ -31,16 +40,22 @@ def group_rank(group: ProcessGroup | None) -> int:
         return 0
     try:
         return group.rank()
-    except AttributeError:  # torch's stand-in for a group that this process is not in
-        rank = dist.get_rank()
-        raise MeshError(f"global rank {rank} is not in the group it was handed") from None
+    except AttributeError:
+        raise _no_member() from None
 
 
 def backend_of(group: ProcessGroup | None) -> str:
-    """ "nccl" if the group moves CUDA tensors itself, else "gloo"; "none" for None."""
+    """ "nccl" if the group moves CUDA tensors itself, else "gloo"; "none" for None.
+
+    Raises:
+        MeshError: this process is no member of the group.
+    """
     if group is None:
         return "none"
-    name = _BACKENDS.get(group)
+    try:
+        name = _BACKENDS.get(group)
+    except TypeError:
+        raise _no_member() from None
     if name is None:
         name = "nccl" if "nccl" in dist.get_backend(group) else "gloo"
         _BACKENDS[group] = name
@@ -50,3 +65,8 @@ def backend_of(group: ProcessGroup | None) -> str:
 def on_host(group: ProcessGroup | None) -> bool:
     """Whether the group's backend moves host memory only."""
     return backend_of(group) != "nccl"
+
+
+def _no_member() -> MeshError:
+    """For torch's stand-in for a group that this process is not in, which is a number."""
+    return MeshError(f"global rank {dist.get_rank()} is not in the group it was handed")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -137,6 +139,23 @@ def test_a_refusal_on_one_rank_is_raised_on_all() -> None:
     assert "ranks [1]" in results[0][0]
     assert "too short" in results[2][0]
     assert all("rank 2 has ('layout', 1)" in result[1] for result in results)
+
+
+def _handed_a_group_of_others(rank: int) -> list[str]:
+    group: Any = dist.new_group([0, 1])
+    if rank < 2:
+        return []
+    messages = []
+    for ask in (comm.group_size, comm.group_rank, comm.backend_of, comm.share_memory):
+        with pytest.raises(MeshError) as caught:
+            ask(group)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_a_group_of_others_is_refused() -> None:
+    refused = ["global rank 2 is not in the group it was handed"] * 4
+    assert run_ranks(3, _handed_a_group_of_others) == [[], [], refused]
 
 
 def test_alone_nothing_is_sent() -> None:

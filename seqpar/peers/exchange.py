@@ -122,6 +122,10 @@ class PeerExchange:
         self._handle = together(
             group, lambda: _symmetric_memory.rendezvous(self._memory, group.group_name)
         )
+        together(group, lambda: self._open(group, num_bytes))
+
+    def _open(self, group: ProcessGroup, num_bytes: int) -> None:
+        """Raises where the driver has no such words; all ranks' are zero from here on."""
         offset = getattr(self._handle, "offset", 0)
         self._regions = [
             self._handle.get_buffer(peer, (num_bytes,), torch.uint8, offset)
@@ -130,17 +134,13 @@ class PeerExchange:
         device = self._memory.device
         self._sending: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._receiving: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        together(group, self._try)
-        ranks = dist.get_process_group_ranks(group)
-        self._limit = ExchangeLimit(ranks, self._rank, 2, timeout_of(group))
-
-    def _try(self) -> None:
-        """Raises where the driver has no such words; all ranks' are zero from here on."""
         for stream in (self._sending, self._receiving):
             own = self._granted(self._rank, by=self._rank)  # nobody else's
             write_word(stream, own, 0)
             wait_for_word(stream, own, 0)
         torch.cuda.synchronize()
+        ranks = dist.get_process_group_ranks(group)
+        self._limit = ExchangeLimit(ranks, self._rank, 2, timeout_of(group))
 
     def post(self, sends: Messages, recvs: Messages) -> tuple[Any, Messages, Messages]:
         """Post the messages of those pairs of ranks whose messages fit an inbox together.

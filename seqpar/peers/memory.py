@@ -116,8 +116,10 @@ def _check_places(places: list[tuple[str, str, int]], rank: int) -> None:
 class PeerMemory:
     """Memory of a group's devices, in one host, that each of them can read. Made collectively.
 
-    Each call uses the other buffer: all ranks make the same calls in the same order. A rank writes
-    to a buffer only when all peers have read what it held, so none runs ahead by over two calls.
+    Each call uses the other buffer: all ranks make the same calls in the same order, one after the
+    other also where they are on several streams, since a launch counts on from the one before. A
+    rank writes to a buffer only when all peers have read what it held, so none that gives runs
+    ahead by over two calls.
     A rank that has waited for another as long as the group's collectives may ends its process, as
     NCCL's watchdog does; see `seqpar.peers.memory_limit`.
     """

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed import ProcessGroup
 
-from seqpar.process_groups import on_host
+from seqpar.process_groups import group_size, on_host
 
 if TYPE_CHECKING:
     from seqpar.peers.exchange import Inboxes, PeerExchange
@@ -38,13 +38,14 @@ _INBOXES: MutableMapping[ProcessGroup, Inboxes] = weakref.WeakKeyDictionary()
 def share_memory(group: ProcessGroup | None, *, max_bytes: int = 8 * 2**20) -> bool:
     """Let `all_gather` move messages of up to `max_bytes` without NCCL, where devices allow it.
 
-    Collective, once for a group; `init_mesh` and `GroupPool` do it. For CUDA ranks of one host that
-    can read each other's memory: each takes 2 * max_bytes of device memory, and a small all_gather
-    then is one launch. Returns whether it is so, the same on every rank; elsewhere, and where any
-    rank fails to set it up, nothing changes (the log says why, at level info). See
-    `seqpar.peers.memory`.
+    Collective, once for a group before it is used; `init_mesh` and `GroupPool` do it. For CUDA
+    ranks of one host that can read each other's memory: each takes 2 * max_bytes of device memory,
+    and a small all_gather then is one launch on the current stream. A group's all_gathers on
+    several streams must be ordered by events, which NCCL, with a stream of its own, would do
+    itself. Returns whether it is so, the same on every rank; elsewhere, and where any rank fails to
+    set it up, nothing changes (the log says why, at level info). See `seqpar.peers.memory`.
     """
-    if group is None or group.size() == 1 or on_host(group):
+    if group is None or group_size(group) == 1 or on_host(group):
         return False
     if group not in _SHARED:
         from seqpar.peers.memory import PeerMemory, open_on_one_host
