@@ -25,10 +25,11 @@ def forward_steps(job: StateJob, inputs: Inputs, initial_state: Tensor | None) -
     if job.exchange == "all_to_all":
         return (yield from forward_by_heads(job, inputs, initial_state))
     summary = part.summarize(inputs)
-    steps = EXCHANGES[job.exchange](part.forward_scan(inputs, summary, initial_state))
+    scan = part.forward_scan(inputs, summary, initial_state)
+    steps = EXCHANGES[job.exchange](scan)
     if part.plan.adds_later:
         here = part.entries({}, initial_state)
-        received, o = yield Beside(steps, lambda: part.output(inputs, summary, here))
+        received, o = yield Beside(steps, lambda: part.output(inputs, summary, here), scan)
         part.add_entries(o, inputs, received)
         entries = {**here, **received}
     else:
@@ -61,10 +62,11 @@ def backward_steps(
         return (yield from lean_backward(job, kept, do)), None
     part, inputs = job.part, kept.inputs
     grad_summary = part.summarize_grad(inputs, do, kept.summary, kept.entries)
-    steps = EXCHANGES[job.exchange](part.backward_scan(inputs, grad_summary, dfinals))
+    scan = part.backward_scan(inputs, grad_summary, dfinals)
+    steps = EXCHANGES[job.exchange](scan)
     local = (inputs, do, kept.summary, grad_summary, kept.entries)
     if part.plan.adds_later:
-        received, dinputs = yield Beside(steps, lambda: part.backward(*local, {}, dfinals))
+        received, dinputs = yield Beside(steps, lambda: part.backward(*local, {}, dfinals), scan)
         exit_grads = part.exit_grads(received)
         part.add_exit_grads(dinputs, inputs, exit_grads)
     else:

@@ -84,6 +84,9 @@ class Beside:
 
     exchange: Steps[Any]
     work: Callable[[], Any]
+    reads: object
+    """What `exchange` was made from. It may run on another stream, ahead of which its steps have
+    ended: tensors of this one that nothing held would be given to `work` while they are sent."""
 
 
 Request = AllGather | AllReduceSum | AllToAll | Swap | Together | Beside
@@ -109,7 +112,7 @@ def _answer(request: Request, group: ProcessGroup | None) -> Any:
             return comm.all_gather(message, group, gives=gives, sources=sources)
         case AllReduceSum(message):
             return comm.all_reduce_sum(message, group)
-        case Beside(exchange, work):
+        case Beside(exchange, work):  # `request` holds what the exchange reads until it is over
             under_way = _start(exchange, group)
             done = work()
             return under_way.wait(), done
