@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -68,6 +68,16 @@ class Cluster:
     def _placeable(self, degree: int) -> bool:
         per_node = self.devices_per_node
         return per_node % degree == 0 if degree <= per_node else degree % per_node == 0
+
+    def larger_degrees(self, degree: int) -> Iterator[int]:
+        """Group sizes over `degree`: those that its nodes allow, then those of larger clusters.
+
+        A larger cluster has more nodes of this size, or is one larger node where this one is one.
+        """
+        yield from (d for d in range(degree + 1, self.devices + 1) if self._placeable(d))
+        node = 1 if self.nodes == 1 else self.devices_per_node
+        sizes = (node * 2**i for i in range(MAX_DEGREE.bit_length()))
+        yield from (size for size in sizes if self.devices < size <= MAX_DEGREE)
 
     @property
     def nodes(self) -> int:
@@ -172,18 +182,18 @@ class ScatterProblem:
         except KeyError as error:
             raise PlanError(f"not a scatter problem: it lacks {error}") from error
 
-    def _degree_that_holds(self, longest: int, degree: int) -> int | None:
-        """The next degree, doubling, whose group holds the sequence; with more devices if need be.
+    def _degree_that_holds(self, longest: int, degree: int) -> tuple[int, int] | None:
+        """The next degree whose group holds the sequence, and the devices that it takes.
 
         More devices also share the sharded states among more.
         """
-        larger = 2 * degree
-        while larger <= MAX_DEGREE:
-            devices = max(larger, self.cluster.devices)
-            tokens = self.cost.tokens_per_device(self.cluster.memory_bytes, devices)
-            if larger * tokens >= longest:
-                return larger
-            larger *= 2
+        cluster = self.cluster
+        for larger in cluster.larger_degrees(degree):
+            devices = max(larger, cluster.devices)
+            tokens = self.cost.tokens_per_device(cluster.memory_bytes, devices)
+            nodes = cluster.nodes_spanned(larger)
+            if larger * tokens >= longest and self.cost.lines(larger, nodes=nodes):
+                return larger, devices
         return None
 
     def _too_long(self, longest: int, available: int) -> InfeasiblePlanError:
@@ -195,8 +205,8 @@ class ScatterProblem:
             f"give each device {_rounded_up(needed / GIB)} GiB "
             f"(now {cluster.memory_bytes / GIB:.4g})"
         ]
-        larger = self._degree_that_holds(longest, degree)
-        if larger and larger <= cluster.devices:
+        larger, devices = self._degree_that_holds(longest, degree) or (0, 0)
+        if larger and devices == cluster.devices:
             changes.append(f"allow groups of {larger} devices (now at most {degree})")
         elif larger:
             changes.append(f"take {larger} devices as one group (now {cluster.devices} in all)")

@@ -122,6 +122,32 @@ def test_a_sequence_that_fits_nowhere_says_what_would_help() -> None:
         )
 
 
+@pytest.mark.parametrize("per_node", [6, 7, 8, 12, 48])
+def test_the_degree_that_would_help_does(per_node: int) -> None:
+    """What the refusal names can be placed on these nodes, and is the least that can."""
+    cluster = Cluster(devices=48, devices_per_node=per_node, memory_bytes=16384.0, degrees=(1,))
+    with pytest.raises(InfeasiblePlanError) as error:
+        ScatterProblem((70_000,), cluster, SMALL)
+    named = re.search(r"allow groups of (\d+) devices", str(error.value))
+    assert named
+    least = {6: 6, 7: 7, 8: 8, 12: 6, 48: 6}  # 5 devices hold 70,000 tokens
+    assert int(named[1]) == least[per_node]
+    ScatterProblem((70_000,), replace(cluster, degrees=(1, int(named[1]))), SMALL)
+
+
+@pytest.mark.parametrize(("devices", "per_node", "enough"), [(3, 0, 4), (12, 6, 24), (6, 3, 12)])
+def test_the_devices_that_would_help_do(devices: int, per_node: int, enough: int) -> None:
+    cluster = Cluster(devices=devices, devices_per_node=per_node, memory_bytes=1024.0)
+    lengths = (1024 * devices + 1,)
+    with pytest.raises(InfeasiblePlanError, match="as one group") as error:
+        ScatterProblem(lengths, cluster, SMALL)
+    named = re.search(r"take (\d+) devices", str(error.value))
+    assert named
+    assert int(named[1]) == enough
+    wider = Cluster(devices=enough, devices_per_node=per_node, memory_bytes=1024.0)
+    ScatterProblem(lengths, replace(wider, degrees=(wider.devices,)), SMALL)
+
+
 def test_the_memory_that_would_help_does() -> None:
     """What the refusal names, to the digit: it is rounded up, for any length."""
     for length in (70_000, 71_003, 123_457, 999_999):
