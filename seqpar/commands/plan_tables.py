@@ -97,5 +97,7 @@ def print_forecast(expected: Forecast, devices: int, needed: int | None) -> None
     shares = ", ".join(f"{d}: {share:.0%}" for d, share in expected.degree_share.items())
     console.print(f"busy device time by degree: {shares}")
     console.print(f"longest document that fits: {expected.longest_tokens:,} tokens")
+    if expected.left_out_share:
+        console.print(f"documents left out as too long: {expected.left_out_share:.2%}")
     if needed is not None:
         console.print(f"devices needed for the target: {needed}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from seqpar.errors import PlanError
@@ -51,6 +51,7 @@ class Forecast:
         speedup: over each baseline, by name.
         longest_tokens: the longest document that fits this cluster at all.
         batches: how many were sampled, of how many sequences.
+        left_out_share: share of the histogram's documents that are too long and so left out.
     """
 
     step_ms: Estimate
@@ -63,6 +64,7 @@ class Forecast:
     longest_tokens: int
     batches: int
     sequences: int
+    left_out_share: float = 0.0
     plans: tuple[ScatterPlan, ...] = field(default=(), compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -83,6 +85,7 @@ class Forecast:
             "longest_tokens": self.longest_tokens,
             "batches": self.batches,
             "sequences": self.sequences,
+            "left_out_share": self.left_out_share,
         }
 
 
@@ -127,7 +130,8 @@ def forecast(
         for i in range(batches)
     ]
     plans = map_with(workers, planner.plan, problems)
-    return summarise(list(zip(problems, plans, strict=True)), longest_tokens=longest)
+    found = summarise(list(zip(problems, plans, strict=True)), longest_tokens=longest)
+    return replace(found, left_out_share=histogram.share_over(limit))
 
 
 def summarise(

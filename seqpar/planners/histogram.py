@@ -49,8 +49,8 @@ class LengthHistogram:
             with open(path, encoding="utf-8") as file:
                 data: Any = json.load(file)
             return cls(
-                tuple(int(edge) for edge in data["edges_tokens"]),
-                tuple(int(count) for count in data["counts"]),
+                tuple(_integer(edge, "an edge") for edge in data["edges_tokens"]),
+                tuple(_integer(count, "a count") for count in data["counts"]),
                 str(data.get("source", "")),
             )
         except OSError as error:
@@ -66,6 +66,15 @@ class LengthHistogram:
                 f"{path} is no histogram: a JSON object with the lists of integers edges_tokens "
                 f"and counts ({error})"
             ) from error
+
+    def share_over(self, tokens: int) -> float:
+        """The share of documents that are longer than that, log-uniform within a bin."""
+        over = 0.0
+        for (low, high), count in zip(pairwise(self.edges_tokens), self.counts, strict=True):
+            first, stop = max(1, low, tokens + 1), max(2, high)
+            if first < stop:
+                over += count * math.log(stop / first) / math.log(stop / max(1, low))
+        return over / sum(self.counts)
 
     @classmethod
     def of(cls, lengths: Sequence[int], *, bins_per_octave: int = 2) -> LengthHistogram:
@@ -101,3 +110,10 @@ class LengthHistogram:
                 if len(drawn) == count:
                     return drawn
         raise PlanError(f"(almost) no length of the histogram is within {limit} tokens")
+
+
+def _integer(value: object, what: str) -> int:
+    """The number as an integer; a share of documents, say, is refused rather than cut to 0."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or value != int(value):
+        raise PlanError(f"{what} is an integer, got {value!r}")
+    return int(value)

@@ -56,6 +56,8 @@ class Cluster:
             powers = [2**i for i in range(self.devices.bit_length())]
             return tuple(d for d in powers if self._placeable(d))
         for degree in self.degrees:
+            if isinstance(degree, bool) or not isinstance(degree, int):
+                raise PlanError(f"a degree is an integer, got {degree!r}")
             if not 1 <= degree <= self.devices:
                 raise PlanError(f"degree {degree} is not within 1..{self.devices} devices")
             if not self._placeable(degree):
@@ -181,6 +183,8 @@ class ScatterProblem:
             return cls(tuple(data["lengths"]), cluster, cost, data.get("context_tokens"))
         except KeyError as error:
             raise PlanError(f"not a scatter problem: it lacks {error}") from error
+        except TypeError as error:
+            raise PlanError(f"not a scatter problem: {error}") from error
 
     def _degree_that_holds(self, longest: int, degree: int) -> tuple[int, int] | None:
         """The next degree whose group holds the sequence, and the devices that it takes.

@@ -51,6 +51,9 @@ def test_a_histogram_of_lengths_counts_each_once() -> None:
         {"edges_tokens": [2, 1], "counts": [1]},
         {"edges_tokens": [1, math.inf], "counts": [1]},
         {"edges_tokens": [1, 9], "counts": [math.nan]},
+        {"edges_tokens": [1, 9, 90], "counts": [0.25, 1.75]},
+        {"edges_tokens": [1, 9.5, 90], "counts": [1, 1]},
+        {"edges_tokens": "19", "counts": [1]},
         [],
     ],
 )
@@ -59,6 +62,16 @@ def test_bad_histograms_are_named(data: object, tmp_path: Path) -> None:
     path.write_text(json.dumps(data))
     with pytest.raises(PlanError, match=r"h\.json"):
         LengthHistogram.load(str(path))
+
+
+@pytest.mark.parametrize("tokens", [1, 50, 99, 100, 500, 5000, 9_998])
+def test_the_share_of_longer_documents_is_that_of_samples(tokens: int) -> None:
+    drawn = SHORT.sample(20_000, seed=1)
+    assert SHORT.share_over(tokens) == pytest.approx(
+        sum(length > tokens for length in drawn) / 20_000, abs=0.015
+    )
+    assert SHORT.share_over(9_999) == 0.0
+    assert LengthHistogram((0, 1, 3), (1, 1)).share_over(1) == pytest.approx(0.5 * math.log(1.5, 3))
 
 
 def test_intervals_are_students() -> None:
@@ -79,6 +92,11 @@ def test_a_forecast_adds_up() -> None:
     plans = found.plans
     assert found.step_ms.mean == pytest.approx(sum(p.makespan_ms for p in plans) / 5)
     json.dumps(found.to_json(), allow_nan=False)
+    assert found.left_out_share == 0.0
+    shorter = forecast(
+        SHORT, cluster, SMALL, sequences=40, batches=1, context_tokens=999, planner=QUICK
+    )
+    assert shorter.left_out_share == pytest.approx(0.1)
 
 
 def test_devices_for_a_document_and_for_a_rate() -> None:
