@@ -32,7 +32,7 @@ def improve(
     for _ in range(max_steps):
         if clock is not None and clock.is_over():
             break
-        slow = int(np.argmax(state.ends))
+        slow = state.slowest()
         inside = np.flatnonzero(state.home == slow)
         moved_ms, move = state.best_move(slow, inside)
         swapped_ms, swap = state.best_swap(slow, inside)
@@ -59,6 +59,11 @@ class _State:
         own_ms = self.weights[self.degree[self.home], np.arange(len(self.members))]
         np.add.at(self.ends, self.home, own_ms)
         np.subtract.at(self.room, self.home, self.tokens)
+
+    def slowest(self) -> int:
+        """The group that ends last; one without sequences is not run, whatever it would cost."""
+        used = np.bincount(self.home, minlength=len(self.ends))
+        return int(np.argmax(np.where(used, self.ends, -np.inf)))
 
     def best_move(self, slow: int, inside: NDArray[Any]) -> tuple[float, Changes]:
         """The later end of the two groups after the best move out of the slow group."""

@@ -14,6 +14,7 @@ from seqpar.planners import Cluster, Planner, ScatterProblem, preset
 from seqpar.planners.baselines import fixed_degree, megatron_dynamic
 from seqpar.planners.batch import SortedBatch
 from seqpar.planners.cascade import pack_micro_batch
+from seqpar.planners.cost import Link
 from seqpar.planners.improve import improve
 from seqpar.planners.microbatch import best_cuts, blaster_cuts, safe_packings
 from seqpar.planners.packing import Waiting, makespan, pack_most, spread
@@ -65,6 +66,20 @@ def test_improve_evens_out_a_lopsided_packing() -> None:
     better = improve(BATCH, [(2, members), (2, [])], max_steps=200)
     ends = [BATCH.degree_lines[d].fixed + sum(BATCH.weights[d][k] for k in g) for d, g in better]
     assert max(ends) <= 1.01 * min(ends)
+
+
+def test_a_group_without_sequences_is_not_the_slowest() -> None:
+    """Though it would be: a wide group's latency may be longer than what short sequences take."""
+    slow = replace(SMALL, links=(Link(degree=2, gib_per_s=10.0, latency_ms=1000.0),))
+    problem = ScatterProblem((30, 20, 10), Cluster(devices=4, memory_bytes=16384.0), slow)
+    batch = SortedBatch.of(problem)
+    better = improve(batch, [(0, [0, 1, 2]), (0, []), (1, [])], max_steps=10)
+    assert sorted(sorted(group) for _, group in better) == [[], [0], [1, 2]]
+    links = (Link(degree=2, gib_per_s=1e-2, latency_ms=5.0), Link(degree=4, gib_per_s=1e-3))
+    slower = replace(SMALL, fixed_ms=0.0, links=links)
+    narrow = Cluster(devices=4, devices_per_node=2, memory_bytes=7764.0)
+    problem = ScatterProblem((1685, 1701, 3449), narrow, slower)
+    Planner(time_limit_ms=2000, repeatable=True).plan(problem).verify(problem)
 
 
 def test_safe_packings_always_fit() -> None:
