@@ -82,6 +82,10 @@ def command(
             "--plot and --exact need a file of lengths: a histogram has no one plan "
             "(seqpar simulate --histogram draws its rates)"
         )
+    if plot:
+        from seqpar.planners.plot import check_plot_path
+
+        check_plot_path(plot)
     model = load_cost(cost)
     cluster = make_cluster(devices, devices_per_node, memory_gib, degrees, cost)
     planner = Planner(time_limit_ms=time_limit_ms, bound=bound)

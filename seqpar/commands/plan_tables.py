@@ -98,6 +98,6 @@ def print_forecast(expected: Forecast, devices: int, needed: int | None) -> None
     console.print(f"busy device time by degree: {shares}")
     console.print(f"longest document that fits: {expected.longest_tokens:,} tokens")
     if expected.left_out_share:
-        console.print(f"documents left out as too long: {expected.left_out_share:.2%}")
+        console.print(f"documents left out as too long: {100 * expected.left_out_share:.2g}%")
     if needed is not None:
         console.print(f"devices needed for the target: {needed}")

@@ -57,6 +57,10 @@ def command(
 
     if bool(lengths) == bool(histogram):
         raise PlanError("give a file of lengths, or --histogram FILE: one of the two")
+    if plot:
+        from seqpar.planners.plot import check_plot_path
+
+        check_plot_path(plot)
     try:
         sizes = [int(part) for part in devices.split(",") if part.strip()]
     except ValueError:

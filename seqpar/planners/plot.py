@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seqpar.errors import MissingExtraError, PlanError
@@ -12,7 +13,31 @@ if TYPE_CHECKING:
     from seqpar.planners.problem import ScatterProblem
     from seqpar.planners.simulate import Simulation
 
-__all__ = ["plot_plan", "plot_simulation"]
+__all__ = ["check_plot_path", "plot_plan", "plot_simulation"]
+
+
+def check_plot_path(path: str) -> None:
+    """Say before anything is planned that a picture cannot be written there.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        PlanError: a folder, a file in a folder that does not exist, or an unknown ending.
+    """
+    _pyplot()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    file = Path(path)
+    ending = file.suffix.removeprefix(".").lower()
+    if file.is_dir():
+        raise PlanError(f"cannot write the plot to {path}: it is a folder; name a file in it")
+    if not file.parent.is_dir():
+        raise PlanError(f"cannot write the plot to {path}: there is no folder {file.parent}")
+    if ending not in known:
+        raise PlanError(
+            f"cannot write the plot to {path}: its ending says the format, one of "
+            + ", ".join(sorted(known))
+        )
 
 
 def plot_plan(plan: ScatterPlan, problem: ScatterProblem, path: str) -> None:

@@ -179,6 +179,22 @@ def test_a_histogram_has_no_one_plan(option: list[str]) -> None:
     assert "need a file of lengths" in str(result.exception)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("", "folder"), ("no/plan.png", "no folder"), ("plan", "png"), ("a.doc", "svg")],
+)
+@pytest.mark.parametrize("name_of_command", ["plan", "simulate"])
+def test_a_picture_that_cannot_be_written_is_refused_before_planning(
+    name_of_command: str, name: str, said: str, tmp_path: Path
+) -> None:
+    path = lengths_file(tmp_path, [10**9], "txt")  # whose planning would fail
+    words = ["--devices", "8", "--cost", "flexsp-7b", "--plot", str(tmp_path / name)]
+    result = run(name_of_command, path, *words)
+    assert isinstance(result.exception, PlanError)
+    assert "cannot write the plot" in str(result.exception)
+    assert said in str(result.exception)
+
+
 def test_a_cost_file_and_a_sequence_that_fits_nowhere(tmp_path: Path) -> None:
     cost = tmp_path / "cost.json"
     cost.write_text(json.dumps(SMALL.to_json()))
