@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from seqpar.models import Decoder, hybrid
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,6 +32,32 @@ def test_readme_block_runs(block: str, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "divergence=None" in done.stdout or "over the optimum" in done.stdout
+
+
+def _train_as_the_page_says(rank: int, block: str, folder: Path) -> list[list[int]]:
+    os.chdir(folder)
+    torch.manual_seed(0)
+    sizes = {"dim": 32, "num_layers": 2, "num_heads": 4, "hidden": 48, "softmax_every": 2}
+    softmax = {"softmax_heads": 4, "softmax_kv_heads": 2, "softmax_head_dim": 8}
+    given = {
+        "model": Decoder(hybrid(vocab_size=64, **sizes, **softmax)),
+        "device": torch.device("cpu"),
+        "vocab_size": 64,
+        "memory_bytes": 2.0**30,
+        "documents": [torch.randint(64, (tokens,)) for tokens in range(3, 900, 30)],
+        "num_steps": 2,
+    }
+    exec(block, {**given, "checkpoint_position": 0, "checkpoint_step": 0})
+    return [json.loads(line)["documents"] for line in Path("plans.jsonl").open()]
+
+
+def test_planned_training_of_the_planning_page_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "planning.md").read_text()
+    plan, train = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(plan, {})
+    steps = run_ranks(2, _train_as_the_page_says, train, tmp_path)[0]
+    assert len(steps) == 2
+    assert sorted(steps[0][:30]) == list(range(30)), "an epoch holds each document once"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
