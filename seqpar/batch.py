@@ -159,17 +159,17 @@ def pack(
         features: per name, one tensor per document, [tokens, ...].
 
     Raises:
-        DataError: no document, a document without a token, or labels or features of another
-            length than their document.
+        DataError: no document, a document without a token, ids that are no integers, or
+            labels or features of another length than their document.
     """
-    tokens = [torch.as_tensor(document, dtype=torch.int64) for document in documents]
+    tokens = [_whole_numbers(document) for document in documents]
     lengths = _checked_lengths(tokens)
     cu_seqlens = (0, *itertools.accumulate(lengths))
     ids = torch.cat(tokens)[None]
     if labels is None:
         aligned = ids
     else:
-        parts = [torch.as_tensor(part, dtype=torch.int64) for part in labels]
+        parts = [_whole_numbers(part) for part in labels]
         _check_parts("labels", parts, lengths)
         aligned = torch.cat(parts)[None].to(ids.device)
     if shift_labels:
@@ -201,7 +201,7 @@ def pack_pairs(
     """
     if len(sources) != len(targets):
         raise DataError(f"{len(sources)} sources but {len(targets)} targets: give each its own")
-    tokens = [torch.as_tensor(target, dtype=torch.int64) for target in targets]
+    tokens = [_whole_numbers(target) for target in targets]
     _checked_lengths(tokens)
     shifted = [torch.cat([t.new_full((1,), start_token), t[:-1]]) for t in tokens]
     stream = pack(shifted, labels=tokens, shift_labels=False)
@@ -243,7 +243,11 @@ def shard(
         layout = _named_layout(layout, stream.cu_seqlens, group_size(group))
     problem = _misfit(stream, layout, group_size(group))
     if check and group is not None:
-        agree(problem, group, same=(_checksum(stream), layout.cu_seqlens, layout.spans))
+        agree(
+            problem,
+            group,
+            same=(f"documents {_checksum(stream):08x}", layout.cu_seqlens, layout.spans),
+        )
     elif problem is not None:
         raise LayoutError(problem)
     source = None
@@ -365,6 +369,14 @@ def _named_layout(name: str, cu_seqlens: tuple[int, ...], world_size: int) -> Se
         names = ", ".join(map(repr, _NAMED_LAYOUTS))
         raise LayoutError(f"layout must be {names} or a SequenceLayout, got {name!r}")
     return _NAMED_LAYOUTS[name](cu_seqlens, world_size)
+
+
+def _whole_numbers(values: Tensor | Sequence[int]) -> Tensor:
+    """int64; an empty list is one of no numbers, which `_checked_lengths` refuses."""
+    tensor = torch.as_tensor(values)
+    if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex()):
+        raise DataError(f"token ids and labels are integers, got {tensor.dtype}: tokenize first")
+    return tensor.to(torch.int64)
 
 
 def _checked_lengths(tokens: list[Tensor]) -> list[int]:

@@ -379,7 +379,7 @@ def _disagreement(messages: Sequence[tuple[str | None, str]], rank: int) -> str:
     odd = next(r for r, (_, value) in enumerate(messages) if value != messages[0][1])
     return (
         f"the ranks of the group were not given the same input: rank 0 has {messages[0][1]:.400}, "
-        f"rank {odd} has {messages[odd][1]:.400}"
+        f"rank {odd} has {messages[odd][1]:.400}; give all ranks of one group the same"
     )
 
 

@@ -96,6 +96,7 @@ def chunked_token_loss(
 
     Raises:
         UnsupportedModelError: the head is not one linear layer (the message says what to use).
+        LayoutError: a model of one's own: it calls `lm_head_loss_sum` and `mean_over_mesh`.
     """
     nll_sum, local_targets = model(
         **batch.inputs, head_labels=batch.labels, head_implementation=implementation

@@ -73,7 +73,8 @@ def parallelize(
         strategy: how softmax layers exchange: "auto" or one that `softmax_attention` takes.
         exchange: how state layers exchange: "auto" or one that `state_attention` takes.
         check: once a call, compare the layout over the group and check that each rank's tokens
-            fit it (one all_gather of 16 bytes a rank), so that what would hang is refused.
+            and positions fit it (one all_gather of 16 bytes a rank), so that what would hang or
+            count from a wrong place is refused.
 
     Returns:
         The same model.
@@ -146,6 +147,7 @@ def _check_own_model(model: nn.Module) -> None:
             "write it as forward(input_ids, position_ids, *, layout, group) on seqpar's operators, "
             "or use a Hugging Face model that docs/models.md lists",
         )
+    _check_call(model)
     for name, module in model.named_modules():
         wide = isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1
         if wide or isinstance(module, _MIXES_TOKENS):
@@ -156,20 +158,54 @@ def _check_own_model(model: nn.Module) -> None:
             )
 
 
+def _check_call(model: nn.Module) -> None:
+    """Refuse a forward that a batch cannot be given to; `_own_forward` calls it like this."""
+    try:
+        inspect.signature(model.forward).bind(None, None, layout=None, group=None)
+    except TypeError as error:
+        raise UnsupportedModelError(
+            type(model).__name__,
+            f"its forward cannot be called with a batch ({error})",
+            "write it as forward(input_ids, position_ids, *, layout, group)",
+        ) from None
+
+
 def _own_forward(
     self: nn.Module,
     input_ids: Tensor,
-    position_ids: Tensor,
+    position_ids: Tensor | None = None,
     *,
     layout: SequenceLayout | None = None,
     group: Any = Bound,
     original: Callable[..., Any],
     **options: Any,
 ) -> Any:
-    sequence = wrapping_of(self).context(layout, group, input_ids)
+    sequence = wrapping_of(self).context(
+        layout,
+        group,
+        input_ids,
+        positions=position_ids,
+        problem=_own_refusal(self, position_ids, options),
+    )
     return original(
         input_ids, position_ids, layout=sequence.layout, group=sequence.group, **options
     )
+
+
+def _own_refusal(
+    model: nn.Module, position_ids: Tensor | None, options: dict[str, Any]
+) -> str | None:
+    """Why this call of a model of one's own cannot be answered; None if it can."""
+    if position_ids is None:
+        return "a model of your own takes input_ids and position_ids: call model(**batch.inputs)"
+    if options.get("head_labels") is None:
+        return None
+    if "head_labels" not in inspect.signature(model.forward).parameters:
+        return (
+            "chunked_token_loss knows the heads of Hugging Face's causal models: in a model of "
+            "your own call lm_head_loss_sum(hidden, weight, labels), then mean_over_mesh"
+        )
+    return None
 
 
 # -- Hugging Face models --------------------------------------------------------------------------

@@ -45,7 +45,9 @@ def test_given_labels_are_shifted_and_masks_kept() -> None:
     [
         (lambda: pack([]), "at least one"),
         (lambda: pack([[1], []]), "document 1"),
-        (lambda: pack([torch.zeros(2, 2)]), "document 0"),
+        (lambda: pack([torch.zeros(2, 2, dtype=torch.int64)]), "document 0"),
+        (lambda: pack([torch.rand(3)]), "integers, got torch.float32"),
+        (lambda: pack([[1, 2]], labels=[[1, 0.5]]), "integers, got torch.float32"),
         (lambda: pack([[1, 2]], labels=[[1]]), "labels do not fit"),
         (lambda: pack([[1], [2]], labels=[[1]]), "1 of 2 given"),
         (lambda: pack([[1]], features={"kind": [torch.zeros(2)]}), "kind do not fit"),

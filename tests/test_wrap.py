@@ -19,7 +19,7 @@ from seqpar.adapters.tiny import TINY_VOCABULARY, tiny_model, tiny_stream
 from seqpar.batch import Batch, PackedStream, pack, shard
 from seqpar.errors import LayoutError, MeshError, UnsupportedModelError
 from seqpar.layout import SequenceLayout
-from seqpar.loss import count_targets, token_loss
+from seqpar.loss import chunked_token_loss, count_targets, token_loss
 from seqpar.parity import check_parity
 from seqpar.wrap import is_parallelized, parallelize, unparallelize
 from tests.ranks import run_ranks
@@ -127,7 +127,35 @@ def test_wrapping_twice_or_over_two_axes_is_refused() -> None:
         parallelize(model, None)
 
 
+class _OneDocument(nn.Module):
+    def forward(self, ids: Tensor, layout: Any, group: Any) -> Tensor:
+        return ids
+
+
+def test_a_forward_that_no_batch_can_be_given_to_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="cannot be called with a batch"):
+        parallelize(_OneDocument(), None)
+
+
 # -- refusals at call time ------------------------------------------------------------------------
+
+
+def test_a_model_of_one_s_own_is_told_what_its_calls_lack() -> None:
+    model = parallelize(small_hybrid(), None)
+    batch = shard(_stream(12), None)
+    with pytest.raises(LayoutError, match="takes input_ids and position_ids"):
+        model(batch.ids, layout=batch.layout)
+    with pytest.raises(LayoutError, match="call lm_head_loss_sum"):
+        chunked_token_loss(model, batch)
+
+
+def test_positions_of_one_s_own_pass_where_checks_are_off() -> None:
+    model, batch = tiny_model("llama"), shard(_stream(12), None)
+    positions = 3 * batch.position_ids
+    expected = model(input_ids=batch.ids, position_ids=positions).logits
+    parallelize(model, None, check=False)
+    own = model(**{**batch.inputs, "position_ids": positions}).logits
+    assert relative_error(own, expected) < MODEL_GRADIENT
 
 
 @pytest.mark.parametrize(
@@ -143,6 +171,8 @@ def test_wrapping_twice_or_over_two_axes_is_refused() -> None:
         ({"input_ids": torch.zeros(1, 5, dtype=torch.int64)}, "has 5 tokens but the layout"),
         ({"input_ids": torch.zeros(2, 12, dtype=torch.int64)}, "one packed stream"),
         ({"layout": SequenceLayout.contiguous((0, 12), 2)}, "2 ranks but the group has 1"),
+        ({"position_ids": torch.arange(1, 13)[None]}, "position_ids are not the layout's"),
+        ({"position_ids": torch.arange(13)[None]}, "position_ids are not the layout's"),
     ],
 )
 def test_calls_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:

@@ -57,6 +57,7 @@ def hugging_face_forward(
         strategy=strategy,
         source_layout=source_layout,
         source_tokens=source_tokens,
+        positions=inputs.get("position_ids"),
         problem=_refusal(args, inputs),
     )
     inputs["use_cache"] = False

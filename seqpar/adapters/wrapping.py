@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -49,6 +50,7 @@ class Wrapping:
         strategy: Strategy | None = None,
         source_layout: SequenceLayout | None = None,
         source_tokens: Tensor | None = None,
+        positions: Tensor | None = None,
         problem: str | None = None,
     ) -> SequenceContext:
         """The call's context, or a LayoutError on all ranks alike.
@@ -57,6 +59,7 @@ class Wrapping:
             layout, group, tokens: of the call; a group that is `Bound` is the wrapped model's.
             strategy: of the call; the wrapped model's by default.
             source_layout, source_tokens: the encoder's, in an encoder-decoder model.
+            positions: the call's position ids, if it has any; compared with the layout's.
             problem: what this rank has found wrong with the call already.
         """
         group = self.group if group is Bound else group
@@ -70,6 +73,8 @@ class Wrapping:
             layout, group, strategy or self.strategy, self.exchange, source_layout
         )
         problem = problem or _misfit(layout, sequence, tokens)
+        if positions is not None and self.check:
+            problem = problem or _misplaced(sequence, positions)
         if source_layout is not None:
             problem = problem or _misfit(source_layout, sequence, source_tokens)
             sources, targets = source_layout.num_documents, layout.num_documents
@@ -134,3 +139,15 @@ def _misfit(layout: SequenceLayout, sequence: SequenceContext, tokens: Tensor | 
             f"{layout.tokens_on(sequence.rank)}: pass the batch that seqpar.shard made"
         )
     return None
+
+
+def _misplaced(sequence: SequenceContext, positions: Tensor) -> str | None:
+    """Whether position ids are not the layout's; on CUDA the host waits for the answer."""
+    expected = sequence.layout.position_ids(sequence.rank)[None]
+    if positions.shape == expected.shape and torch.equal(positions, expected.to(positions.device)):
+        return None
+    return (
+        "position_ids are not the layout's, which counts every document from 0 whatever the rank: "
+        "pass the batch that seqpar.shard made, or parallelize(..., check=False) for positions of "
+        "your own"
+    )
