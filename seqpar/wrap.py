@@ -16,6 +16,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
+from types import CodeType
 from typing import Any, TypeVar, get_args
 
 from torch import Tensor, nn
@@ -150,12 +151,24 @@ def _check_own_model(model: nn.Module) -> None:
     _check_call(model)
     for name, module in model.named_modules():
         wide = isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1
-        if wide or isinstance(module, _MIXES_TOKENS):
+        if wide or isinstance(module, _MIXES_TOKENS) or _calls_torch_attention(type(module)):
             raise UnsupportedModelError(
                 f"{name} ({type(module).__name__})",
                 "it mixes tokens of one rank and knows nothing of the others' and of documents",
                 "replace it by softmax_attention, state_attention or short_convolution",
             )
+
+
+def _calls_torch_attention(kind: type[nn.Module]) -> bool:
+    """Whether a method that the class or a base of it defines names torch's attention."""
+    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    methods = [x for base in bases for x in vars(base).values() if inspect.isfunction(x)]
+    codes: list[CodeType] = [inspect.unwrap(method).__code__ for method in methods]
+    for code in codes:  # grows by the functions within
+        if "scaled_dot_product_attention" in code.co_names:
+            return True
+        codes += [x for x in code.co_consts if isinstance(x, CodeType)]
+    return False
 
 
 def _check_call(model: nn.Module) -> None:

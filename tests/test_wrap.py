@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from seqpar.adapters.hf_attention import ATTENTION_NAME, hf_attention
@@ -71,6 +72,16 @@ class _With(nn.Module):
         return self.mixer(ids)[0]
 
 
+class _TorchAttention(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        attend = lambda y: F.scaled_dot_product_attention(y, y, y, is_causal=True)  # noqa: E731
+        return attend(x)
+
+
+class _InheritedAttention(_TorchAttention):
+    pass
+
+
 def _with_rope(rope_type: str) -> Callable[[], nn.Module]:
     factors = (
         {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if rope_type == "longrope" else {}
@@ -106,6 +117,8 @@ def _with_rope(rope_type: str) -> Callable[[], nn.Module]:
         (lambda: _With(nn.BatchNorm1d(4)), "mixer (BatchNorm1d)", "mixes tokens"),
         (lambda: _With(nn.Conv1d(4, 4, 3)), "mixer (Conv1d)", "mixes tokens"),
         (lambda: _With(nn.MultiheadAttention(4, 2)), "mixer (MultiheadAttention)", "mixes tokens"),
+        (lambda: _With(_TorchAttention()), "mixer (_TorchAttention)", "mixes tokens"),
+        (lambda: _With(_InheritedAttention()), "mixer (_InheritedAttention)", "mixes tokens"),
     ],
 )
 def test_what_cannot_be_exact_is_refused_by_name(
