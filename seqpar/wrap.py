@@ -152,8 +152,9 @@ def _check_own_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         wide = isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1
         if wide or isinstance(module, _MIXES_TOKENS) or _calls_torch_attention(type(module)):
+            kind = type(module).__name__
             raise UnsupportedModelError(
-                f"{name} ({type(module).__name__})",
+                f"{name} ({kind})" if name else kind,
                 "it mixes tokens of one rank and knows nothing of the others' and of documents",
                 "replace it by softmax_attention, state_attention or short_convolution",
             )
@@ -163,7 +164,8 @@ def _calls_torch_attention(kind: type[nn.Module]) -> bool:
     """Whether a method that the class or a base of it defines names torch's attention."""
     bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
     methods = [x for base in bases for x in vars(base).values() if inspect.isfunction(x)]
-    codes: list[CodeType] = [inspect.unwrap(method).__code__ for method in methods]
+    unwrapped = [getattr(inspect.unwrap(method), "__code__", None) for method in methods]
+    codes: list[CodeType] = [code for code in unwrapped if code is not None]
     for code in codes:  # grows by the functions within
         if "scaled_dot_product_attention" in code.co_names:
             return True

@@ -82,6 +82,12 @@ class _InheritedAttention(_TorchAttention):
     pass
 
 
+class _OwnAttention(nn.Module):
+    @torch.no_grad()
+    def forward(self, ids: Tensor, positions: Tensor, *, layout: Any, group: Any) -> Tensor:
+        return F.scaled_dot_product_attention(ids, ids, ids)
+
+
 def _with_rope(rope_type: str) -> Callable[[], nn.Module]:
     factors = (
         {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if rope_type == "longrope" else {}
@@ -118,6 +124,7 @@ def _with_rope(rope_type: str) -> Callable[[], nn.Module]:
         (lambda: _With(nn.Conv1d(4, 4, 3)), "mixer (Conv1d)", "mixes tokens"),
         (lambda: _With(nn.MultiheadAttention(4, 2)), "mixer (MultiheadAttention)", "mixes tokens"),
         (lambda: _With(_TorchAttention()), "mixer (_TorchAttention)", "mixes tokens"),
+        (_OwnAttention, "_OwnAttention", "mixes tokens"),
         (lambda: _With(_InheritedAttention()), "mixer (_InheritedAttention)", "mixes tokens"),
     ],
 )
