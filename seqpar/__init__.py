@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from seqpar.batch import (
         Batch,
         PackedStream,
-        documents_of_padded,
-        documents_of_positions,
         pack,
         shard,
         unshard,
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
     from seqpar.ops.state import state_attention
     from seqpar.parity import check_parity
     from seqpar.planners import Cluster, CostModel, Planner, ScatterPlan, ScatterProblem
+    from seqpar.rows import documents_of_padded, documents_of_positions
     from seqpar.tiles import tile_layers, tile_tokens
     from seqpar.wrap import parallelize, unparallelize
 
@@ -90,8 +89,8 @@ _HOMES = {
     "check_parity": "parity",
     "chunked_token_loss": "loss",
     "count_targets": "loss",
-    "documents_of_padded": "batch",
-    "documents_of_positions": "batch",
+    "documents_of_padded": "rows",
+    "documents_of_positions": "rows",
     "init_mesh": "mesh",
     "lm_head_loss_sum": "head_loss",
     "mean_over_mesh": "loss",

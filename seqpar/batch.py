@@ -7,7 +7,7 @@
 Labels are shifted in `pack`, before anything is cut, so that no rank needs its neighbour's token
 and no document predicts the next one's first token.
 
-Shape letters: N tokens of the stream, T tokens of this rank, D documents, R rows, L row length.
+Shape letters: N tokens of the stream, T tokens of this rank, D documents.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ from seqpar.layout import IGNORE_INDEX, SequenceLayout
 __all__ = [
     "Batch",
     "PackedStream",
-    "documents_of_padded",
-    "documents_of_positions",
     "group_of",
     "pack",
     "pack_pairs",
@@ -300,53 +298,6 @@ def group_of(where: DeviceMesh | Group) -> Group:
     if where is None or where.size() == 1:
         return None
     return where
-
-
-def documents_of_padded(input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
-    """Rows with padding -> one document per row, its masked tokens dropped.
-
-    Args:
-        input_ids: [R, L], or labels or any other per-token tensor [R, L, ...].
-        attention_mask: [R, L], non-zero where a token counts; padding may be on either side.
-
-    Raises:
-        DataError: shapes that differ, a row without a token, or a mask with a hole: tokens on
-            both sides of a masked one would become neighbours.
-    """
-    if attention_mask.shape != input_ids.shape[:2]:
-        raise DataError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, the ids "
-            f"{tuple(input_ids.shape)}: both need the same rows and length"
-        )
-    kept = attention_mask != 0
-    for row, mask in enumerate(kept):
-        held = mask.nonzero()
-        if not len(held):
-            raise DataError(f"row {row} is all padding: leave it out")
-        if int(held[-1] - held[0]) + 1 != len(held):
-            raise DataError(f"row {row} masks tokens inside its document: split the row there")
-    return [ids[mask] for ids, mask in zip(input_ids, kept, strict=True)]
-
-
-def documents_of_positions(input_ids: Tensor, position_ids: Tensor) -> list[Tensor]:
-    """Rows packed by position ids that restart at 0 -> one document per restart.
-
-    Both [R, L] (the ids may have further dims). A new row always starts a new document.
-
-    Raises:
-        DataError: shapes that differ, or positions that neither go on by one nor restart at 0.
-    """
-    if position_ids.shape != input_ids.shape[:2]:
-        raise DataError(f"position_ids {tuple(position_ids.shape)} and {tuple(input_ids.shape)=}")
-    documents: list[Tensor] = []
-    for ids, positions in zip(input_ids, position_ids, strict=True):
-        starts = positions == 0
-        steps = starts[1:] | (positions[1:] == positions[:-1] + 1)
-        if not (bool(starts[0]) and bool(steps.all())):
-            raise DataError("position_ids must start at 0 and go on by one or restart at 0")
-        bounds = [*starts.nonzero().flatten().tolist(), len(positions)]
-        documents += [ids[a:b] for a, b in itertools.pairwise(bounds)]
-    return documents
 
 
 def _misfit(stream: PackedStream, layout: SequenceLayout, world_size: int) -> str | None:

@@ -5,22 +5,70 @@ Shape letters: R rows, L row length, N tokens.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqpar.batch import PackedStream, documents_of_padded, documents_of_positions, pack
+from seqpar.batch import PackedStream, pack
 from seqpar.errors import DataError
 
-__all__ = ["collate_documents", "stream_of"]
+__all__ = ["collate_documents", "documents_of_padded", "documents_of_positions", "stream_of"]
 
 _BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k")
 _UNDERSTOOD = {
     *("input_ids", "labels", "attention_mask", "position_ids", "seq_idx"),
     *(*_BOUNDS, "max_length_q", "max_length_k"),
 }
+
+
+def documents_of_padded(input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
+    """Rows with padding -> one document per row, its masked tokens dropped.
+
+    Args:
+        input_ids: [R, L], or labels or any other per-token tensor [R, L, ...].
+        attention_mask: [R, L], non-zero where a token counts; padding may be on either side.
+
+    Raises:
+        DataError: shapes that differ, a row without a token, or a mask with a hole: tokens on
+            both sides of a masked one would become neighbours.
+    """
+    if attention_mask.shape != input_ids.shape[:2]:
+        raise DataError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, the ids "
+            f"{tuple(input_ids.shape)}: both need the same rows and length"
+        )
+    kept = attention_mask != 0
+    for row, mask in enumerate(kept):
+        held = mask.nonzero()
+        if not len(held):
+            raise DataError(f"row {row} is all padding: leave it out")
+        if int(held[-1] - held[0]) + 1 != len(held):
+            raise DataError(f"row {row} masks tokens inside its document: split the row there")
+    return [ids[mask] for ids, mask in zip(input_ids, kept, strict=True)]
+
+
+def documents_of_positions(input_ids: Tensor, position_ids: Tensor) -> list[Tensor]:
+    """Rows packed by position ids that restart at 0 -> one document per restart.
+
+    Both [R, L] (the ids may have further dims). A new row always starts a new document.
+
+    Raises:
+        DataError: shapes that differ, or positions that neither go on by one nor restart at 0.
+    """
+    if position_ids.shape != input_ids.shape[:2]:
+        raise DataError(f"position_ids {tuple(position_ids.shape)} and {tuple(input_ids.shape)=}")
+    documents: list[Tensor] = []
+    for ids, positions in zip(input_ids, position_ids, strict=True):
+        starts = positions == 0
+        steps = starts[1:] | (positions[1:] == positions[:-1] + 1)
+        if not (bool(starts[0]) and bool(steps.all())):
+            raise DataError("position_ids must start at 0 and go on by one or restart at 0")
+        bounds = [*starts.nonzero().flatten().tolist(), len(positions)]
+        documents += [ids[a:b] for a, b in itertools.pairwise(bounds)]
+    return documents
 
 
 def collate_documents(examples: Sequence[Mapping[str, Any]]) -> dict[str, list[Tensor]]:
@@ -36,7 +84,7 @@ def collate_documents(examples: Sequence[Mapping[str, Any]]) -> dict[str, list[T
         if "input_ids" not in example:
             raise DataError(f"example {index} has no input_ids, only {sorted(example)}")
     return {
-        name: [torch.as_tensor(example[name], dtype=torch.int64) for example in examples]
+        name: [torch.as_tensor(example[name]) for example in examples]
         for name in ("input_ids", "labels")
         if name in examples[0]
     }

@@ -10,8 +10,6 @@ import torch.distributed as dist
 
 from seqpar.balance import balanced_layout
 from seqpar.batch import (
-    documents_of_padded,
-    documents_of_positions,
     pack,
     pack_pairs,
     shard,
@@ -80,25 +78,6 @@ def test_pairs_start_each_target_with_a_token_and_shift_nothing() -> None:
     assert batch.inputs["source_layout"].cu_seqlens == (0, 3, 4)
     with pytest.raises(DataError, match="1 sources but 2 targets"):
         pack_pairs([[1]], [[1], [2]])
-
-
-def test_padding_becomes_documents() -> None:
-    ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 0]])
-    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
-    assert [d.tolist() for d in documents_of_padded(ids, mask)] == [[5, 6], [7, 8, 9]]
-    with pytest.raises(DataError, match="row 1 masks tokens inside"):
-        documents_of_padded(ids, torch.tensor([[0, 0, 1, 1], [1, 0, 1, 0]]))
-    with pytest.raises(DataError, match="row 0 is all padding"):
-        documents_of_padded(ids, torch.zeros(2, 4))
-
-
-def test_restarting_positions_become_documents() -> None:
-    ids = torch.arange(10).view(2, 5)
-    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]])
-    documents = [d.tolist() for d in documents_of_positions(ids, positions)]
-    assert documents == [[0, 1, 2], [3, 4], [5], [6, 7, 8, 9]]
-    with pytest.raises(DataError, match="restart"):
-        documents_of_positions(ids, positions + 1)
 
 
 def _shards_on_a_mesh(rank: int) -> list[dict[str, object]]:

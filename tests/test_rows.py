@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from seqpar.errors import DataError
-from seqpar.rows import collate_documents, stream_of
+from seqpar.rows import (
+    collate_documents,
+    documents_of_padded,
+    documents_of_positions,
+    stream_of,
+)
 
 PADDED = torch.tensor([[0, 5, 6, 7], [8, 9, 0, 0]])
 FLAT = torch.tensor([[5, 6, 7, 8, 9]])
@@ -73,3 +78,27 @@ def test_rows_whose_meaning_would_be_lost_are_refused(rows: Any, message: str) -
 def test_an_example_without_tokens_is_refused() -> None:
     with pytest.raises(DataError, match="example 0 has no input_ids"):
         collate_documents([{"text": "a"}])
+
+
+def test_padding_becomes_documents() -> None:
+    ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 0]])
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    assert [d.tolist() for d in documents_of_padded(ids, mask)] == [[5, 6], [7, 8, 9]]
+    with pytest.raises(DataError, match="row 1 masks tokens inside"):
+        documents_of_padded(ids, torch.tensor([[0, 0, 1, 1], [1, 0, 1, 0]]))
+    with pytest.raises(DataError, match="row 0 is all padding"):
+        documents_of_padded(ids, torch.zeros(2, 4))
+
+
+def test_restarting_positions_become_documents() -> None:
+    ids = torch.arange(10).view(2, 5)
+    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]])
+    documents = [d.tolist() for d in documents_of_positions(ids, positions)]
+    assert documents == [[0, 1, 2], [3, 4], [5], [6, 7, 8, 9]]
+    with pytest.raises(DataError, match="restart"):
+        documents_of_positions(ids, positions + 1)
+
+
+def test_fractions_are_no_token_ids() -> None:
+    with pytest.raises(DataError, match="tokenize first"):
+        stream_of(collate_documents([{"input_ids": [5.0, 6.5]}]))
