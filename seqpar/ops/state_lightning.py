@@ -153,7 +153,7 @@ class LightningMixer(Mixer):
             dq = lightning.query_grad(
                 q, k, v, do, summary.kept, log_decay=self.log_decay, entry_state=entry
             )
-        return lambda grad_summary, exit_grad: self._backward(
+        return lambda grad_summary, exit_grad: self.backward(
             inputs, do, summary, grad_summary, entry, exit_grad, None, dq
         )
 
@@ -166,19 +166,7 @@ class LightningMixer(Mixer):
         entry: Tensor | None,
         exit_grad: Tensor | None,
         cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
-        return self._backward(inputs, do, summary, grad_summary, entry, exit_grad, cu_seqlens, None)
-
-    def _backward(
-        self,
-        inputs: Inputs,
-        do: Tensor,
-        summary: Summary,
-        grad_summary: Summary,
-        entry: Tensor | None,
-        exit_grad: Tensor | None,
-        cu_seqlens: Tensor | None,
-        dq: Tensor | None,
+        dq: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
         q, k, v = inputs[:3]
         dq, dk, dv, dlog_decay = lightning.attend_backward(
