@@ -35,13 +35,13 @@ signature |= {"p_table": "*i32"}
 compiled = compile(ASTSource(kernel, signature, constants, {}), target=GPUTarget("cuda", 90, 32))
 print(_checked_sizes(compiled))
 """
-COMPILE_BY_HAND = """
+COMPILE_PAIR = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compile
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 from seqpar.kernels.direct_launch import _checked_sizes
-from seqpar.kernels.lightning.output_pass_hopper import output_pair_hopper_kernel as kernel
+from seqpar.kernels.lightning.output_pair import output_pair_kernel as kernel
 
 constants = {
     "p_decay": None, "p_initial": None, "p_final": None, "OVERLAP": True, "DECAY": 2,
@@ -88,6 +88,32 @@ compiled = compile(
 assert "setmaxnreg" in compiled.asm["ptx"] and compiled.metadata.shared <= 232448
 print(compiled.metadata.num_warps, len(_checked_sizes(compiled)))
 """
+COMPILE_WITH_SUMS = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import compile
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language import NVMMASharedLayout
+from seqpar.kernels.direct_launch import _checked_sizes
+from seqpar.kernels.lightning.output_pass_sums import output_pass_sums_kernel as kernel
+
+constants = {
+    "p_initial": None, "p_final": None, "stride_x": 1, "stride_z": 128, "OVERLAP": True,
+    "REVERSE": True, "SCAN": True, "C": 64, "BX": 128, "STAGES": 3,
+}
+window = f"tensordesc<bf16[64, 128],{NVMMASharedLayout(128, 16, 2)!r}>"
+kinds = {"d": window, "p": "*fp32"}
+signature = {
+    name: "constexpr" if name in constants else kinds.get(name.split("_")[0], "i32")
+    for name in kernel.arg_names
+}
+signature |= {"p_w": "*bf16", "p_table": "*i32"}
+compiled = compile(
+    GluonASTSource(kernel, signature, constants),
+    target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "launch_pdl": True},
+)
+assert "setmaxnreg" in compiled.asm["ptx"] and compiled.metadata.shared <= 232448
+print(compiled.metadata.num_warps, len(_checked_sizes(compiled)))
+"""
 DESCRIPTOR = (128, 4, 4, 8, 8)
 """A tensor map, two numbers of rows and columns, two strides."""
 
@@ -116,10 +142,10 @@ def test_launch_structures_lie_as_the_driver_expects_them() -> None:
     assert LaunchConfig.stream.offset == 32
 
 
-def test_the_passes_by_hand_compile_for_hopper_without_a_gpu() -> None:
+def test_the_pair_by_hand_compiles_for_hopper_without_a_gpu() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COMPILE_BY_HAND],
+        [sys.executable, "-W", "ignore", "-c", COMPILE_PAIR],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
@@ -142,6 +168,20 @@ def test_the_pass_in_two_groups_compiles_for_hopper_without_a_gpu() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     warps, parameters = done.stdout.split()[:2]
     assert (int(warps), int(parameters)) == (12, 4 * len(DESCRIPTOR) + 10 + 2)
+
+
+def test_the_pass_with_sums_compiles_for_hopper_without_a_gpu() -> None:
+    """One group of eight warps, and four of which one copies."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILE_WITH_SUMS],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    warps, parameters = done.stdout.split()[:2]
+    assert (int(warps), int(parameters)) == (12, 5 * len(DESCRIPTOR) + 12 + 2)
 
 
 def test_calls_of_one_shape_share_a_plan() -> None:

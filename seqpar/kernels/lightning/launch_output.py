@@ -139,7 +139,7 @@ def _kernel_of(*, by_hand: bool, in_groups: bool) -> Any:
 
         return output_pass_groups_kernel
     if by_hand:
-        from seqpar.kernels.lightning.output_pass_hopper import output_pass_hopper_kernel
+        from seqpar.kernels.lightning.output_pass_sums import output_pass_sums_kernel
 
-        return output_pass_hopper_kernel
+        return output_pass_sums_kernel
     return output_pass_kernel

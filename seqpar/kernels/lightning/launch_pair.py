@@ -1,4 +1,4 @@
-"""Host side of the launch that makes dk and dv together (output_pass_hopper.py).
+"""Host side of the launch that makes dk and dv together (output_pair.py).
 
 Legend: B batch, T tokens, H heads, D head dim, M segments.
 """
@@ -57,7 +57,7 @@ def output_pair(
 def _pair_launch(
     q: Tensor, cut: Cut, config: Config, decays: Decays, missing: dict[str, None], scan: bool
 ) -> Launch:
-    from seqpar.kernels.lightning.output_pass_hopper import output_pair_hopper_kernel
+    from seqpar.kernels.lightning.output_pair import output_pair_kernel
 
     heads, dim = q.shape[2:]
     fixed: dict[str, Any] = {
@@ -71,7 +71,7 @@ def _pair_launch(
     fixed |= dict.fromkeys(unused)
     window = Window(config.chunk, dim, flat=True, for_gluon=True)
     return Launch(
-        output_pair_hopper_kernel,
+        output_pair_kernel,
         (cut.segments.count * heads * 2,),
         fixed=fixed,
         windows=dict.fromkeys(("d_q", "d_k", "d_v", "d_do", "d_dk", "d_dv"), window),

@@ -23,8 +23,9 @@ With GRAD, the tensor u whose gradient w is comes along, and u . w of every toke
 decays' gradient is summed from (decay_gradient.py). Those sums run over many tokens, so what has to
 cancel in them must: states and their updates are then multiplied as two numbers of the dtype.
 
-This is the pass for all dims and dtypes; output_pass_hopper.py is the same by hand for the common
-ones. Floor: x, y and z read once, w written once, with GRAD also u.
+This is the pass for all dims and dtypes; output_pass_groups.py, output_pass_sums.py and
+output_pair.py are the same by hand for the common ones. Floor: x, y and z read once, w written
+once, with GRAD also u.
 """
 
 from __future__ import annotations

@@ -1,20 +1,16 @@
 # ruff: noqa: SIM102
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, attr-defined"
 
-"""The output pass by hand, for Hopper's matrix units: bfloat16, head dims of 128.
+"""dk and dv in one launch by hand, for Hopper's matrix units: bfloat16, head dims of 128.
 
-It computes what `output_pass_kernel` does (see there for roles, legend and formulas); Gluon instead
-of Triton lets it choose layouts and when it waits for a product. It serves where sums for the
-decays' gradient are taken along (GRAD), and for dk and dv in one launch; output_pass_groups.py
-serves elsewhere.
+Each program makes one of them as `output_pass_kernel` does (see there for roles, legend and
+formulas). Neighbouring programs read the same four tensors in step, so that one of them finds them
+in the level-2 cache. Floor: 6 tensors instead of 8.
 
 One chunk: P and the entry product are issued; meanwhile the decays of P are worked out, and z is
 decayed for the state's update. P goes through shared memory; then zᵀ P and the update are issued,
 and wᵀ leaves through shared memory, in one bulk copy, while the update runs. A chunk needs two
 barriers: P is written; everything of the chunk is read and wᵀ written.
-
-`output_pair_hopper_kernel` makes dk and dv in one launch: neighbouring programs read the same four
-tensors in step, so that one of them finds them in the level-2 cache. Floor: 6 tensors instead of 8.
 """
 
 from __future__ import annotations
@@ -40,30 +36,23 @@ from seqpar.kernels.lightning.hopper_steps import (
     pair_decays,
     room_for_parts,
     segment_of,
-    split,
     state_entering,
     store_parts,
-    store_tile,
-    sum_lanes,
     times_parts,
     token_decays,
+    write_rows,
 )
 from seqpar.kernels.overlap import wait_for_launches_before
 
-__all__ = ["output_pair_hopper_kernel", "output_pass_hopper_kernel"]
+__all__ = ["output_pair_kernel"]
 
 
 @gluon.jit
-def _shared_memory(
-    dtype: gl.constexpr, GRAD: gl.constexpr, STAGES: gl.constexpr, C: gl.constexpr, D: gl.constexpr
-):
-    """Room for the chunks in flight of x, y, z and u, for w, P and the decays; and barriers."""
+def _shared_memory(dtype: gl.constexpr, STAGES: gl.constexpr, C: gl.constexpr, D: gl.constexpr):
+    """Room for the chunks in flight of x, y and z, for w, P and the decays; and barriers."""
     s_x = gl.allocate_shared_memory(dtype, [STAGES, C, D], TILE)
     s_y = gl.allocate_shared_memory(dtype, [STAGES, C, D], TILE)
     s_z = gl.allocate_shared_memory(dtype, [STAGES, C, D], TILE)
-    s_u = s_z
-    if GRAD:
-        s_u = gl.allocate_shared_memory(dtype, [STAGES, C, D], TILE)
     s_w = gl.allocate_shared_memory(dtype, [C, D], TILE)
     s_P = gl.allocate_shared_memory(dtype, [C, C], TILE)
     s_reach = gl.allocate_shared_memory(gl.float32, [2, C], LINE)
@@ -75,52 +64,33 @@ def _shared_memory(
         mbarrier.init(bars.index(i), count=1)
     fence_async_shared()
     barrier()
-    return s_x, s_y, s_z, s_u, s_w, s_P, s_reach, s_factor, s_back, s_ahead, bars
+    return s_x, s_y, s_z, s_w, s_P, s_reach, s_factor, s_back, s_ahead, bars
 
 
 @gluon.jit
 def _fetch(
-    d_x, d_y, d_z, d_u, s_x, s_y, s_z, s_u, bars, i, num_chunks, start, column,
-    REVERSE: gl.constexpr, GRAD: gl.constexpr, STAGES: gl.constexpr,
-    C: gl.constexpr, D: gl.constexpr,
+    d_x, d_y, d_z, s_x, s_y, s_z, bars, i, num_chunks, start, column,
+    REVERSE: gl.constexpr, STAGES: gl.constexpr, C: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """Start the copies of the i-th chunk in time order, if there is one."""
     stage = i % STAGES
     row = start + (num_chunks - 1 - i if REVERSE else i) * C
     bar = bars.index(stage)
     pred = i < num_chunks
-    mbarrier.expect(bar, (4 if GRAD else 3) * C * D * 2, pred=pred)
+    mbarrier.expect(bar, 3 * C * D * 2, pred=pred)
     load_tile(d_y, [row, column], bar, s_y.index(stage), pred=pred)
     load_tile(d_x, [row, column], bar, s_x.index(stage), pred=pred)
     load_tile(d_z, [row, column], bar, s_z.index(stage), pred=pred)
-    if GRAD:
-        load_tile(d_u, [row, column], bar, s_u.index(stage), pred=pred)
-
-
-@gluon.jit
-def _write(
-    d_w, p_w, s_w, row, num_tokens, i_h, H,
-    C: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr,
-):  # fmt: skip
-    """Store a chunk's w: in one bulk copy, or only the rows that are the segment's."""
-    if num_tokens == C:
-        store_tile(d_w, [row, i_h * D], s_w)
-    else:
-        o_r = gl.arange(0, C, gl.SliceLayout(1, ROWS))
-        o_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))[None, :]
-        p_out = p_w + ((row + o_r).to(gl.int64) * H + i_h)[:, None] * D + o_d
-        gl.store(p_out, s_w.load(ROWS), mask=(o_r < num_tokens)[:, None])
 
 
 @gluon.jit
 def _run_segment(
-    d_x, d_y, d_z, d_u, d_w, p_w, p_decay, p_reach, stride_reach, p_by_segment,
-    p_dots, p_crossing, p_exits, p_states, p_initial, p_final,
-    segment, tiles, i_h, H, N, length, stride_x, stride_z,
-    DECAY: gl.constexpr, REVERSE: gl.constexpr, GRAD: gl.constexpr, SCAN: gl.constexpr,
+    d_x, d_y, d_z, d_w, p_w, p_decay, p_reach, stride_reach, p_by_segment,
+    p_states, p_initial, p_final, segment, tiles, i_h, H, length, stride_x, stride_z,
+    DECAY: gl.constexpr, REVERSE: gl.constexpr, SCAN: gl.constexpr,
     C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """w of one segment and head."""
+    """dk or dv of one segment and head."""
     L_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, D, 16])
     L_W: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, C, 16])
     L_P: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, C // 2, 16])
@@ -128,15 +98,14 @@ def _run_segment(
     A_S: gl.constexpr = gl.DotOperandLayout(0, L_S, 2)
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
     TOKENS: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
-    COLUMNS: gl.constexpr = gl.BlockedLayout([8, 1], [1, 32], [1, 8], [1, 0])
     dtype: gl.constexpr = d_x.dtype
     i_m, start, stop, i_s, before, behind, begin, end = segment
-    s_x, s_y, s_z, s_u, s_w, s_P, s_reach, s_factor, s_back, s_ahead, bars = tiles
+    s_x, s_y, s_z, s_w, s_P, s_reach, s_factor, s_back, s_ahead, bars = tiles
     num_chunks = (stop - start + C - 1) // C
     for i in gl.static_range(STAGES):
         _fetch(
-            d_x, d_y, d_z, d_u, s_x, s_y, s_z, s_u, bars, i, num_chunks, start, i_h * D,
-            REVERSE, GRAD, STAGES, C, D,
+            d_x, d_y, d_z, s_x, s_y, s_z, bars, i, num_chunks, start, i_h * D,
+            REVERSE, STAGES, C, D,
         )  # fmt: skip
 
     log2_decay = head_decay(p_decay, i_h, DECAY)
@@ -152,11 +121,6 @@ def _run_segment(
         end - stop if REVERSE else start - begin, length, o_S, o_sequence, H, log2_decay,
         DECAY, REVERSE, SCAN, D, D, L_S,
     )  # fmt: skip
-    o_exit = (i_m * H + i_h).to(gl.int64) * (D * D)
-    if GRAD and REVERSE:
-        if p_exits is not None:
-            crossing = gl.sum(gl.sum(b_S * gl.load(p_exits + o_exit + o_S), 1), 0)
-            gl.store(p_crossing + i_m * H + i_h, crossing)
 
     o_line = gl.arange(0, C, TOKENS)
     first_slot = start // C + i_m
@@ -191,17 +155,11 @@ def _run_segment(
 
         b_P = gl.zeros([C, C], gl.float32, L_P)
         b_w = gl.zeros([D, C], gl.float32, L_W)
-        if GRAD:
-            b_front, b_rest = split(gl.convert_layout(b_S, A_W), dtype)
-            b_P = warpgroup_mma(b_y, b_x.permute((1, 0)), b_P, use_acc=False, is_async=True)
-            b_w = warpgroup_mma(b_front, b_x.permute((1, 0)), b_w, use_acc=False, is_async=True)
-            b_w = warpgroup_mma(b_rest, b_x.permute((1, 0)), b_w, is_async=True)
-        else:
-            b_front = gl.convert_layout(b_S.to(dtype), A_W)
-            b_P = warpgroup_mma(b_y, b_x.permute((1, 0)), b_P, use_acc=False, is_async=True)
-            b_w = warpgroup_mma(b_front, b_x.permute((1, 0)), b_w, use_acc=False, is_async=True)
+        b_state = gl.convert_layout(b_S.to(dtype), A_W)
+        b_P = warpgroup_mma(b_y, b_x.permute((1, 0)), b_P, use_acc=False, is_async=True)
+        b_w = warpgroup_mma(b_state, b_x.permute((1, 0)), b_w, use_acc=False, is_async=True)
         b_gap = pair_decays(s_reach.index(turn), REVERSE, C, L_P)
-        b_P = warpgroup_mma_wait(2 if GRAD else 1, deps=[b_P])
+        b_P = warpgroup_mma_wait(1, deps=[b_P])
         s_P.store((b_P * b_gap).to(dtype))
         tma.store_wait(0)
         fence_async_shared()
@@ -212,22 +170,11 @@ def _run_segment(
         b_S = b_S * gl.exp2(last)
         b_w, b_S, b_decayed = warpgroup_mma_wait(0, deps=[b_w, b_S, b_decayed])
         b_factor = s_factor.index(turn).load(gl.SliceLayout(0, L_W))[None, :]
-        if GRAD:
-            # The other pass adds u, decayed and rounded, to its state: so it counts here as well.
-            b_u = s_u.index(stage).permute((1, 0)).load(L_W)
-            s_parts = s_ahead if REVERSE else s_back
-            b_far = times_parts(b_u, s_parts, turn, L_W).to(gl.float32)
-            b_u = b_u.to(gl.float32)
-            b_more = b_w * (b_far - b_u * b_factor)
-            b_dots = gl.sum(b_more.reshape([D // 16, 2, 8, C]), 1)
         b_w = warpgroup_mma(b_z.permute((1, 0)), s_P, b_w * b_factor, is_async=True)
         b_S = warpgroup_mma(b_decayed, b_y, b_S, is_async=True)
 
         b_w = warpgroup_mma_wait(1, deps=[b_w])
         s_w.permute((1, 0)).store(b_w.to(dtype))
-        if GRAD:
-            b_dots += gl.sum((b_w * b_u).reshape([D // 16, 2, 8, C]), 1)
-            b_dots = gl.sum(gl.convert_layout(sum_lanes(b_dots, D, C), COLUMNS), 0)
         b_S = warpgroup_mma_wait(0, deps=[b_S])
         s_reach.index(1 - turn).store(reach)
         s_factor.index(1 - turn).store(ahead if REVERSE else back)
@@ -235,49 +182,21 @@ def _run_segment(
         store_parts(s_ahead, 1 - turn, ahead, dtype)
         fence_async_shared()
         barrier()
-        _write(d_w, p_w, s_w, row, num_tokens, i_h, H, C, D, ROWS)
+        write_rows(d_w, p_w, s_w, row, num_tokens, i_h, H, C, D, ROWS)
         _fetch(
-            d_x, d_y, d_z, d_u, s_x, s_y, s_z, s_u, bars, i + STAGES, num_chunks, start, i_h * D,
-            REVERSE, GRAD, STAGES, C, D,
+            d_x, d_y, d_z, s_x, s_y, s_z, bars, i + STAGES, num_chunks, start, i_h * D,
+            REVERSE, STAGES, C, D,
         )  # fmt: skip
-        if GRAD:
-            o_dots = gl.arange(0, C, gl.SliceLayout(0, COLUMNS))
-            p_line = p_dots + i_h.to(gl.int64) * N + row + o_dots
-            gl.store(p_line, b_dots, mask=o_dots < num_tokens)
         last = next_last
 
     tma.store_wait(0)
     if p_final is not None:
         if (before if REVERSE else behind) == 0:
             gl.store(p_final + o_sequence + o_S, b_S)
-    if GRAD and not REVERSE:
-        if p_exits is not None:
-            gl.store(p_exits + o_exit + o_S, b_S)
-
-
-@gluon.jit(do_not_specialize=["N", "M", "length"])  # new with every batch
-def output_pass_hopper_kernel(
-    d_x, d_y, d_z, d_u, d_w, p_w, p_decay, p_reach, stride_reach,
-    p_by_segment, p_dots, p_crossing, p_exits, p_states, p_initial,
-    p_final, p_table, H, N, M, length, stride_x, stride_z, OVERLAP: gl.constexpr,
-    DECAY: gl.constexpr, REVERSE: gl.constexpr, GRAD: gl.constexpr, SCAN: gl.constexpr,
-    C: gl.constexpr, BX: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """w of every segment. Grid: (M * H,); the longest segments start first."""
-    i_h = gl.program_id(0) % H
-    segment = segment_of(p_table, gl.program_id(0) // H)
-    tiles = _shared_memory(d_x.dtype, GRAD, STAGES, C, BX)
-    wait_for_launches_before(OVERLAP)
-    _run_segment(
-        d_x, d_y, d_z, d_u, d_w, p_w, p_decay, p_reach, stride_reach, p_by_segment,
-        p_dots, p_crossing, p_exits, p_states, p_initial, p_final,
-        segment, tiles, i_h, H, N, length, stride_x, stride_z,
-        DECAY, REVERSE, GRAD, SCAN, C, BX, STAGES,
-    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["length"])  # new with every batch
-def output_pair_hopper_kernel(
+def output_pair_kernel(
     d_q, d_k, d_v, d_do, d_dk, d_dv, p_dk, p_dv, p_decay, p_reach, stride_reach, p_by_segment,
     p_states, p_initial, p_final, p_table, H, length,
     OVERLAP: gl.constexpr, DECAY: gl.constexpr, SCAN: gl.constexpr,
@@ -286,17 +205,17 @@ def output_pair_hopper_kernel(
     """dk and dv of every segment, by neighbouring programs. Grid: (M * H * 2,)."""
     i_role, i_h = gl.program_id(0) % 2, gl.program_id(0) // 2 % H
     segment = segment_of(p_table, gl.program_id(0) // 2 // H)
-    tiles = _shared_memory(d_q.dtype, False, STAGES, C, D)
+    tiles = _shared_memory(d_q.dtype, STAGES, C, D)
     wait_for_launches_before(OVERLAP)
     if i_role == 0:
         _run_segment(
-            d_v, d_do, d_q, None, d_dk, p_dk, p_decay, p_reach, stride_reach, p_by_segment,
-            None, None, None, p_states, p_initial, None,
-            segment, tiles, i_h, H, 0, length, 1, D, DECAY, True, False, SCAN, C, D, STAGES,
+            d_v, d_do, d_q, d_dk, p_dk, p_decay, p_reach, stride_reach, p_by_segment,
+            p_states, p_initial, None,
+            segment, tiles, i_h, H, length, 1, D, DECAY, True, SCAN, C, D, STAGES,
         )  # fmt: skip
     else:
         _run_segment(
-            d_k, d_q, d_do, None, d_dv, p_dv, p_decay, p_reach, stride_reach, p_by_segment,
-            None, None, None, p_states, p_initial, p_final,
-            segment, tiles, i_h, H, 0, length, D, 1, DECAY, True, False, SCAN, C, D, STAGES,
+            d_k, d_q, d_do, d_dv, p_dv, p_decay, p_reach, stride_reach, p_by_segment,
+            p_states, p_initial, p_final,
+            segment, tiles, i_h, H, length, D, 1, DECAY, True, SCAN, C, D, STAGES,
         )  # fmt: skip
