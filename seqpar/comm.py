@@ -73,6 +73,7 @@ __all__ = [
     "share_memory",
     "shared_bytes",
     "shares_memory",
+    "swap",
 ]
 
 T = TypeVar("T")
@@ -280,6 +281,44 @@ def _post(
     if works and head_start and not on_host(group):
         torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
     return works
+
+
+def swap(
+    sends: Sequence[tuple[int, Tensor]],
+    recvs: Sequence[tuple[int, Tensor]],
+    group: ProcessGroup | None,
+) -> None:
+    """`exchange`, waited for at once; a recorder in force writes it down, to be repeated."""
+    recorder, rank = current_recorder(), group_rank(group)
+    moved = [*sends, *recvs]
+    staged = any(x.is_cuda for _, x in moved) and on_host(group)
+    if recorder is None or staged or any(r == rank or not x.numel() for r, x in moved):
+        exchange(sends, recvs, group).wait()
+        return
+    if group is None or not moved:
+        return
+    outgoing = [_outgoing(x, group) for _, x in sends]
+    landings = [_landing(x, group) for _, x in recvs]
+    count("exchange", sum(x.numel() for x in outgoing), sum(x.numel() for x in landings))
+    peers = [r for r, _ in sends], [r for r, _ in recvs]
+    recorder.do(_swapping(group, *peers), *outgoing, *landings)
+
+
+def _swapping(group: ProcessGroup, targets: list[int], sources: list[int]) -> Callable[..., None]:
+    """Messages out of and into memory that is there; whoever keeps this does not keep the group."""
+    reference = weakref.ref(group)
+    ways = [(dist.isend, peer) for peer in targets] + [(dist.irecv, peer) for peer in sources]
+
+    def run(*tensors: Tensor) -> None:
+        group = reference()
+        ops = [
+            dist.P2POp(way, x, group=group, group_peer=peer)
+            for (way, peer), x in zip(ways, tensors, strict=True)
+        ]
+        for work in dist.batch_isend_irecv(ops):
+            work.wait()
+
+    return run
 
 
 def all_reduce_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from seqpar import comm
 from seqpar.errors import LayoutError, MeshError
+from seqpar.kernels.recorder import Recorder
 from tests.ranks import run_ranks
 
 W = 3
@@ -45,6 +46,28 @@ def _all_to_all(rank: int) -> None:
         for frm in range(W):
             expected = _mine(10 * frm + rank, dtype, n=(frm + rank) % W)
             assert torch.equal(received[frm], expected)
+
+
+def _swaps_again(rank: int) -> None:
+    """What a recorder has written down moves other tensors later."""
+    group = dist.group.WORLD
+    right, left = (rank + 1) % W, (rank - 1) % W
+    with Recorder([]) as recorder, comm.count_traffic() as traffic:
+        sent, received = torch.empty(6), torch.empty(2, 3)
+        recorder.do(lambda x: x.fill_(rank), sent)
+        comm.swap([(right, sent.view(2, 3))], [(left, received)], group)
+    assert recorder.problem is None
+    assert torch.equal(received, torch.full((2, 3), float(left)))
+    assert traffic["exchange"].received_bytes == traffic["exchange"].sent_bytes == 24
+    assert [place.number for place in recorder.steps[1].places] == [0, 1]
+    other, landing = torch.full((6,), 10.0 + rank), torch.empty(6)
+    recorder.steps[1].action(other.view(torch.uint8), landing.view(torch.uint8))
+    assert torch.equal(landing, torch.full((6,), 10.0 + left))
+    comm.swap([], [], group)
+
+
+def test_recorded_messages_are_repeated() -> None:
+    run_ranks(W, _swaps_again)
 
 
 def test_all_to_all_takes_uneven_and_empty_parts() -> None:

@@ -112,6 +112,8 @@ def _answer(request: Request, group: ProcessGroup | None) -> Any:
             return comm.all_gather(message, group, gives=gives, sources=sources)
         case AllReduceSum(message):
             return comm.all_reduce_sum(message, group)
+        case Swap(sends, recvs):
+            return comm.swap(sends, recvs, group)
         case Beside(exchange, work):  # `request` holds what the exchange reads until it is over
             under_way = _start(exchange, group)
             done = work()
