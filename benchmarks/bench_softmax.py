@@ -4,8 +4,9 @@
 
 One process a GPU. Efficiency is one GPU's time with its best backend over (W x time), both
 measured in the same round of one table, several rounds; forward and forward + backward, bfloat16,
-H = 32 heads of D = 128. Writes softmax.json into the output folder. That the results are right is
-tested by tests/ops/test_softmax_multigpu.py.
+H = 32 heads of D = 128. One GPU's time is taken on all GPUs at once, and the slowest one's counts,
+as in every row; `benchmarks.rank_timing` says what else is recorded. Writes softmax.json into the
+output folder. That the results are right is tested by tests/ops/test_softmax_multigpu.py.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.rank_timing import Recorder, Row
+from benchmarks.rank_timing import Recorder, Row, Sample
 from seqpar import comm
 from seqpar.balance import balanced_layout, imbalance
 from seqpar.layout import SequenceLayout
@@ -85,7 +86,7 @@ def _facts(group: ProcessGroup) -> dict[str, Any]:
 
 def long_document(
     recorder: Recorder, num_tokens: int, group: ProcessGroup, over_nccl: ProcessGroup
-) -> tuple[float, float] | None:
+) -> tuple[Sample, Sample]:
     """One document on all ranks: the ring over a zigzag, and other strategies beside it.
 
     `group` shares memory where its devices can, `over_nccl` does not.
@@ -108,8 +109,7 @@ def long_document(
         rows.append(Row(f"{num_tokens} ring check=True", checked, local))
         alone = on_ranks(SequenceLayout.contiguous((0, num_tokens), 1))
         rows.append(Row(f"one GPU {num_tokens} seqpar", alone, whole, on_one_gpu=True))
-    first: tuple[float, float] = recorder.table(rows, rounds=LONG_ROUNDS)
-    return first
+    return recorder.table(rows, rounds=LONG_ROUNDS)
 
 
 def packed_documents(recorder: Recorder, num_tokens: int, group: ProcessGroup) -> None:
@@ -147,7 +147,7 @@ def windowed(recorder: Recorder, num_tokens: int, group: ProcessGroup) -> None:
         attend = on_ranks(layout, group, strategy="halo", window=WINDOW, check=False)
         facts = {"imbalance": imbalance(layout, window=WINDOW)}
         rows.append(Row(f"{num_tokens} window {WINDOW} halo {name}", attend, local, facts))
-    recorder.table(rows)
+    recorder.table(rows, rounds=LONG_ROUNDS)
 
 
 def short_documents(recorder: Recorder) -> None:
@@ -168,7 +168,7 @@ def short_documents(recorder: Recorder) -> None:
 
 
 def context_parallel_of_torch(
-    recorder: Recorder, num_tokens: int, backend: str, rotation: str, one: tuple[float, float]
+    recorder: Recorder, num_tokens: int, backend: str, rotation: str, one: tuple[Sample, Sample]
 ) -> None:
     """torch's own context parallelism (head-tail balanced ring)."""
     from torch.distributed.device_mesh import init_device_mesh
