@@ -66,6 +66,7 @@ __all__ = [
     "count_traffic",
     "current_traffic",
     "exchange",
+    "exchange_lent",
     "group_rank",
     "group_size",
     "make_room",
@@ -77,6 +78,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+U = TypeVar("U")
 _OBJECT_BYTES = 65536
 _HEAD_START_CYCLES = 20_000
 _GATHER: Callable[..., Any] = (
@@ -85,10 +87,21 @@ _GATHER: Callable[..., Any] = (
 
 
 class Pending(Generic[T]):
-    """Communication under way. `wait()` gives the result, the same one each time."""
+    """Communication under way. `wait()` gives the result, the same one each time.
 
-    def __init__(self, works: Sequence[Any], finish: Callable[[], T], *, keep: Any = None) -> None:
+    Where the result `is_lent` it lies in memory that later messages write: `read` it instead.
+    """
+
+    def __init__(
+        self,
+        works: Sequence[Any],
+        finish: Callable[[], T],
+        *,
+        keep: Any = None,
+        give_back: Callable[[], None] | None = None,
+    ) -> None:
         self._works: Sequence[Any] = works
+        self._give_back, self.is_lent = give_back, give_back is not None
         self._finish: Callable[[], T] | None = finish
         self._keep = keep  # what is being sent must live until it has been sent
         self._result: T | None = None
@@ -101,6 +114,16 @@ class Pending(Generic[T]):
             self._result = self._finish()
             self._works, self._finish, self._keep = (), None, None
         return self._result  # type: ignore[return-value]
+
+    def read(self, use: Callable[[T], U]) -> U:
+        """`use(result)`, once, before the group's next exchange is posted.
+
+        What it queues on the current stream may read the result, nothing after it may.
+        """
+        used = use(self.wait())
+        if self._give_back is not None:
+            self._give_back()
+        return used
 
 
 # -- collectives ------------------------------------------------------------------------------
@@ -265,6 +288,40 @@ def exchange(
         works.append(work)
     works += _post(messages, arriving, group, head_start=head_start)
     return Pending(works, finish, keep=keep)
+
+
+def exchange_lent(
+    sends: Sequence[tuple[int, Tensor]],
+    recvs: Sequence[tuple[int, torch.Size]],
+    like: Tensor,
+    group: ProcessGroup | None,
+) -> Pending[list[Tensor]]:
+    """`exchange` beside work; what arrives may be lent, and is to be read by `Pending.read`.
+
+    It saves copying it out of where copy engines have put it.
+
+    Args:
+        recvs: (group rank to receive from, shape); dtype and device are `like`'s.
+    """
+    itemsize, rank = like.element_size(), group_rank(group)
+    sizes = [(peer, shape.numel() * itemsize) for peer, shape in recvs if shape.numel()]
+    messages = [(peer, _outgoing(x, group)) for peer, x in sends if x.numel()]
+    engines = engines_of(group) if messages or sizes else None
+    to_itself = any(peer == rank for peer, _ in [*sends, *recvs])
+    loan = None if engines is None or to_itself else engines.lend(messages, sizes)
+    if loan is None:
+        landings = [(peer, like.new_empty(shape)) for peer, shape in recvs]
+        return exchange(sends, landings, group, beside_work=True)
+    count("exchange", sum(x.numel() for _, x in messages), sum(size for _, size in sizes))
+
+    def lent() -> list[Tensor]:
+        arrived = iter(loan.messages)
+        return [
+            _incoming(next(arrived), shape, like) if shape.numel() else like.new_empty(shape)
+            for _, shape in recvs
+        ]
+
+    return Pending((loan,), lent, keep=messages, give_back=loan.give_back)
 
 
 def _post(

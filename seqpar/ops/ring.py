@@ -68,19 +68,17 @@ def ring_backward(
     x: Operands, kept: Block, schedule: RingSchedule, group: ProcessGroup | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of this rank's tokens, from the out and lse merged over all keys."""
-    grads = Gradients.of(x.q, x.k, x.v)
-    block = kept
-    returning = _Returning.nothing()
+    grads, block, returning = Gradients.of(x.q, x.k, x.v), kept, _Returning.nothing()
     for step, following in schedule.with_following(schedule.backward):
         arriving = _post_block(x.k, x.v, following, group)  # post
         sums = grads if step.is_own else grads.for_keys(*block)
         attend_backward(sums, x.with_keys(*block), step.tiles, scale=scale)  # compute
-        returning.add_to(grads)  # wait: what others computed for this rank's keys
-        returning = _Returning.post(sums, x.k, x.v, step, group)
-        block = _block(arriving)  # wait, rotate
+        if following is not None:
+            returning.add_to(grads)  # wait: what others computed for this rank's keys
+            returning = _Returning.post(sums, x.k, x.v, step, group, is_last=following.is_own)
+            block = _block(arriving)  # wait, rotate
     dq = grads.dq.result()  # complete, whenever the last gradients arrive
-    returning.add_to(grads)
-    return dq, grads.dk.result(), grads.dv.result()
+    return dq, *returning.end(grads)
 
 
 class RingAttention(torch.autograd.Function):
@@ -153,18 +151,41 @@ class _Returning:
 
     @classmethod
     def post(
-        cls, sums: Gradients, k: Tensor, v: Tensor, step: Step, group: ProcessGroup | None
+        cls,
+        sums: Gradients,
+        k: Tensor,
+        v: Tensor,
+        step: Step,
+        group: ProcessGroup | None,
+        *,
+        is_last: bool,
     ) -> _Returning:
-        """Send the block's gradients to its owner; receive those of the keys sent before."""
-        if step.is_own:
-            return cls.nothing()
+        """Send the block's gradients to its owner; receive those of the keys sent before.
+
+        The last ones are summed at once, so they may be lent.
+        """
         num_sent = num_tokens(step.send_keys)
         sends = [(step.recv_from, part.result()) for part in (sums.dk, sums.dv)]
-        recvs = [(step.send_to, room_for(num_sent, x)) for x in (k, v)]
-        return cls(step, comm.exchange(sends, recvs, group, beside_work=True))
+        rooms = [torch.Size((x.shape[0], num_sent, *x.shape[2:])) for x in (k, v)]
+        if is_last:
+            recvs = [(step.send_to, room) for room in rooms]
+            return cls(step, comm.exchange_lent(sends, recvs, k, group))
+        landings = [(step.send_to, k.new_empty(room)) for room in rooms]
+        return cls(step, comm.exchange(sends, landings, group, beside_work=True))
 
     def add_to(self, grads: Gradients) -> None:
-        arrived = self.pending.wait()
+        self._add(grads, self.pending.wait())
+
+    def end(self, grads: Gradients) -> tuple[Tensor, Tensor]:
+        """dk and dv, complete."""
+
+        def complete(arrived: list[Tensor]) -> tuple[Tensor, Tensor]:
+            self._add(grads, arrived)
+            return grads.dk.result(), grads.dv.result()
+
+        return self.pending.read(complete)
+
+    def _add(self, grads: Gradients, arrived: list[Tensor]) -> None:
         if self.step is not None:
             for total, part in zip((grads.dk, grads.dv), arrived, strict=True):
-                add_ranges(total, part, self.step.send_keys)
+                add_ranges(total, part, self.step.send_keys, is_lent=self.pending.is_lent)

@@ -5,7 +5,8 @@ Legend: B batch, T tokens, H heads, V value dim (or K key dim).
 Both sums take partial results for a range of rows (gradients: and heads) at a time, and follow one
 rule: what nothing overlaps is copied; one overlapping part waits, so that two terms end in a single
 pass that rounds once, straight into the result's dtype; from the third term on the sum is kept in
-float32 (float64 for float64 parts). A part handed in belongs to the sum from then on.
+float32 (float64 for float64 parts). A part handed in belongs to the sum from then on; one that is
+lent is only read, and until the result has been taken.
 """
 
 from __future__ import annotations
@@ -63,18 +64,24 @@ class _Written:
         self._regions.append(region)
 
 
+class _Part(NamedTuple):
+    region: _Region
+    values: Tensor
+    is_lent: bool
+
+
 class _Layer:
     """Parts of a sum, none of which overlaps another."""
 
     def __init__(self) -> None:
-        self.parts: list[tuple[_Region, Tensor]] = []
+        self.parts: list[_Part] = []
         self._written = _Written()
 
-    def takes(self, region: _Region, part: Tensor) -> bool:
-        if self._written.overlaps(region):
+    def takes(self, part: _Part) -> bool:
+        if self._written.overlaps(part.region):
             return False
-        self._written.add(region)
-        self.parts.append((region, part))
+        self._written.add(part.region)
+        self.parts.append(part)
         return True
 
 
@@ -91,14 +98,16 @@ class RowSum:
         self._wide: Tensor | None = None
         self._result: Tensor | None = None
 
-    def add(self, part: Tensor, *, start: int = 0, head_start: int = 0) -> None:
+    def add(
+        self, part: Tensor, *, start: int = 0, head_start: int = 0, is_lent: bool = False
+    ) -> None:
         """Add a part whose first row and head are the given ones."""
         assert self._result is None, "the sum has been taken"
         if not part.numel():
             return
         region = _Region(start, start + part.shape[1], head_start, head_start + part.shape[2])
         if self._wide is None:
-            if any(layer.takes(region, part) for layer in self._layers):
+            if any(layer.takes(_Part(region, part, is_lent)) for layer in self._layers):
                 return
             self._wide = self._combined(wide_dtype(part.dtype))
             self._layers = (_Layer(), _Layer())
@@ -116,18 +125,18 @@ class RowSum:
     def _combined(self, dtype: torch.dtype) -> Tensor:
         """The layers' sum: into a part that covers all, if there is one, else into new memory."""
         first, second = (layer.parts for layer in self._layers)
-        whole = [part for _, part in first + second if part.shape == self._like.shape]
+        whole = [x for x in first + second if x.values.shape == self._like.shape and not x.is_lent]
         if whole:
-            total = whole[0].to(dtype)
+            total = whole[0].values.to(dtype)
         else:
-            covered = sum(part.numel() for _, part in first) == self._like.numel()
+            covered = sum(x.values.numel() for x in first) == self._like.numel()
             make = torch.empty if covered else torch.zeros
             total = make(self._like.shape, dtype=dtype, device=self._like.device)
-            for region, part in first:
-                region.of(total).copy_(part)
-        for region, part in [*(first if whole else []), *second]:
+            for part in first:
+                part.region.of(total).copy_(part.values)
+        for part in [*(first if whole else []), *second]:
             if not whole or part is not whole[0]:
-                region.of(total).add_(part)
+                part.region.of(total).add_(part.values)
         return total
 
 

@@ -32,9 +32,12 @@ def take_ranges(x: Tensor, ranges: Sequence[Span]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat([x[:, :0], *parts], 1)
 
 
-def add_ranges(total: RowSum, part: Tensor, ranges: Sequence[Span]) -> None:
+def add_ranges(
+    total: RowSum, part: Tensor, ranges: Sequence[Span], *, is_lent: bool = False
+) -> None:
     """Add what `take_ranges` would have cut out to where it would have been cut."""
     offset = 0
     for span in ranges:
-        total.add(part[:, offset : offset + span.num_tokens], start=span.start)
+        piece = part[:, offset : offset + span.num_tokens]
+        total.add(piece, start=span.start, is_lent=is_lent)
         offset += span.num_tokens

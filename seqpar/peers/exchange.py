@@ -30,7 +30,7 @@ from seqpar.peers.exchange_limit import ExchangeLimit
 from seqpar.peers.flags import wait_for_word, write_word
 from seqpar.peers.memory import ApartError, timeout_of, together
 
-__all__ = ["Inboxes", "PeerExchange", "program", "rounded_up"]
+__all__ = ["Inboxes", "Loan", "PeerExchange", "program", "rounded_up"]
 
 Action = Literal["grant", "send", "deliver"]
 _log = logging.getLogger(__name__)
@@ -157,6 +157,23 @@ class PeerExchange:
         left = [(peer, x) for peer, x in sends if peer not in direct]
         return work, left, [(peer, x) for peer, x in recvs if peer not in expected]
 
+    def lend(self, sends: Messages, recvs: Sequence[tuple[int, int]]) -> Loan | None:
+        """Post messages of which those that arrive stay in the inbox, to be read there.
+
+        Args:
+            sends: as in `post`. recvs: (sender, bytes).
+
+        Returns:
+            None, with nothing posted, if several ranks send here or a message does not fit.
+        """
+        direct, sizes = self._fitting(sends), [size for _, size in recvs]
+        senders = {peer for peer, _ in recvs}
+        fits = sum(map(_aligned, sizes)) <= self.capacity_bytes
+        if len(senders) > 1 or not fits or any(peer not in direct for peer, _ in sends):
+            return None
+        work = self.exchange(direct, dict.fromkeys(senders, ()))  # delivers nothing
+        return Loan(self, work, self._places(self._rank, sizes))
+
     def _fitting(self, messages: Messages) -> dict[int, list[Tensor]]:
         """By peer; both sides of a pair know the sizes, so they decide alike."""
         by_peer: dict[int, list[Tensor]] = {}
@@ -202,24 +219,34 @@ class PeerExchange:
         self._sent[peer] += 1
         wait_for_word(self._sending, self._granted(self._rank, by=peer), self._sent[peer])
         with torch.cuda.stream(self._sending):
-            for place, message in zip(self._places(peer, messages), messages, strict=True):
+            places = self._places(peer, [message.numel() for message in messages])
+            for place, message in zip(places, messages, strict=True):
                 place.copy_(message, non_blocking=True)
         write_word(self._sending, self._delivered(peer, by=self._rank), self._sent[peer])
 
     def _deliver(self, peer: int, messages: Sequence[Tensor]) -> None:
         wait_for_word(self._receiving, self._delivered(self._rank, by=peer), self._received[peer])
         with torch.cuda.stream(self._receiving):
-            for place, message in zip(self._places(self._rank, messages), messages, strict=True):
+            places = self._places(self._rank, [message.numel() for message in messages])
+            for place, message in zip(places, messages, strict=True):
                 message.copy_(place, non_blocking=True)
 
-    def _places(self, owner: int, messages: Sequence[Tensor]) -> list[Tensor]:
-        """Where messages lie in a rank's inbox, end to end."""
-        sizes = [message.numel() for message in messages]
+    def _places(self, owner: int, sizes: Sequence[int]) -> list[Tensor]:
+        """Where messages of so many bytes lie in a rank's inbox, end to end."""
         starts = itertools.accumulate(map(_aligned, sizes), initial=self._flag_bytes)
         return [
             self._regions[owner][start : start + size]
             for start, size in zip(starts, sizes, strict=False)
         ]
+
+    @property
+    def num_posted(self) -> int:
+        """How many exchanges have begun."""
+        return self._count
+
+    def kept_until_now(self) -> None:
+        """The inbox is not written before what the current stream has been given is done."""
+        self._receiving.wait_event(torch.cuda.current_stream().record_event())
 
     def _granted(self, owner: int, *, by: int) -> int:
         """The address of a word in `owner`'s memory: how many messages `by` let it send."""
@@ -228,6 +255,23 @@ class PeerExchange:
     def _delivered(self, owner: int, *, by: int) -> int:
         """The address of a word in `owner`'s memory: how many messages `by` has sent it."""
         return self._regions[owner].data_ptr() + (self._size + by) * _FLAG_BYTES
+
+
+class Loan:
+    """Messages in this rank's inbox, to be read there before the next exchange is posted."""
+
+    def __init__(self, engines: PeerExchange, work: Any, messages: list[Tensor]) -> None:
+        self.messages = messages
+        self._engines, self._work, self._number = engines, work, engines.num_posted
+
+    def wait(self) -> None:
+        """The current stream waits until all have arrived, and what was sent may be written."""
+        self._work.wait()
+
+    def give_back(self) -> None:
+        """What reads them is on the current stream; later exchanges write the inbox after that."""
+        assert self._number == self._engines.num_posted, "the inbox may have been written again"
+        self._engines.kept_until_now()
 
 
 class _Streams:

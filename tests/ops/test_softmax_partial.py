@@ -40,6 +40,25 @@ def test_row_sum_is_the_sum(seed: int, dtype: torch.dtype) -> None:
     assert relative_error(total.result(), expected) <= limit
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_lent_parts_are_read_and_no_more(seed: int) -> None:
+    """Neither written, nor part of the result: spoilt afterwards, they change nothing."""
+    draw = random.Random(seed)
+    total, expected = RowSum(torch.empty(SHAPE).double()), torch.zeros(SHAPE).double()
+    lent = []
+    for start, stop, head, head_stop in _parts(seed, count=seed % 4):
+        part = torch.randn(2, stop - start, head_stop - head, 6).double()
+        expected[:, start:stop, head:head_stop] += part
+        if is_lent := draw.random() < 0.5:
+            lent.append((part, part.clone()))
+        total.add(part, start=start, head_start=head, is_lent=is_lent)
+    result = total.result()
+    for part, before in lent:
+        assert torch.equal(part, before)
+        part.fill_(torch.nan)
+    assert relative_error(result, expected) <= 1e-15
+
+
 def test_two_terms_are_rounded_once() -> None:
     a, b = (torch.randn(SHAPE).bfloat16() for _ in range(2))
     total = RowSum(torch.empty_like(a))
