@@ -133,12 +133,14 @@ def packed_documents(recorder: Recorder, num_tokens: int, group: ProcessGroup) -
 
 
 def windowed(recorder: Recorder, num_tokens: int, group: ProcessGroup) -> None:
-    """A sliding window over one document, on three layouts."""
+    """A sliding window over one document, on four layouts."""
     bounds, size = (0, num_tokens), recorder.size
     whole = draw(num_tokens)
     alone = on_ranks(SequenceLayout.contiguous(bounds, 1), window=WINDOW)
     rows = [Row(f"one GPU {num_tokens} window {WINDOW}", alone, whole, on_one_gpu=True)]
+    of_attention = balanced_layout(bounds, size, window=WINDOW, attention_share=0.95)
     for name, layout in (
+        ("balanced for attention", of_attention),
         ("balanced", balanced_layout(bounds, size, window=WINDOW)),
         ("contiguous", SequenceLayout.contiguous(bounds, size)),
         ("zigzag", SequenceLayout.zigzag(bounds, size)),

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from seqpar.errors import LayoutError
 from seqpar.layout import SequenceLayout, Span
 
 __all__ = ["balanced_layout", "causal_work", "imbalance"]
@@ -34,6 +35,7 @@ def balanced_layout(
     world_size: int,
     *,
     window: int | None = None,
+    attention_share: float = 0.5,
     tolerance: float = 0.03,
 ) -> SequenceLayout:
     """A layout in which no rank has more than (1 + tolerance) of the mean work or tokens.
@@ -46,14 +48,19 @@ def balanced_layout(
         cu_seqlens: bounds of the documents, from 0 to N, strictly increasing.
         world_size: W.
         window: of causal attention, as in `softmax_attention`: how many keys a query sees at most.
+        attention_share: how much of a rank's time goes to attention, the rest being the same for
+            every token. One span a rank under a window has more tokens where queries see fewer
+            keys; attention by itself takes about 0.95. Other layouts have equal work and tokens.
         tolerance: the largest excess over the mean of causal attention work, and of tokens.
 
     Raises:
-        LayoutError: bounds or a world size that `SequenceLayout` refuses.
+        LayoutError: bounds or a world size that `SequenceLayout` refuses, or a share that is none.
     """
+    if not 0 <= attention_share <= 1:
+        raise LayoutError(f"attention_share is a share, from 0 to 1; got {attention_share}")
     bounds = SequenceLayout.contiguous(cu_seqlens, world_size).cu_seqlens
     best: tuple[float, SequenceLayout] | None = None
-    for layout in _candidates(bounds, world_size, window):
+    for layout in _candidates(bounds, world_size, window, attention_share):
         excess = max(imbalance(layout, window=window), _token_imbalance(layout))
         if best is None or excess < best[0]:
             best = excess, layout
@@ -80,10 +87,10 @@ def imbalance(layout: SequenceLayout, *, window: int | None = None) -> float:
 
 
 def _candidates(
-    bounds: tuple[int, ...], world_size: int, window: int | None
+    bounds: tuple[int, ...], world_size: int, window: int | None, attention_share: float
 ) -> Iterator[SequenceLayout]:
     if window is not None and bounds[-1]:
-        yield _one_span_a_rank(bounds, world_size, window)
+        yield _one_span_a_rank(bounds, world_size, window, attention_share)
         yield SequenceLayout.contiguous(bounds, world_size)
     limit = bounds[-1] // world_size
     while True:
@@ -93,20 +100,23 @@ def _candidates(
         limit //= 2
 
 
-def _one_span_a_rank(bounds: tuple[int, ...], world_size: int, window: int) -> SequenceLayout:
-    """Contiguous spans of equal work + tokens, each as a share of the whole."""
+def _one_span_a_rank(
+    bounds: tuple[int, ...], world_size: int, window: int, attention_share: float
+) -> SequenceLayout:
+    """Contiguous spans of equal load: of work and of tokens, each as a share of the whole."""
     of_documents = [_pairs(0, stop - start, window) for start, stop in itertools.pairwise(bounds)]
     before = list(itertools.accumulate(of_documents, initial=0))
     num_tokens = bounds[-1]
 
     def load(position: int) -> float:
-        """Of the stream up to a position; 2 for all of it."""
+        """Of the stream up to a position; 1 for all of it."""
         document = min(bisect_right(bounds, position), len(bounds) - 1) - 1
         work = before[document] + _pairs(0, position - bounds[document], window)
-        return work / before[-1] + position / num_tokens
+        share_of_work, share_of_tokens = work / before[-1], position / num_tokens
+        return attention_share * share_of_work + (1 - attention_share) * share_of_tokens
 
     positions = range(num_tokens + 1)
-    cuts = [bisect_left(positions, 2 * i / world_size, key=load) for i in range(1, world_size)]
+    cuts = [bisect_left(positions, i / world_size, key=load) for i in range(1, world_size)]
     spans = [Span(start, stop) for start, stop in itertools.pairwise([0, *cuts, num_tokens])]
     return SequenceLayout(bounds, tuple((span,) for span in spans))
 

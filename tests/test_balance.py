@@ -8,6 +8,7 @@ import random
 import pytest
 
 from seqpar.balance import balanced_layout, causal_work, imbalance
+from seqpar.errors import LayoutError
 from seqpar.layout import SequenceLayout
 from tests.ops.softmax_reference import visible
 
@@ -62,6 +63,18 @@ def test_a_window_shifts_tokens_to_where_less_is_seen() -> None:
     assert layout.tokens_on(0) > layout.tokens_on(1)
     even = SequenceLayout.contiguous((0, 65536), 2)
     assert imbalance(layout, window=4096) < 0.6 * imbalance(even, window=4096)
+
+
+def test_for_attention_alone_work_counts_more_than_tokens() -> None:
+    for_all, for_attention = (
+        balanced_layout((0, 65536), 2, window=4096, attention_share=share) for share in (0.5, 0.95)
+    )
+    assert for_all == balanced_layout((0, 65536), 2, window=4096)
+    assert for_attention.tokens_on(0) > for_all.tokens_on(0)
+    assert imbalance(for_attention, window=4096) < 0.2 * imbalance(for_all, window=4096)
+    assert for_attention.tokens_on(0) <= 1.03 * 32768
+    with pytest.raises(LayoutError, match=r"from 0 to 1; got 1\.5"):
+        balanced_layout((0, 65536), 2, window=4096, attention_share=1.5)
 
 
 @pytest.mark.parametrize("seed", range(3))
