@@ -4,10 +4,11 @@
     python -m benchmarks.bench_lightning --only shapes    # one part: see PARTS
     python -m benchmarks.bench_lightning --plot           # redraw the plot from the JSON file
 
-Prints each row and writes benchmarks/results/<hardware>/lightning.json as the rows come. Peers are
-measured in the same run if they are installed: fla-core (chunk_simple_gla, chunks of 64 and 128)
-and lightning_attn (OpenNLPLab). They tune themselves, so they come after our own rows. With a decay
-per token only fla's forward is: it refuses to run its backward on Hopper below Triton 3.7.1.
+Prints each row and writes benchmarks/results/<hardware>/lightning.json as the rows come, what is
+asked for most first. Peers are measured beside us, shape by shape, if they are installed: fla-core
+(chunk_simple_gla, chunks of 64 and 128) and lightning_attn (OpenNLPLab). fla tunes itself at its
+first calls, for minutes where its choices are not on disk. With a decay per token only its forward
+is measured: it refuses to run its backward on Hopper below Triton 3.7.1.
 
 Floor: every input read once and every output written once, 4 tensors forward and 7 backward, at
 the bandwidth of a device copy measured in the same run. Times are medians of CUDA events with the
@@ -39,7 +40,7 @@ SMALL = (1, 8192, 32)
 LONG = (1, 1048576, 16)
 HEADS = 32
 """Of the other parts: peers tune themselves anew for each number of heads."""
-PARTS = ("shapes", "memory", "error", "error_long", "long", "cold", "lengths", "packed")
+PARTS = ("shapes", "packed", "memory", "error", "lengths", "long", "error_long", "cold")
 Row = dict[str, Any]
 Who = dict[str, Function]
 
@@ -289,16 +290,14 @@ def part_cold(tb_per_s: float, who: Who) -> Iterator[Row]:
 
 
 def run_parts(parts: tuple[str, ...], results: Row, path: Path) -> None:
-    """Every part for us, then for the peers; the file is whole after each row."""
+    """Every part for everyone; the file is whole after each row."""
     everyone, start = participants(), time.perf_counter()
-    ours = {"seqpar": everyone.pop("seqpar")}
-    for who in (ours, everyone):
-        for part in parts:
-            for row in globals()[f"part_{part}"](results["copy_tb_per_s"], who):
-                results.setdefault(part, []).append(row)
-                path.write_text(json.dumps(results, indent=1) + "\n")
-                print(f"{time.perf_counter() - start:6.1f} s  {describe(row)}", flush=True)
-            torch.cuda.empty_cache()
+    for part in parts:
+        for row in globals()[f"part_{part}"](results["copy_tb_per_s"], everyone):
+            results.setdefault(part, []).append(row)
+            path.write_text(json.dumps(results, indent=1) + "\n")
+            print(f"{time.perf_counter() - start:6.1f} s  {describe(row)}", flush=True)
+        torch.cuda.empty_cache()
 
 
 def plot(results: Row, path: Path) -> None:
