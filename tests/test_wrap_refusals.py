@@ -139,6 +139,11 @@ def _with_rope(rope_type: str) -> Callable[[], nn.Module]:
             "use_bidirectional_attention",
             "both directions",
         ),
+        (
+            lambda: tiny_model("bert", is_decoder=True, add_cross_attention=True),
+            "add_cross_attention",
+            "a stream whose layout",
+        ),
         (_llama_with(lambda mlp: nn.GRU(32, 32)), "layers.1.mlp (GRU)", "mixes tokens"),
         (_llama_with(lambda mlp: _TorchAttention()), "mlp (_TorchAttention)", "mixes tokens"),
         (

@@ -215,6 +215,12 @@ def _check_config(config: Any) -> None:
             "the load-balancing loss is a product of two means over all tokens; a rank has its own",
             "set it to False, or balance experts without a loss",
         )
+    if getattr(config, "add_cross_attention", False):
+        raise UnsupportedModelError(
+            f"{name}.add_cross_attention = True",
+            "its layers attend to tokens of a stream whose layout they are not told",
+            "set it to False, or use T5 with seqpar.pack_pairs",
+        )
     if getattr(config, "use_bidirectional_attention", False):
         raise UnsupportedModelError(
             f"{name}.use_bidirectional_attention = {config.use_bidirectional_attention}",
