@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
     parser.add_argument("--time-limit-s", type=float, default=300.0)
     parser.add_argument("--sections", default=",".join(SECTIONS))
+    parser.add_argument("--commit", default="unknown", help="of what is measured")
     parser.add_argument("--ways", default=",".join(WAYS), help="the rows of longest")
     options = parser.parse_args()
     machine = Machine(
@@ -133,6 +134,7 @@ def main() -> None:
     measured = {
         "command": " ".join([command, *sys.argv[1:]]),
         "date": date.today().isoformat(),
+        "commit": options.commit,
         "ranks": machine.ranks,
         **machine.hardware(),
     }

@@ -11,7 +11,7 @@ import copy
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,13 +21,24 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from seqpar.batch import Batch, PackedStream
-from seqpar.comm import all_gather, all_reduce_sum, group_rank
-from seqpar.errors import DataError, ParityError, UnsupportedModelError
+from seqpar.comm import all_reduce_sum, group_rank
+from seqpar.errors import DataError, ParityError
 from seqpar.layout import IGNORE_INDEX
 from seqpar.loss import token_loss
+from seqpar.parity_comparable import (
+    check_comparable,
+    check_drew_nothing,
+    check_same_weights,
+    random_state,
+)
 from seqpar.parity_divergence import Divergence, first_divergence
-from seqpar.parity_reference import documents_of, logits_of, run_document, whole_stream
-from seqpar.wrap import is_parallelized, unparallelize
+from seqpar.parity_reference import (
+    documents_of,
+    logits_and_labels,
+    run_document,
+    whole_stream,
+)
+from seqpar.wrap import unparallelize
 
 __all__ = ["Divergence", "ParityReport", "check_parity"]
 
@@ -119,9 +130,9 @@ def check_parity(
         UnsupportedModelError: a model that is not wrapped, is sharded, or draws dropout masks.
         DataError: no token of the batches is a target.
     """
-    _check_comparable(model)
+    check_comparable(model)
     groups = [group for group in _groups(batch, mesh) if group is not None]
-    _check_same_weights(model, groups)
+    check_same_weights(model, groups)
     streams = _all_streams(batch, groups)
     targets = sum(int((stream.labels != IGNORE_INDEX).sum()) for stream in streams)
     if not targets:  # the same on every rank
@@ -129,7 +140,9 @@ def check_parity(
             "no token of the batch is a target: give it a document of two tokens or more"
         )
     reference_model = unparallelize(copy.deepcopy(model))
+    random = random_state(model)
     reference_loss, reference_gradients = _reference(reference_model, streams, targets, groups)
+    check_drew_nothing(model, random, groups)
     loss, gradients = _wrapped(model, batch, mesh, groups)
     errors = _gradient_errors(gradients, reference_gradients)
     report = ParityReport(loss, reference_loss, errors, loss_tolerance, gradient_tolerance)
@@ -149,7 +162,8 @@ def check_parity(
 def _wrapped(
     model: nn.Module, batch: Batch, mesh: DeviceMesh | None, groups: Sequence[ProcessGroup]
 ) -> tuple[float, dict[str, Tensor]]:
-    logits = logits_of(model(**batch.inputs))
+    logits, labels = logits_and_labels(model(**batch.inputs), batch.labels)
+    batch = replace(batch, labels=labels)
     loss = token_loss(logits, batch, mesh=mesh, grad_reduction="sum")
     return loss.item(), _summed(_gradients(loss, model), model, groups)
 
@@ -165,10 +179,10 @@ def _reference(
     index, ranks = _place(groups)
     loss, total = torch.zeros((), dtype=torch.float64), dict[str, Tensor | None]()
     for document in documents[index::ranks]:
-        logits = logits_of(run_document(model, document))
+        logits, labels = logits_and_labels(run_document(model, document), document.labels)
         nll = nn.functional.cross_entropy(
             logits.flatten(0, -2).float(),
-            document.labels.flatten(),
+            labels.flatten(),
             ignore_index=IGNORE_INDEX,
             reduction="sum",
         )
@@ -236,41 +250,6 @@ def _relative(found: Tensor, reference: Tensor, least: float) -> float:
 
 
 # -- the batch ------------------------------------------------------------------------------------
-
-
-def _check_comparable(model: nn.Module) -> None:
-    name = type(model).__name__
-    if not is_parallelized(model):
-        raise UnsupportedModelError(name, "it is not wrapped", "call seqpar.parallelize first")
-    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
-        raise UnsupportedModelError(
-            name, "its parameters are sharded", "call check_parity before fully_shard"
-        )
-    random = [n for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
-    if model.training and random:
-        raise UnsupportedModelError(
-            f"{random[0]} (Dropout)", "two runs draw different masks", "call model.eval() first"
-        )
-
-
-def _check_same_weights(model: nn.Module, groups: Sequence[ProcessGroup]) -> None:
-    """Compare every parameter's sum of squares with the first rank's."""
-    named = dict(model.named_parameters())
-    if not named or not groups:
-        return
-    own = torch.stack([p.detach().double().square().sum() for p in named.values()])
-    differs = torch.zeros(len(named), dtype=torch.int64, device=own.device)
-    for group in groups:
-        # The same weights summed by other numbers of threads differ in the last digits.
-        differs += (~torch.isclose(all_gather(own, group), own, rtol=1e-9, atol=0)).any(0)
-    for group in groups:
-        differs = all_reduce_sum(differs, group)
-    first = next((name for name, count in zip(named, differs.tolist(), strict=True) if count), None)
-    if first is not None:
-        raise ParityError(
-            f"the ranks hold different weights, first in {first}: call torch.manual_seed before "
-            "the model is built, or load the same checkpoint on every rank"
-        )
 
 
 def _groups(batch: Batch, mesh: DeviceMesh | None) -> list[ProcessGroup | None]:

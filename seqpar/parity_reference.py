@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from seqpar.adapters.hf_models import hugging_face_model
 from seqpar.batch import Batch, PackedStream, unshard
-from seqpar.layout import SequenceLayout
+from seqpar.layout import IGNORE_INDEX, SequenceLayout
 
-__all__ = ["documents_of", "logits_of", "run_document", "whole_stream"]
+__all__ = ["documents_of", "logits_and_labels", "run_document", "whole_stream"]
 
 
 def whole_stream(batch: Batch) -> PackedStream:
@@ -57,13 +58,14 @@ def run_document(model: nn.Module, document: PackedStream) -> Any:
     )
 
 
-def logits_of(output: Any) -> Tensor:
-    """The logits in whatever a model returns: themselves, `.logits`, or the first of a tuple."""
-    if isinstance(output, Tensor):
-        return output
-    for name in ("logits", "last_hidden_state"):
-        found = getattr(output, name, None)
-        if isinstance(found, Tensor):
-            return found
-    first: Tensor = output[0]
-    return first
+def logits_and_labels(output: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits in whatever a model returns: themselves, `.logits`, or the first of a tuple.
+
+    A model without a head gives hidden states: they stand for logits, and labels that are beyond
+    their width for smaller ones.
+    """
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if logits is None:
+        logits = output[0]
+        labels = torch.where(labels == IGNORE_INDEX, labels, labels % logits.shape[-1])
+    return logits, labels

@@ -16,7 +16,6 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
-from types import CodeType
 from typing import Any, TypeVar, get_args
 
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from seqpar.adapters.hf_forward import hugging_face_forward
 from seqpar.adapters.hf_models import check_supported, hugging_face_model, mixers_of, whole_forward
+from seqpar.adapters.token_mixing import check_token_mixing
 from seqpar.adapters.wrapping import (
     MARK,
     Bound,
@@ -44,14 +44,13 @@ __all__ = ["is_parallelized", "parallelize", "takes_strategy", "unparallelize"]
 M = TypeVar("M", bound=nn.Module)
 
 
-_MIXES_TOKENS = (
-    nn.RNNBase,
-    nn.MultiheadAttention,
-    nn.Transformer,
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoderLayer,
-    nn.modules.batchnorm._BatchNorm,
+_AROUND = (
+    "DataParallel",
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "OptimizedModule",
 )
+"""Torch's modules around a whole model; by name, for their imports take seconds."""
 
 
 def parallelize(
@@ -138,6 +137,11 @@ def is_parallelized(model: nn.Module) -> bool:
 
 
 def _check_own_model(model: nn.Module) -> None:
+    kind = type(model).__name__
+    if kind in _AROUND:
+        raise UnsupportedModelError(
+            kind, "it is around the model", f"parallelize the model, then put {kind} around it"
+        )
     parameters = inspect.signature(model.forward).parameters
     missing = {"layout", "group"} - set(parameters)
     if missing:
@@ -149,28 +153,9 @@ def _check_own_model(model: nn.Module) -> None:
             "or use a Hugging Face model that docs/models.md lists",
         )
     _check_call(model)
-    for name, module in model.named_modules():
-        wide = isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1
-        if wide or isinstance(module, _MIXES_TOKENS) or _calls_torch_attention(type(module)):
-            kind = type(module).__name__
-            raise UnsupportedModelError(
-                f"{name} ({kind})" if name else kind,
-                "it mixes tokens of one rank and knows nothing of the others' and of documents",
-                "replace it by softmax_attention, state_attention or short_convolution",
-            )
-
-
-def _calls_torch_attention(kind: type[nn.Module]) -> bool:
-    """Whether a method that the class or a base of it defines names torch's attention."""
-    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
-    methods = [x for base in bases for x in vars(base).values() if inspect.isfunction(x)]
-    unwrapped = [getattr(inspect.unwrap(method), "__code__", None) for method in methods]
-    codes: list[CodeType] = [code for code in unwrapped if code is not None]
-    for code in codes:  # grows by the functions within
-        if "scaled_dot_product_attention" in code.co_names:
-            return True
-        codes += [x for x in code.co_consts if isinstance(x, CodeType)]
-    return False
+    check_token_mixing(
+        model, remedy="replace it by softmax_attention, state_attention or short_convolution"
+    )
 
 
 def _check_call(model: nn.Module) -> None:

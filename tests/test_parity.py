@@ -216,6 +216,34 @@ def test_a_batch_without_targets_is_refused_on_every_rank() -> None:
         assert "no token of the batch is a target" in message
 
 
+@pytest.mark.parametrize(
+    ("family", "option"),
+    [("minimax", "router_jitter_noise"), ("starcoder2", "residual_dropout")],
+)
+def test_a_model_that_draws_random_numbers_is_refused(family: str, option: str) -> None:
+    """In functions, where no layer shows it: its two runs differ, and nothing is wrong."""
+    model = parallelize(tiny_model(family, **{option: 0.3}), None).train()
+    batch = shard(tiny_stream(model, (13, 1, 29)), None)
+    with pytest.raises(UnsupportedModelError, match=r"draws random numbers.*model\.eval\(\)"):
+        check_parity(model, batch)
+    assert check_parity(model.eval(), batch).ok
+
+
+def _without_heads(rank: int) -> dict[str, float]:
+    found = {}
+    for family in ("llama", "mamba2"):
+        whole = tiny_model(family)
+        model = parallelize(whole.base_model, dist.group.WORLD)
+        batch = shard(tiny_stream(whole, (13, 1, 29)), dist.group.WORLD)
+        found[family] = check_parity(model, batch).gradient_error
+    return found
+
+
+def test_models_without_a_head_are_compared_by_their_hidden_states() -> None:
+    """32 numbers a token, and labels up to 60."""
+    assert max(run_ranks(2, _without_heads)[0].values()) > 0
+
+
 def test_a_function_that_returns_no_model_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"it returned OrderedDict, no nn.Module"):
         check_on_ranks(ParityJob("collections:OrderedDict", ranks=1))

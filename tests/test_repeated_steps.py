@@ -125,7 +125,9 @@ def _logits(model: nn.Module, batch: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
-CASES = [
+Case = tuple[str, torch.dtype, bool]
+"""Model, dtype, whether its layers are recomputed."""
+CASES: list[Case] = [
     ("minimax", torch.bfloat16, True),
     ("bamba", torch.float32, True),
     ("own hybrid", torch.float32, False),
@@ -133,7 +135,7 @@ CASES = [
 ]
 
 
-def _all_cases(rank: int, device: str) -> dict[str, list[Any]]:
+def _cases(rank: int, device: str, cases: list[Case]) -> dict[str, list[Any]]:
     """By what carries the states: messages, and on CUDA memory that peers read."""
     groups = {"messages": dist.group.WORLD}
     if device == "cuda":
@@ -142,14 +144,14 @@ def _all_cases(rank: int, device: str) -> dict[str, list[Any]]:
         assert shares_memory(pool.group(ranks)), "these devices cannot read each other's memory"
         groups["peers' memory"] = pool.group(ranks)
     return {
-        carrier: [_steps(group, name, device, *options) for name, *options in CASES]
+        carrier: [_steps(group, name, device, *options) for name, *options in cases]
         for carrier, group in groups.items()
     }
 
 
-def _check(results: dict[str, list[Any]]) -> None:
+def _check(results: dict[str, list[Any]], cases: list[Case]) -> None:
     for carrier, found in results.items():
-        for (name, dtype, _), errors in zip(CASES, found, strict=True):
+        for (name, dtype, _), errors in zip(cases, found, strict=True):
             exact = dtype == torch.float32
             said = (carrier, name, dtype, errors)
             assert errors["loss"] < (MODEL_LOSS if exact else BFLOAT16_LOSS), said
@@ -157,14 +159,16 @@ def _check(results: dict[str, list[Any]]) -> None:
 
 
 def test_steps_on_two_cpu_ranks_agree_with_one_device() -> None:
-    for results in run_on_ranks(_all_cases, "cpu", ranks=2, device="cpu", timeout_s=120.0):
-        _check(results)
+    for results in run_on_ranks(_cases, "cpu", CASES, ranks=2, device="cpu", timeout_s=120.0):
+        _check(results, CASES)
         assert all(errors["kinds"] == 0 for errors in results["messages"])
 
 
 @pytest.mark.multigpu
-def test_repeated_steps_on_two_gpus_agree_with_one() -> None:
-    for results in run_on_ranks(_all_cases, "cuda", ranks=2, device="cuda", timeout_s=150.0):
-        _check(results)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}, {case[1]}")
+def test_repeated_steps_on_two_gpus_agree_with_one(case: Case) -> None:
+    """A world for each, so that each says how it ended: kernels are compiled on the way."""
+    for results in run_on_ranks(_cases, "cuda", [case], ranks=2, device="cuda", timeout_s=150.0):
+        _check(results, [case])
         for found in results.values():
             assert all(errors["repeated"] > 0 for errors in found), results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from seqpar.adapters.tiny import TINY_VOCABULARY, tiny_model, tiny_stream
 from seqpar.batch import Batch, PackedStream, pack, shard
+from seqpar.errors import SeqparError
 from seqpar.layout import SequenceLayout
 from seqpar.loss import count_targets, token_loss
 from seqpar.parity import check_parity
@@ -157,6 +159,15 @@ def test_a_wrapped_model_is_saved_as_the_unwrapped_one(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not is_parallelized(loaded)
     assert relative_error(loaded(_stream(12).ids).logits, wrapped) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba2"])
+def test_a_wrapped_model_is_not_pickled(family: str) -> None:
+    """It came back with its own forwards, and took the whole stream for one document."""
+    model = parallelize(tiny_model(family), None)
+    with pytest.raises(SeqparError, match=r"save model.state_dict\(\), or seqpar.unparallelize"):
+        pickle.dumps(model)
+    assert pickle.dumps(unparallelize(model))
 
 
 def test_another_model_of_the_same_config_stays_as_it_was() -> None:

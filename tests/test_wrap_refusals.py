@@ -84,6 +84,27 @@ class _OwnAttention(nn.Module):
         return F.scaled_dot_product_attention(ids, ids, ids)
 
 
+def _llama_with(part: Callable[[nn.Module], nn.Module]) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        model = tiny_model("llama")
+        model.model.layers[1].mlp = part(model.model.layers[1].mlp)
+        return model
+
+    return build
+
+
+def _changed_mixer() -> nn.Module:
+    from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
+
+    class Changed(MiniMaxLightningAttention):
+        def forward(self, hidden_states: Tensor, **inputs: Any) -> Any:
+            return super().forward(2 * hidden_states, **inputs)
+
+    model = tiny_model("minimax")
+    model.model.layers[0].self_attn.__class__ = Changed
+    return model
+
+
 def _with_rope(rope_type: str) -> Callable[[], nn.Module]:
     factors = (
         {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if rope_type == "longrope" else {}
@@ -113,6 +134,30 @@ def _with_rope(rope_type: str) -> Callable[[], nn.Module]:
         (_bert_with_pooler, "pooler", "first token"),
         (lambda: tiny_model("t5", dropout_rate=0.1), "dropout_rate", "every degree"),
         (_classifier, "LlamaForSequenceClassification", "one place of each row"),
+        (
+            lambda: tiny_model("gemma3_text", use_bidirectional_attention=True),
+            "use_bidirectional_attention",
+            "both directions",
+        ),
+        (
+            lambda: tiny_model("bert", is_decoder=True, add_cross_attention=True),
+            "add_cross_attention",
+            "a stream whose layout",
+        ),
+        (_llama_with(lambda mlp: nn.GRU(32, 32)), "layers.1.mlp (GRU)", "mixes tokens"),
+        (_llama_with(lambda mlp: _TorchAttention()), "mlp (_TorchAttention)", "mixes tokens"),
+        (
+            _llama_with(lambda mlp: nn.Sequential(mlp, nn.Conv1d(32, 32, 3))),
+            "layers.1.mlp.1 (Conv1d)",
+            "mixes tokens",
+        ),
+        (_changed_mixer, "layers.0.self_attn (Changed)", "forward of MiniMaxLightningAttention"),
+        (
+            lambda: torch.compile(tiny_model("llama"), backend="eager"),
+            "OptimizedModule",
+            "around the model",
+        ),
+        (lambda: nn.DataParallel(tiny_model("llama")), "DataParallel", "around the model"),
         (lambda: nn.Linear(3, 3), "Linear", "no group and no layout"),
         (lambda: _With(nn.GRU(4, 4)), "mixer (GRU)", "mixes tokens"),
         (lambda: _With(nn.LSTM(4, 4)), "mixer (LSTM)", "mixes tokens"),

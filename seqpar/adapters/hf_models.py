@@ -15,6 +15,7 @@ from torch import nn
 from seqpar.adapters.mamba2 import mamba2_causal_forward, mamba2_mixer_forward
 from seqpar.adapters.minimax import minimax_lightning_forward
 from seqpar.adapters.t5 import t5_attention_forward
+from seqpar.adapters.token_mixing import check_token_mixing
 from seqpar.errors import UnsupportedModelError
 
 __all__ = [
@@ -111,15 +112,20 @@ def hugging_face_model(model: nn.Module) -> nn.Module | None:
 
 def whole_forward(model: nn.Module) -> Callable[..., Any] | None:
     """What to run in place of the model's own forward, if that drops the layout on its way."""
-    return _WHOLE_FORWARDS.get(type(model).__name__)
+    return _WHOLE_FORWARDS.get(_kind(model).__name__)
 
 
 def mixers_of(model: nn.Module) -> Iterator[tuple[nn.Module, Mixer]]:
     """Token-mixing modules that transformers' attention interface does not reach."""
     for module in model.modules():
-        mixer = _MIXERS.get(type(module).__name__)
+        mixer = _MIXERS.get(_kind(module).__name__)
         if mixer is not None:
             yield module, mixer
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """The class that a module's forward is of: `fully_shard` and users derive others from it."""
+    return next(base for base in type(module).__mro__ if "forward" in vars(base))
 
 
 def check_supported(model: nn.Module) -> None:
@@ -129,16 +135,34 @@ def check_supported(model: nn.Module) -> None:
         UnsupportedModelError: the module, the reason, and what would work.
     """
     for name, module in model.named_modules():
-        reason = _REFUSED_MIXERS.get(type(module).__name__)
-        if reason is not None:
-            raise UnsupportedModelError(
-                f"{name} ({type(module).__name__})",
-                reason,
-                f"wrap a model of another family: {', '.join(sorted(FAMILIES))}",
-            )
+        _check_mixer(name, module)
     _check_family(model)
     _check_head(model)
     _check_config(model.config)
+    check_token_mixing(
+        model,
+        known=[module for module, _ in mixers_of(model)],
+        remedy="leave the model's own layers in place, or write the model on seqpar's operators",
+    )
+
+
+def _check_mixer(name: str, module: nn.Module) -> None:
+    """Refuse a mixer that is known not to work, and a changed one of those that do."""
+    names = [base.__name__ for base in type(module).__mro__]
+    reason = next((_REFUSED_MIXERS[name] for name in names if name in _REFUSED_MIXERS), None)
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__})",
+            reason,
+            f"wrap a model of another family: {', '.join(sorted(FAMILIES))}",
+        )
+    changed = next((name for name in names if name in _MIXERS), None)
+    if changed is not None and _kind(module).__name__ != changed:
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__})",
+            f"it changes the forward of {changed}, which seqpar replaces by its own",
+            f"use {changed} as it is, or write the model on seqpar's operators",
+        )
 
 
 def _check_family(model: nn.Module) -> None:
@@ -190,6 +214,18 @@ def _check_config(config: Any) -> None:
             f"{name}.output_router_logits = True",
             "the load-balancing loss is a product of two means over all tokens; a rank has its own",
             "set it to False, or balance experts without a loss",
+        )
+    if getattr(config, "add_cross_attention", False):
+        raise UnsupportedModelError(
+            f"{name}.add_cross_attention = True",
+            "its layers attend to tokens of a stream whose layout they are not told",
+            "set it to False, or use T5 with seqpar.pack_pairs",
+        )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UnsupportedModelError(
+            f"{name}.use_bidirectional_attention = {config.use_bidirectional_attention}",
+            "no test has shown its attention in both directions to be exact",
+            "set it to False, or use one of the encoders that docs/models.md lists",
         )
     for rope in _rope_types(config):
         if rope in _LENGTH_DEPENDENT_ROPE:

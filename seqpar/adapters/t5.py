@@ -65,7 +65,8 @@ def t5_attention_forward(
     heads = (module.n_heads, module.key_value_proj_dim)
     table = position_bias
     if table is None and module.has_relative_attention_bias:
-        table = module.relative_attention_bias.weight
+        # A copy: the next layers use it, when fully_shard has freed this one's weights.
+        table = module.relative_attention_bias.weight.clone()
     mixed = _attend(
         module.q(hidden_states).unflatten(-1, heads),
         module.k(states).unflatten(-1, heads),

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from seqpar.adapters.sequence import SequenceContext, outside_graph
 from seqpar.comm import agree, group_size
-from seqpar.errors import LayoutError
+from seqpar.errors import LayoutError, SeqparError
 from seqpar.layout import SequenceLayout
 from seqpar.ops.softmax_choice import Strategy
 
@@ -39,6 +39,13 @@ class Wrapping:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Wrapping:
         return self
+
+    def __reduce__(self) -> NoReturn:
+        """A pickled model would come back without its group and with its own forwards."""
+        raise SeqparError(
+            "a wrapped model cannot be pickled, for its ranks and replaced forwards belong to this "
+            "process: save model.state_dict(), or seqpar.unparallelize(model) first"
+        )
 
     @outside_graph
     def context(
