@@ -19,7 +19,8 @@ from seqpar.ops.ring_schedule import (
     own_schedule,
     ring_schedule,
 )
-from seqpar.ops.softmax_choice import Call, Strategy, choose, refuse
+from seqpar.ops.softmax_choice import Call, Strategy, choose
+from seqpar.ops.softmax_refusals import refuse
 from seqpar.ops.softmax_tiles import Mask
 from seqpar.ops.ulysses import (
     HeadsToTokens,
@@ -70,7 +71,7 @@ def softmax_attention(
             auto     the cheapest by heads, layout and mask; the same on every rank.
         causal: a query sees no later key of its document.
         window: a query sees window keys, itself included, or if not causal window - 1 more ahead.
-        scale: default K ** -0.5.
+        scale: a positive number; default K ** -0.5.
         key_layout: where the keys live, if they are another stream (cross-attention): document d
             of the queries sees document d of the keys, all of it.
         ulysses_degree: for usp; divides W. Default: the largest common divisor of W and G, so that
@@ -80,9 +81,10 @@ def softmax_attention(
             right) a rank with a wrong shape leaves the others waiting.
 
     Raises:
-        LayoutError: tensors, layouts, mask and strategy that do not fit together; on every rank.
+        LayoutError: tensors, layouts, mask and strategy that do not fit together, or differ between
+            ranks; on every rank.
         MeshError: a group, a degree or heads that do not fit together; on every rank.
-        KernelInputError: a device or dtype without a fused attention kernel.
+        KernelInputError: a device or dtype without a fused attention kernel; on every rank.
 
     Source: Ring Attention, arXiv 2310.01889; DeepSpeed-Ulysses, arXiv 2309.14509; USP, arXiv
     2405.07719; Ring Self-Attention, arXiv 2105.13120.

@@ -1,9 +1,9 @@
-"""What a call of softmax attention asks for: refused by name, or given a strategy.
+"""What a call of softmax attention asks for, and the strategy that it is given.
 
 Legend: H query heads, G key/value heads, K key dim, V value dim, W ranks, N tokens of the stream.
 
-Everything here follows from arguments that are the same on every rank, so every rank refuses or
-chooses alike; only a rank's own tensor shapes need one exchange (`comm.agree`).
+Everything here follows from arguments that are the same on every rank, so every rank chooses alike;
+`softmax_refusals` makes sure that they are.
 """
 
 from __future__ import annotations
@@ -11,17 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from seqpar import comm
-from seqpar.errors import LayoutError, MeshError, SeqparError
 from seqpar.layout import SequenceLayout
 from seqpar.ops.softmax_tiles import Mask
 
-__all__ = ["Call", "Strategy", "choose", "refuse"]
+__all__ = ["Call", "Strategy", "choose"]
 
 Strategy = Literal["auto", "ring", "ulysses", "usp", "gather", "halo"]
 
@@ -61,10 +58,8 @@ class Call:
         strategy: Strategy,
         ulysses_degree: int | None,
     ) -> Call:
-        """Read the shapes; tensors of other than four dims are refused here, on each rank alone."""
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            if x.ndim != 4:
-                raise LayoutError(f"{name} must be [batch, tokens, heads, dim], got {x.shape}")
+        """Read the shapes: zeros for those of tensors that have too few dims, which are refused."""
+        q_shape, k_shape, v_shape = ((*x.shape, 0, 0, 0, 0) for x in (q, k, v))
         return cls(
             layout=layout,
             key_layout=layout if key_layout is None else key_layout,
@@ -72,44 +67,13 @@ class Call:
             mask=mask,
             strategy=strategy,
             ulysses_degree=ulysses_degree,
-            batch=q.shape[0],
-            heads=q.shape[2],
-            kv_heads=k.shape[2],
-            key_dim=q.shape[3],
-            value_dim=v.shape[3],
+            batch=q_shape[0],
+            heads=q_shape[2],
+            kv_heads=k_shape[2],
+            key_dim=q_shape[3],
+            value_dim=v_shape[3],
             item_bytes=q.element_size(),
         )
-
-
-def refuse(
-    call: Call,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    group: ProcessGroup | None,
-    *,
-    scale: float | None,
-    check: bool,
-) -> None:
-    """Raise what is wrong with the call, on every rank, before anything is sent."""
-    size = comm.group_size(group)
-    if call.layout.world_size != size:
-        raise MeshError(
-            f"the layout scatters the stream over {call.layout.world_size} ranks, the group has "
-            f"{size}: make the layout for this group"
-        )
-    error = _call_error(call) or _tensor_error(call, q, k, v, comm.group_rank(group))
-    if not check or group is None:
-        if error is not None:
-            raise error
-        return
-    same = (hash(call.layout), hash(call.key_layout), call.mask, call.strategy, scale)
-    comm.agree(
-        None if error is None else str(error),
-        group,
-        same=(*same, call.ulysses_degree, call.batch, call.heads, call.kv_heads, q.dtype),
-        error=LayoutError if error is None else type(error),
-    )
 
 
 @lru_cache(maxsize=256)
@@ -121,80 +85,6 @@ def choose(call: Call) -> tuple[str, int]:
     if call.strategy == "usp":
         return "usp", call.ulysses_degree or gcd(size, call.kv_heads)
     return call.strategy, size if call.strategy == "ulysses" else 1
-
-
-@lru_cache(maxsize=256)
-def _call_error(call: Call) -> SeqparError | None:
-    return _mask_error(call) or _heads_error(call)
-
-
-def _mask_error(call: Call) -> SeqparError | None:
-    window, queries, keys = call.mask.window, call.layout, call.key_layout
-    if call.strategy not in get_args(Strategy):
-        return LayoutError(f"no strategy {call.strategy!r}: one of {', '.join(get_args(Strategy))}")
-    if window is not None and window < 1:
-        return LayoutError(f"window={window}: it counts the query itself, so it is at least 1")
-    if call.strategy == "halo" and window is None:
-        return LayoutError("strategy 'halo' needs a window: without one use 'gather' or 'ring'")
-    if not call.is_cross:
-        return None
-    if queries.num_documents != keys.num_documents:
-        return LayoutError(
-            f"queries hold {queries.num_documents} documents, keys {keys.num_documents}: document "
-            f"d of the queries sees document d of the keys, so the numbers must be equal"
-        )
-    if queries.world_size != keys.world_size:
-        return LayoutError(
-            f"queries are scattered over {queries.world_size} ranks, keys over {keys.world_size}"
-        )
-    if call.mask.causal or window is not None:
-        return LayoutError(
-            f"cross-attention has no order between queries and keys: causal={call.mask.causal} and "
-            f"{window=} must be False and None"
-        )
-    return None
-
-
-def _heads_error(call: Call) -> SeqparError | None:
-    size, heads, kv_heads, degree = (
-        call.layout.world_size,
-        call.heads,
-        call.kv_heads,
-        call.ulysses_degree,
-    )
-    if not kv_heads or heads % kv_heads:
-        return LayoutError(f"{heads} query heads are no multiple of {kv_heads} key/value heads")
-    if degree is not None and call.strategy != "usp":
-        return MeshError(f"ulysses_degree={degree} is for strategy 'usp', not {call.strategy!r}")
-    if degree is not None and (degree < 1 or size % degree):
-        return MeshError(f"ulysses_degree={degree} does not divide the group of {size} ranks")
-    traded = size if call.strategy == "ulysses" else (degree or 1)
-    if heads < traded:
-        return MeshError(
-            f"{heads} query heads cannot be dealt out to {traded} ranks: use strategy 'ring', or "
-            f"'usp' with an ulysses_degree that divides {size} and is at most {heads}"
-        )
-    return None
-
-
-def _tensor_error(call: Call, q: Tensor, k: Tensor, v: Tensor, rank: int) -> SeqparError | None:
-    queries, keys = call.layout.tokens_on(rank), call.key_layout.tokens_on(rank)
-    expected = {
-        "q": (call.batch, queries, call.heads, call.key_dim),
-        "k": (call.batch, keys, call.kv_heads, call.key_dim),
-        "v": (call.batch, keys, call.kv_heads, call.value_dim),
-    }
-    for (name, shape), x in zip(expected.items(), (q, k, v), strict=True):
-        if tuple(x.shape) != shape:
-            return LayoutError(
-                f"{name} of rank {rank} is {tuple(x.shape)}, where the layout and q give {shape} "
-                f"[batch, tokens, heads, dim]: shard it with this layout first"
-            )
-        if (x.dtype, x.device) != (q.dtype, q.device):
-            return LayoutError(
-                f"{name} of rank {rank} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}"
-            )
-    return None
 
 
 # -- auto -------------------------------------------------------------------------------------

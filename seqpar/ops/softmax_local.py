@@ -35,6 +35,9 @@ from seqpar.ops.softmax_tiles import Tile
 __all__ = ["Backend", "Gradients", "attend", "attend_backward", "choose_backend"]
 
 
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
 class Backend(Protocol):
     """How a list of tiles is carried out: which kernels, how many launches."""
 
@@ -130,9 +133,9 @@ def choose_backend(q: Tensor, v: Tensor) -> Backend:
 def _choose(
     device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool
 ) -> Backend:
-    if device.type == "cpu":
+    if device.type == "cpu" and dtype in (*CUDA_DTYPES, torch.float64):
         return DenseBackend(CpuFlash())
-    if device.type != "cuda" or dtype == torch.float64:
+    if device.type != "cuda" or dtype not in CUDA_DTYPES:
         raise KernelInputError(
             f"softmax attention has no fused kernel for {dtype} on {device.type}: use float32, "
             f"bfloat16 or float16 on CUDA, or the CPU, which takes float64 too"

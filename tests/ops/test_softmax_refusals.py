@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -17,15 +18,27 @@ from tests.ranks import run_ranks
 LAYOUT = SequenceLayout.contiguous((0, 10, 24), 2)
 
 
-def _call(rank: int, heads: int = 4, kv_heads: int = 2, **options: Any) -> str:
+def _call(
+    rank: int,
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 8,
+    k_shape: tuple[int, ...] | None = None,
+    dtype: torch.dtype = torch.float32,
+    flat: bool = False,
+    layout: SequenceLayout = LAYOUT,
+    **options: Any,
+) -> str:
     """The error's type and text; what was sent before it must be nothing but the agreement."""
-    layout = options.pop("layout", LAYOUT)
     key_layout = options.get("key_layout") or layout
-    shape = options.pop("shape_by_rank", {}).get(rank)
-    q = torch.randn(1, layout.tokens_on(rank), heads, 8)
-    k = torch.randn(*(shape or (1, key_layout.tokens_on(rank), kv_heads, 8)))
-    dtype = options.pop("dtype_by_rank", {}).get(rank)
-    q, k = (x if dtype is None else x.to(dtype) for x in (q, k))
+    queries, keys = (
+        one.tokens_on(rank) if isinstance(one, SequenceLayout) else 12
+        for one in (layout, key_layout)
+    )
+    q = torch.randn(1, queries, heads, head_dim).to(dtype)
+    k = torch.randn(k_shape or (1, keys, kv_heads, head_dim)).to(dtype)
+    q = q[0] if flat else q
     with comm.count_traffic() as traffic:
         try:
             softmax_attention(q, k, k, layout=layout, group=dist.group.WORLD, **options)
@@ -39,10 +52,22 @@ def _calls(rank: int, calls: list[dict[str, Any]]) -> list[str]:
     return [_call(rank, **call) for call in calls]
 
 
+def _calls_wrong_on_rank_1(rank: int, calls: list[dict[str, Any]]) -> list[str]:
+    return [_call(rank, **(call if rank == 1 else {})) for call in calls]
+
+
 CROSS = SequenceLayout.contiguous((0, 5, 9, 12), 2)
 REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"layout": None}, "LayoutError: layout must be a SequenceLayout, got None"),
     ({"strategy": "rings"}, "LayoutError: no strategy 'rings': one of auto, ring"),
+    ({"strategy": ["ring"]}, "LayoutError: no strategy ['ring']"),
     ({"window": 0}, "LayoutError: window=0"),
+    ({"window": 4.5}, "LayoutError: window=4.5: it counts keys"),
+    *(({"scale": x}, f"LayoutError: scale={x} must be") for x in (0, -0.3, math.nan, math.inf)),
+    ({"scale": torch.tensor(0.3)}, "LayoutError: scale=tensor(0.3000) must be a positive"),
+    ({"dtype": torch.int64}, "KernelInputError: softmax attention has no fused kernel for torch.i"),
+    ({"head_dim": 0}, "LayoutError: queries and keys have a head dim of 0"),
+    ({"heads": 0}, "LayoutError: 0 query heads"),
     ({"strategy": "halo"}, "LayoutError: strategy 'halo' needs a window"),
     ({"heads": 3}, "LayoutError: 3 query heads are no multiple of 2 key/value heads"),
     (
@@ -65,17 +90,25 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "MeshError: the layout scatters the stream over 3 ranks, the group has 2",
     ),
 ]
-ONE_RANK_WRONG: list[tuple[dict[str, Any], str, str]] = [
+ONE_RANK_WRONG: list[tuple[dict[str, Any], str]] = [
     (
-        {"shape_by_rank": {1: (1, 11, 2, 8)}},
+        {"k_shape": (1, 11, 2, 8)},
         "k of rank 1 is (1, 11, 2, 8), where the layout and q give (1, 12, 2, 8)",
-        "ranks [1] of the group refused their input; rank 1: k of rank 1 is (1, 11, 2, 8)",
     ),
+    ({"flat": True}, "q must be [batch, tokens, heads, dim], got [12, 4, 8]: 3 dims"),
     (
-        {"dtype_by_rank": {1: torch.float64}},
-        "the ranks of the group were not given the same input",
-        "the ranks of the group were not given the same input",
+        {"layout": SequenceLayout.contiguous((0, 24), 3)},
+        "the layout scatters the stream over 3 ranks, the group has 2",
     ),
+    ({"strategy": ["ring"]}, "no strategy ['ring']"),
+    ({"window": "4"}, "window='4': it counts keys"),
+]
+CALLED_DIFFERENTLY: list[dict[str, Any]] = [
+    {"dtype": torch.float64},
+    {"head_dim": 6},
+    {"k_shape": (1, 12, 2, 8), "window": 4},
+    {"scale": 0.3},
+    {"key_layout": LAYOUT, "causal": False},
 ]
 
 
@@ -87,10 +120,17 @@ def test_what_every_rank_can_see_is_refused_on_every_rank() -> None:
 
 
 def test_what_one_rank_has_wrong_is_refused_on_every_rank() -> None:
-    answers = run_ranks(2, _calls, [call for call, _, _ in ONE_RANK_WRONG])
-    for i, (_, on_rank_1, on_rank_0) in enumerate(ONE_RANK_WRONG):
-        assert on_rank_0 in answers[0][i]
-        assert on_rank_1 in answers[1][i]
+    answers = run_ranks(2, _calls_wrong_on_rank_1, [call for call, _ in ONE_RANK_WRONG])
+    for i, (call, text) in enumerate(ONE_RANK_WRONG):
+        assert f"Error: {text}" in answers[1][i], call
+        refused = f"ranks [1] of the group refused their input; rank 1: {text}"
+        assert refused in answers[0][i], call
+
+
+def test_ranks_that_call_differently_are_refused() -> None:
+    for answers in run_ranks(2, _calls_wrong_on_rank_1, CALLED_DIFFERENTLY):
+        for call, answer in zip(CALLED_DIFFERENTLY, answers, strict=True):
+            assert "the ranks of the group were not given the same input" in answer, call
 
 
 def test_without_a_group() -> None:
