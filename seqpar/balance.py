@@ -54,8 +54,11 @@ def balanced_layout(
         tolerance: the largest excess over the mean of causal attention work, and of tokens.
 
     Raises:
-        LayoutError: bounds or a world size that `SequenceLayout` refuses, or a share that is none.
+        LayoutError: bounds or a world size that `SequenceLayout` refuses, a window under 1, or a
+            share that is none.
     """
+    if window is not None and window < 1:
+        raise LayoutError(f"window={window}: it counts the query itself, so it is at least 1")
     if not 0 <= attention_share <= 1:
         raise LayoutError(f"attention_share is a share, from 0 to 1; got {attention_share}")
     bounds = SequenceLayout.contiguous(cu_seqlens, world_size).cu_seqlens

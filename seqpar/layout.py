@@ -14,6 +14,7 @@ Shape letters: N tokens of the stream, T tokens of one rank, D documents, W rank
 from __future__ import annotations
 
 import itertools
+import operator
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -296,14 +297,23 @@ class SequenceLayout:
 
 
 def _checked_world_size(world_size: int) -> int:
+    (world_size,) = _integers((world_size,), "world_size")
     if world_size < 1:
         raise LayoutError(f"a layout needs at least 1 rank, got world_size={world_size}")
     return world_size
 
 
+def _integers(values: Iterable[int], what: str) -> tuple[int, ...]:
+    """Whole numbers as ints, whatever holds them; fractions are not cut to some."""
+    try:
+        return tuple(map(operator.index, values))
+    except TypeError as error:
+        raise LayoutError(f"{what} must be whole numbers, got {values!r:.200}") from error
+
+
 def _checked_bounds(cu_seqlens: Iterable[int] | Tensor) -> tuple[int, ...]:
     values = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
-    bounds = tuple(int(value) for value in values)
+    bounds = _integers(values, "cu_seqlens")
     if not bounds or bounds[0] != 0:
         raise LayoutError(f"cu_seqlens must start at 0, got {bounds[:4]}...")
     for document, (start, stop) in enumerate(itertools.pairwise(bounds)):
@@ -318,7 +328,9 @@ def _checked_spans(
     spans: Iterable[Iterable[tuple[int, int]]], num_tokens: int
 ) -> tuple[tuple[Span, ...], ...]:
     """Per rank: spans without the empty ones, adjacent ones joined; they must tile the stream."""
-    by_rank = tuple(_joined(Span(*span) for span in of_rank) for of_rank in spans)
+    by_rank = tuple(
+        _joined(Span(*_integers(span, "a span's bounds")) for span in of_rank) for of_rank in spans
+    )
     _checked_world_size(len(by_rank))
     position = 0
     for span in sorted(span for of_rank in by_rank for span in of_rank):

@@ -103,3 +103,9 @@ def test_small_streams_have_every_token_once(
     layout = balanced_layout(bounds, world_size, window=window)
     held = [layout.stream_positions(rank).tolist() for rank in range(world_size)]
     assert sorted(itertools.chain(*held)) == list(range(bounds[-1]))
+
+
+@pytest.mark.parametrize("window", [0, -3])
+def test_a_window_without_keys_is_refused(window: int) -> None:
+    with pytest.raises(LayoutError, match=f"window={window}: it counts the query itself"):
+        balanced_layout((0, 9), 2, window=window)

@@ -114,11 +114,29 @@ def test_labels_never_cross_a_document() -> None:
         ((0, 4), (((0, 1),), ((2, 4),)), "gap"),
         ((0, 4), (((2, 4), (0, 2)),), "run forward"),
         ((0, 4), (), "at least 1 rank"),
+        ((0, 2.5, 4), (((0, 4),),), "cu_seqlens must be whole numbers, got .*2.5"),
+        (torch.tensor([0.0, 4.0]), (((0, 4),),), "cu_seqlens must be whole numbers"),
+        (4, (((0, 4),),), "cu_seqlens must be whole numbers, got 4"),
+        ((0, 4), (((0, 2.5),), ((2.5, 4),)), "a span's bounds must be whole numbers, got .*2.5"),
     ],
 )
 def test_what_does_not_fit_is_refused(bounds: tuple, spans: tuple, message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         SequenceLayout(bounds, spans)
+
+
+def test_a_world_size_is_a_whole_number() -> None:
+    for make in (SequenceLayout.contiguous, SequenceLayout.zigzag):
+        with pytest.raises(LayoutError, match="world_size must be whole"):
+            make((0, 4), 2.0)  # type: ignore[arg-type]
+
+
+def test_whole_numbers_become_ints_whatever_holds_them() -> None:
+    """So that equal layouts have equal hashes, which ranks compare."""
+    plain = SequenceLayout((0, 4), (((0, 2),), ((2, 4),)))
+    of_tensors = SequenceLayout(torch.tensor([0, 4]), torch.tensor([[[0, 2]], [[2, 4]]]))
+    assert plain == of_tensors
+    assert hash(plain) == hash(of_tensors)
 
 
 def test_a_tensor_that_does_not_fit_is_refused() -> None:
