@@ -104,11 +104,15 @@ def _cheapest(call: Call) -> tuple[str, int]:
     busiest, mean = _work(call)
     token_bytes = call.batch * call.item_bytes * (call.key_dim + call.value_dim)
     fetched = 2 * _most_fetched(call) * token_bytes * call.kv_heads  # in backward: once more
-    most_tokens = max(call.layout.tokens_on(rank) for rank in range(size))
-    traded = 2 * most_tokens * token_bytes * (call.heads + call.kv_heads)
+    queries, keys = (_most_tokens(layout) for layout in (call.layout, call.key_layout))
+    traded = 2 * (queries * call.heads + keys * call.kv_heads) * token_bytes
     ring_s = max(busiest / FLOPS_PER_S, fetched / BYTES_PER_S)
     ulysses_s = mean / FLOPS_PER_S + traded / BYTES_PER_S
     return ("ulysses", size) if ulysses_s < ring_s else (ring, 1)
+
+
+def _most_tokens(layout: SequenceLayout) -> int:
+    return max(layout.tokens_on(rank) for rank in range(layout.world_size))
 
 
 def _most_fetched(call: Call) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from seqpar import comm
 from seqpar.layout import SequenceLayout
-from seqpar.ops.softmax_choice import Call, choose
+from seqpar.ops.softmax_choice import Call, Strategy, choose
 from seqpar.ops.softmax_tiles import Mask
 from seqpar.ops.ulysses import head_shares
 from tests.ops.softmax_cases import NAMES, Case, run_case
@@ -18,17 +19,25 @@ from tests.ranks import run_ranks
 from tests.tolerances import relative_error
 
 
-def _call(layout: SequenceLayout, *, window: int | None = None, heads: int = 32) -> Call:
+def _call(
+    layout: SequenceLayout,
+    *,
+    strategy: Strategy = "auto",
+    window: int | None = None,
+    heads: int = 32,
+    kv_heads: int = 0,
+    keys: SequenceLayout | None = None,
+) -> Call:
     return Call(
         layout=layout,
-        key_layout=layout,
-        is_cross=False,
-        mask=Mask(window=window),
-        strategy="auto",
+        key_layout=layout if keys is None else keys,
+        is_cross=keys is not None,
+        mask=Mask(causal=keys is None, window=window),
+        strategy=strategy,
         ulysses_degree=None,
         batch=1,
         heads=heads,
-        kv_heads=heads,
+        kv_heads=kv_heads or heads,
         key_dim=128,
         value_dim=128,
         item_bytes=2,
@@ -47,6 +56,29 @@ def test_auto_follows_layout_mask_and_heads() -> None:
     assert choose(_call(contiguous)) == ("ulysses", 8)
     assert choose(_call(contiguous, heads=4)) == ("ring", 1)
     assert choose(_call(SequenceLayout.zigzag((0, n), 1))) == ("ring", 1)
+    # Under a window the same layout is nearly balanced.
+    assert choose(_call(contiguous, window=512)) == ("halo", 1)
+    # So short that the ring would wait for its blocks, unless few heads make them small.
+    short = SequenceLayout.zigzag((0, 4096), 8)
+    assert choose(_call(short)) == ("ulysses", 8)
+    assert choose(_call(short, kv_heads=1)) == ("ring", 1)
+
+
+def test_auto_of_cross_attention_counts_keys_where_they_live() -> None:
+    uneven = [0, 134, 262, *range(389, 1025, 127)]
+    queries = SequenceLayout((0, 1024), [[span] for span in itertools.pairwise(uneven)])
+    keys = SequenceLayout.contiguous((0, 65536), 8)
+    assert choose(_call(queries, keys=keys)) == ("ulysses", 8)  # 32 heads of 65,536 keys to fetch
+    # The busiest rank has 5% more work than the mean, and trading many keys would cost more.
+    assert choose(_call(queries, keys=keys, kv_heads=4)) == ("ring", 1)
+
+
+def test_usp_sends_no_key_head_twice_unless_told_to() -> None:
+    layout = SequenceLayout.zigzag((0, 64), 8)
+    assert choose(_call(layout, strategy="usp", heads=12, kv_heads=4)) == ("usp", 4)
+    assert choose(_call(layout, strategy="usp", heads=12, kv_heads=6)) == ("usp", 2)
+    told = replace(_call(layout, strategy="usp", kv_heads=2), ulysses_degree=8)
+    assert choose(told) == ("usp", 8)
 
 
 @pytest.mark.parametrize("degree", [1, 2, 3, 5, 8])
@@ -81,9 +113,10 @@ def test_bytes_of_each_strategy() -> None:
     contiguous = SequenceLayout.contiguous((0, 64), 4)
     cases = [
         Case(contiguous, strategy, window=window, options={"check": False})
-        for strategy, window in (("gather", None), ("halo", 5), ("ulysses", None))
+        for strategy, window in (("gather", None), ("halo", 5), ("ulysses", None), ("usp", None))
     ]
-    gather, halo, ulysses = zip(*run_ranks(4, _sent, cases), strict=True)
+    cases.append(replace(cases[2], heads=8, kv_heads=4))
+    gather, halo, ulysses, usp, grouped = zip(*run_ranks(4, _sent, cases), strict=True)
     token = 2 * (8 + 8) * 4  # bytes of one token's keys and values
     # Rank r's 16 tokens go to the ranks after it; the gradients of what it fetched go back.
     assert list(gather) == [16 * token * ((3 - rank) + rank) for rank in range(4)]
@@ -91,6 +124,11 @@ def test_bytes_of_each_strategy() -> None:
     assert list(halo) == [4 * token, 8 * token, 8 * token, 4 * token]
     # One query head and the key/value head that it reads to each other rank; out back; twice.
     assert list(ulysses) == [2 * 3 * 16 * (8 + 8 + 8 + 8) * 4] * 4
+    # Two query heads, which share a key/value head: that goes once.
+    assert list(grouped) == [2 * 3 * 16 * (16 + 16 + 8 + 8) * 4] * 4
+    # The neighbour's half of the heads, there and back; 32 tokens of the own key/value head to the
+    # other two neighbours, or their gradients back.
+    assert list(usp) == [(2 * 16 * (16 + 16 + 8 + 8) + 32 * (8 + 8)) * 4] * 4
 
 
 def test_error_of_eight_ranks_is_within_twice_one_device() -> None:
