@@ -173,7 +173,7 @@ def all_gather_async(x: Tensor, group: ProcessGroup | None) -> Pending[Tensor]:
     if not message.numel():
         return Pending((), lambda: gathered)
     # gloo wants them flat, and knows fewer dtypes than torch.
-    landing, outgoing = (t.view(-1).view(torch.uint8) for t in (gathered, message))
+    landing, outgoing = _bytes_of(gathered), _bytes_of(message)
     work = _GATHER(landing, outgoing, group=group, async_op=True)
     return Pending((work,), lambda: gathered.to(x.device) if staged else gathered, keep=message)
 
@@ -479,17 +479,24 @@ def _disagreement(messages: Sequence[tuple[str | None, str]], rank: int) -> str:
     )
 
 
+def _bytes_of(x: Tensor) -> Tensor:
+    """A contiguous tensor's own memory as uint8, flat."""
+    flat = x.view(-1)
+    if flat.stride(0) != 1:  # a single element may have any stride
+        flat = flat.as_strided((1,), (1,))
+    return flat.view(torch.uint8)
+
+
 def _outgoing(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """The tensor's bytes, uint8 and flat, where the backend can read them."""
-    flat = x.detach().contiguous().view(-1)
-    flat = flat.cpu() if on_host(group) else flat
-    return flat.view(torch.uint8)
+    message = x.detach().contiguous()
+    return _bytes_of(message.cpu() if on_host(group) else message)
 
 
 def _landing(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """Where bytes for x can land: x's own memory if the backend can write there."""
     assert x.is_contiguous(), "a receive buffer must be contiguous"
-    flat = x.detach().view(-1).view(torch.uint8)
+    flat = _bytes_of(x.detach())
     return torch.empty_like(flat, device="cpu") if on_host(group) and x.is_cuda else flat
 
 

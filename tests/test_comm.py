@@ -37,6 +37,22 @@ def test_all_gather_gives_every_rank_in_order() -> None:
     run_ranks(W, _gathers)
 
 
+def _single_elements(rank: int) -> None:
+    """Contiguous by their size alone: a stride of 1 is not what they have."""
+    one = torch.full((1, 4), float(rank))[:, 3:].T
+    assert one.is_contiguous()
+    assert one.view(-1).stride() != (1,)
+    gathered = comm.all_gather(one, dist.group.WORLD)
+    assert gathered.flatten().tolist() == [0.0, 1.0, 2.0]
+    right, left = (rank + 1) % W, (rank - 1) % W
+    arrived = comm.exchange([(right, one)], [(left, torch.empty(1))], dist.group.WORLD).wait()
+    assert arrived[0].item() == left
+
+
+def test_single_elements_of_any_stride_travel() -> None:
+    run_ranks(W, _single_elements)
+
+
 def _all_to_all(rank: int) -> None:
     group = dist.group.WORLD
     for dtype in DTYPES:
