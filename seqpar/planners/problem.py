@@ -161,11 +161,6 @@ class ScatterProblem:
         )
         return name, ms
 
-    def with_degrees(self, degrees: tuple[int, ...]) -> ScatterProblem:
-        """The same problem with fewer degrees allowed."""
-        cluster = Cluster.from_json(self.cluster.to_json() | {"degrees": degrees})
-        return ScatterProblem(self.lengths, cluster, self.cost, self.context_tokens)
-
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads back to an equal value."""
         return {
