@@ -212,7 +212,10 @@ def time_layer(
     lasp: Path | None,
     only: list[str] | None,
 ) -> list[dict[str, Any]]:
-    """Forward and backward of every form, and its ratio to the local kernel."""
+    """Forward and backward of every form, and its ratio to the local kernel.
+
+    With `lasp`, of the peers: its rings where there is a decay, and gathering all tokens.
+    """
     layout = SequenceLayout.contiguous((0, tokens * setup.world_size), setup.world_size)
     *inputs, do = setup.stream(tokens)
     leaves = [x.requires_grad_() for x in inputs]
@@ -250,7 +253,7 @@ def time_layer(
     setup.say(str(explain_exchange(q, k, v, log_decay=decay, layout=layout, group=setup.group)))
     times = take_turns(setup, forms | rings)
     setup.say("  eager: " + ", ".join(f"{name} {t.ms:.3f}" for name, t in times.items()))
-    graphs = graphed(setup, forms)
+    graphs = graphed(setup, forms)  # and no rings, which send from Python
     graph_times = take_turns(setup, graphs) if graphs else {}
     rows = []
     for name, time_ in times.items():
