@@ -254,7 +254,7 @@ def time_layer(
     times = take_turns(setup, forms | rings)
     setup.say("  eager: " + ", ".join(f"{name} {t.ms:.3f}" for name, t in times.items()))
     graphs = graphed(setup, forms)  # and no rings, which send from Python
-    graph_times = take_turns(setup, graphs) if graphs else {}
+    graph_times = take_turns(setup, graphs)
     rows = []
     for name, time_ in times.items():
         with comm.count_traffic() as traffic:
