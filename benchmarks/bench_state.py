@@ -98,17 +98,18 @@ def _parts(
         rows = time_layer(setup, tokens, name, decays[name], None, options.forms)
         return {"layer": results.get("layer", []) + rows}
 
-    def peers(tokens: int) -> dict[str, Any]:
-        rows = time_layer(setup, tokens, "slopes", decays["slopes"], options.lasp, None)
+    def peers(name: str, tokens: int) -> dict[str, Any]:
+        rows = time_layer(setup, tokens, name, decays[name], options.lasp, None)
         return {"peers": results.get("peers", []) + rows}
 
     parts: list[Part] = []
-    for name, tokens in itertools.product(options.decays, options.tokens):
+    cases = list(itertools.product(options.decays, options.tokens))
+    for name, tokens in cases:
         parts.append((f"{name}, {tokens} tokens", partial(layer, name, tokens)))
     quick = partial(check, setup, ["slopes"], ["auto", "all_gather"])
     parts.append(("check", lambda: {"errors": quick()}))
-    for tokens in options.tokens if options.lasp else ():
-        parts.append((f"peers, {tokens} tokens", partial(peers, tokens)))
+    for name, tokens in cases if options.lasp else ():
+        parts.append((f"peers, {name}, {tokens} tokens", partial(peers, name, tokens)))
     parts.append(
         ("exchanges", lambda: {"exchange_ms": time_exchanges(setup, [options.heads, 512])})
     )
@@ -211,7 +212,10 @@ def time_layer(
     lasp: Path | None,
     only: list[str] | None,
 ) -> list[dict[str, Any]]:
-    """Forward and backward of every form, and its ratio to the local kernel."""
+    """Forward and backward of every form, and its ratio to the local kernel.
+
+    With `lasp`, of the peers: its rings where there is a decay, and gathering all tokens.
+    """
     layout = SequenceLayout.contiguous((0, tokens * setup.world_size), setup.world_size)
     *inputs, do = setup.stream(tokens)
     leaves = [x.requires_grad_() for x in inputs]
@@ -238,22 +242,23 @@ def time_layer(
     forms = {name: forward_backward(output, leaves, do) for name, output in outputs.items()}
     if only is not None:
         forms = {name: form for name, form in forms.items() if name in ("local kernel", *only)}
-    if lasp is not None and decay is not None:
+    rings: dict[str, Callable[[], None]] = {}
+    if lasp is not None:
         forms = {name: forms[name] for name in ("local kernel", "auto", "gather, then compute")}
-        forms |= lasp_forms(setup, lasp, leaves, do, decay)
+        rings = lasp_forms(setup, lasp, leaves, do, decay) if decay is not None else {}
     setup.say(
         f"\n{tokens} tokens a rank, {setup.world_size} ranks, decay: {decay_name}; "
         f"forward and backward, ms (ratio to the local kernel)"
     )
     setup.say(str(explain_exchange(q, k, v, log_decay=decay, layout=layout, group=setup.group)))
-    times = take_turns(setup, forms)
+    times = take_turns(setup, forms | rings)
     setup.say("  eager: " + ", ".join(f"{name} {t.ms:.3f}" for name, t in times.items()))
-    graphs = graphed(setup, forms) if lasp is None else {}
-    graph_times = take_turns(setup, graphs) if graphs else {}
+    graphs = graphed(setup, forms)  # and no rings, which send from Python
+    graph_times = take_turns(setup, graphs)
     rows = []
     for name, time_ in times.items():
         with comm.count_traffic() as traffic:
-            forms[name]()
+            (forms | rings)[name]()
         graph = graph_times.get(name)
         row = {
             "tokens": tokens,

@@ -79,6 +79,8 @@ class Times:
 
 def take_turns(setup: Setup, forms: dict[str, Callable[[], None]]) -> dict[str, Times]:
     """Times of one call of each form, over rounds in which the forms take turns."""
+    if not forms:
+        return {}
     inner = {}
     for name, form in forms.items():
         for _ in range(2):

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -25,7 +26,7 @@ from seqpar.traffic import Traffic, count_into, current_traffic
 if TYPE_CHECKING:
     from seqpar.kernels.launch import Launch
 
-__all__ = ["Place", "Recorder", "Step", "current_recorder", "lasting", "not_recorded"]
+__all__ = ["Form", "Place", "Recorder", "Step", "current_recorder", "lasting", "not_recorded"]
 
 _ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty")
 
@@ -38,6 +39,19 @@ class Place(NamedTuple):
     number: int
     offset: int = 0
     """Bytes."""
+
+
+class Form(NamedTuple):
+    """What a tensor is but for its address."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: Tensor | None) -> Form | None:
+        """None for no tensor."""
+        return None if x is None else cls(x.shape, x.stride(), x.dtype)
 
 
 class Step(NamedTuple):
@@ -59,6 +73,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, given: Sequence[Tensor | None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.given = [(i, x.data_ptr()) for i, x in enumerate(given) if x is not None]
+        self.forms = list(map(Form.of, given))
         self.steps: list[Step] = []
         self.made: list[Tensor] = []
         """All memory asked for; held, so that no address is given out twice."""

@@ -5,7 +5,7 @@ What it decided for one call holds for all calls of its kind, so here nothing is
 `Recorder` wrote down is launched again, on tensors at other addresses, in the same order.
 
 An address is some bytes behind a base. Bases are, in order: what a call is handed, its results, the
-room that backward keeps, the room that ends with the call, and 0 for what never moves.
+room for what backward is given, the room that ends with the call, and 0 for what never moves.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from seqpar.kernels.direct_launch import TensorMaps
 from seqpar.kernels.launch import Launch
-from seqpar.kernels.recorder import Place, Recorder, Step
+from seqpar.kernels.recorder import Form, Place, Recorder, Step
 from seqpar.traffic import Traffic
 
-__all__ = ["Recording", "Room", "Trace", "Where"]
+__all__ = ["Recording", "Room", "Saved", "Trace"]
 
 _MAP_BYTES = 128
 _ALIGNMENT = 256
@@ -41,6 +41,13 @@ class Result(NamedTuple):
     dtype: torch.dtype
 
 
+class Saved(NamedTuple):
+    """A tensor that backward is given."""
+
+    place: Place
+    form: Form
+
+
 @dataclass(frozen=True)
 class Trace:
     """What a recorder wrote down, without the memory."""
@@ -49,9 +56,11 @@ class Trace:
     sizes: list[int]
     """Bytes of each piece of memory that the call asked for."""
     constants: list[Tensor]
+    given: list[Form | None]
+    """What the call was handed."""
     results: list[Result]
-    saved: list[Place | None]
-    """Where the tensors lie that backward is given."""
+    saved: list[Saved | None]
+    """What backward is given."""
     device: torch.device
     traffic: Traffic
     """What the call has counted."""
@@ -62,7 +71,7 @@ class Trace:
     ) -> Trace | None:
         """None, and the reason in the recorder, if it cannot be repeated."""
         found = [_result(recorder, x) for x in results]
-        places = [None if x is None else recorder.place_of(x) for x in saved]
+        kept = [None if x is None else _saved(recorder, x, found) for x in saved]
         if not any(isinstance(step.action, Launch) for step in recorder.steps):
             recorder.problem = recorder.problem or "nothing is launched"
         for step in recorder.steps:
@@ -73,7 +82,14 @@ class Trace:
         sizes = [x.untyped_storage().nbytes() for x in recorder.made]
         device = recorder.made[0].device
         return cls(
-            recorder.steps, sizes, recorder.constants, found, places, device, recorder.traffic
+            steps=recorder.steps,
+            sizes=sizes,
+            constants=recorder.constants,
+            given=recorder.forms,
+            results=found,
+            saved=kept,
+            device=device,
+            traffic=recorder.traffic,
         )
 
 
@@ -83,6 +99,18 @@ def _result(recorder: Recorder, x: Tensor) -> Result:
     if place.source != "made" or not whole:
         recorder.problem = recorder.problem or "a result is not a tensor of its own"
     return Result(place.number, x.shape, x.dtype)
+
+
+def _saved(recorder: Recorder, x: Tensor, results: Iterable[Result]) -> Saved:
+    found = Saved(recorder.place_of(x), Form(x.shape, x.stride(), x.dtype))
+    number = found.place.number
+    if found.place.source == "given" and found.form != recorder.forms[number]:
+        recorder.problem = (
+            recorder.problem or "backward is given another view of what was handed in"
+        )
+    if found.place.source == "made" and any(number == result.made for result in results):
+        recorder.problem = recorder.problem or "backward is given a result"
+    return found
 
 
 @dataclass(frozen=True)
@@ -106,31 +134,27 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Where:
+class _Where:
     """From the places of a trace to addresses."""
 
     trace: Trace
-    num_given: int
-    given_at: Callable[[int], Base]
-    """The address of what the call is handed."""
-    kept: Room = field(default_factory=Room)
-    """What backward keeps; the rest lies in `scratch`."""
+    kept: Room
+    """What lies here backward is given; the rest lies in `scratch`."""
     scratch: Room = field(default_factory=Room)
 
     @property
     def first_room(self) -> int:
         """The number of the base of `kept`."""
-        return self.num_given + len(self.trace.results)
+        return len(self.trace.given) + len(self.trace.results)
 
     def __call__(self, place: Place) -> Base:
         if place.source == "given":
-            base, offset = self.given_at(place.number)
-            return base, offset + place.offset
+            return place.number, place.offset
         if place.source == "constant":
             return self.first_room + 2, self.trace.constants[place.number].data_ptr()
         for index, result in enumerate(self.trace.results):
             if result.made == place.number:
-                return self.num_given + index, place.offset
+                return len(self.trace.given) + index, place.offset
         is_kept = place.number in self.kept.offsets
         room = self.kept if is_kept else self.scratch
         offset = room.offset_of(place.number, self.trace.sizes[place.number])
@@ -157,10 +181,14 @@ class Recording:
     """The steps of a trace, to be run at other addresses.
 
     All launches read their parameters from one buffer, which is written once for a run.
+
+    Args:
+        kept: the pieces that backward is given.
     """
 
-    def __init__(self, where: Where) -> None:
-        self._trace = trace = where.trace  # keeps constants and launches alive
+    def __init__(self, trace: Trace, kept: Room) -> None:
+        self._trace = trace  # keeps constants and launches alive
+        where = _Where(trace, kept)
         self._addresses: dict[Base, int] = {}
         self._maps: dict[tuple[int, TensorMaps], int] = {}
         found = [tuple(map(where, step.places)) for step in trace.steps]
@@ -204,7 +232,7 @@ class Recording:
         return direct.launch, ctypes.addressof(self._configs[-1]), direct.function, parameters
 
     def run(self, given: list[int], traffic: Traffic | None) -> tuple[list[Tensor], Tensor | None]:
-        """Results, and the room that backward keeps.
+        """Results, and the room of what backward is given.
 
         Args:
             given: addresses of what the call is handed.

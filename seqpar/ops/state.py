@@ -24,7 +24,6 @@ from seqpar import comm
 from seqpar.errors import LayoutError
 from seqpar.kernels.lightning.plan import dense
 from seqpar.kernels.recorded_call import RecordedCall
-from seqpar.kernels.recorder import Recorder
 from seqpar.layout import SequenceLayout
 from seqpar.ops.state_auto import choose_for, default_link
 from seqpar.ops.state_call import CallPlan, call_plan
@@ -228,8 +227,8 @@ class _ScatteredMixer(torch.autograd.Function):
     |          | initial [B, *state]       | [B, D, *state]            | all_reduce of finals     |
     | backward | do, dfinals               | dinputs, dinitial         | the same, reversed       |
 
-    Saves the inputs, the summary of the local tokens and the states that entered. Bytes are those
-    of the exchange's own docstring, each way.
+    Saves the inputs, the states that entered, the summary of the local tokens and a fixed decay, as
+    a repeated call does. Bytes are those of the exchange's own docstring, each way.
     """
 
     @staticmethod
@@ -249,12 +248,13 @@ class _ScatteredMixer(torch.autograd.Function):
         saved = [*kept.inputs, *kept.entries.values()]
         ctx.num_inputs, ctx.links = len(kept.inputs), tuple(kept.entries)
         ctx.summary = take_tensors(kept.summary, saved)
+        ctx.decay = take_tensors(job.part.mixer.log_decay_per_token, saved)
         ctx.save_for_backward(*saved)
         ctx.job, ctx.group, ctx.call = job, group, call
         ctx.initial = None if initial_state is None else (initial_state.shape, initial_state.dtype)
         ctx.traffic = comm.current_traffic()
         if call is not None:
-            ctx.trace = call.forward_ended(recorder, [done.o], [*saved, given[-1]])
+            ctx.trace = call.forward_ended(recorder, [done.o], saved)
         return done.o, done.final_states
 
     @staticmethod
@@ -268,7 +268,10 @@ class _ScatteredMixer(torch.autograd.Function):
         recorder = None
         if ctx.call is not None and ctx.trace is not None:
             do = dense(do)
-            recorder = Recorder([*saved, ctx.job.part.mixer.log_decay_per_token, do])
+            used = list(saved)
+            if ctx.decay is not None:  # the mixer reads its own, which a hook leaves where it is
+                used[ctx.decay.index] = ctx.job.part.mixer.log_decay_per_token
+            recorder = ctx.call.backward_recorder(used, do)
         steps = backward_steps(ctx.job, kept, do, dfinals, wants_initial_grad=wanted)
         with comm.count_into(ctx.traffic), recorder or nullcontext():
             dinputs, dinitial = run_steps(steps, ctx.group)

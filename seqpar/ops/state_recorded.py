@@ -50,6 +50,8 @@ def recorded_call(
     if log_decay is not None:
         if log_decay.is_inference():
             return None
+        if log_decay.data_ptr() % 16:
+            return None
         decay = (log_decay.shape, log_decay.stride(), log_decay.dtype, log_decay.requires_grad)
         if log_decay.ndim == 1:
             fixed = log_decay
@@ -69,6 +71,6 @@ def recorded_call(
         return known.call
     if len(calls) >= _MOST_CALLS:
         calls.clear()
-    call = RecordedCall(with_grad=with_grad, num_inputs=4)
+    call = RecordedCall(with_grad=with_grad)
     calls[key] = _Known(layout, (lambda: None) if fixed is None else weakref.ref(fixed), call)
     return call

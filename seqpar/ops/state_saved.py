@@ -25,10 +25,13 @@ class _Slot:
 
 
 def take_tensors(value: Any, found: list[Tensor]) -> Any:
-    """The value with a slot for each float tensor in it; they go to `found`."""
+    """The value with a slot for each float tensor in it; they go to `found`, each once."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():  # a table, kept by those who made it
             return value
+        for index, other in enumerate(found):
+            if other is value:
+                return _Slot(index)
         found.append(value)
         return _Slot(len(found) - 1)
     changed = {}

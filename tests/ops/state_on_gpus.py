@@ -2,7 +2,8 @@
 
 A number after it says how many seconds it may take. Memory that peers read delivers what NCCL
 delivers, whatever the order in which ranks arrive, eagerly and replayed; a layer captured in a CUDA
-graph gives what it gives eagerly; and one that is repeated from its recording gives what it gave.
+graph gives what it gives eagerly; and one that is repeated from its recording gives what it gave,
+also where activation checkpointing runs it a second time.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from seqpar.layout import SequenceLayout
 from seqpar.mesh import GroupPool, init_mesh
 from seqpar.ops import state_recorded
 from seqpar.ops.state import state_attention
+from tests.ops.state_recomputed import Recomputed
 
 LENGTHS = (4, 64, 4096, 40000, 524288, 1048576)
 """float32 elements of a message: one program, several, and several tiles a program."""
@@ -61,6 +63,9 @@ def _compare(group: dist.ProcessGroup, over_nccl: dist.ProcessGroup) -> None:
     for each, name in ((group, "peer memory"), (over_nccl, "NCCL")):
         _layer_again(each, size)
         say(f"a layer repeated from its recording gives what it gave, {size} ranks over {name}")
+        for decays in (True, False):
+            Recomputed(each, "cuda", (2048, 8, 128), decays=decays).check()
+        say(f"recomputed layers give what they give otherwise, {size} ranks over {name}")
         _layer_in_a_graph(each, size)
         say(f"a captured layer gives what it gives eagerly, {size} ranks over {name}")
 

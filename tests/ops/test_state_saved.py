@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +18,8 @@ from seqpar.ops.state_call import call_plan
 from seqpar.ops.state_lightning import LightningMixer
 from seqpar.ops.state_mixer import Inputs, Summary
 from seqpar.ops.state_saved import put_tensors, take_tensors
+from seqpar.ranks import run_on_ranks
+from tests.ops.state_recomputed import Recomputed
 
 LAYOUT = SequenceLayout.contiguous((0, 5, 64), 1)
 
@@ -40,6 +43,7 @@ def test_tensors_are_taken_out_of_dataclasses_and_put_back() -> None:
     found: list[Tensor] = [torch.randn(7)]
     emptied = take_tensors(value, found)
     assert [x.numel() for x in found] == [7, 2, 1]
+    assert take_tensors(value, found) == emptied, "what is there already is not taken again"
     assert not isinstance(emptied.first, Tensor)
     assert emptied.inner.table is table
     again = put_tensors(emptied, tuple(x + 1 for x in found))
@@ -76,6 +80,17 @@ def test_checkpointing_frees_the_states(monkeypatch: pytest.MonkeyPatch) -> None
     found = torch.autograd.grad(o, leaves, do)
     expected = torch.autograd.grad(plain, leaves, do)
     assert all(torch.equal(x, ref) for x, ref in zip(found, expected, strict=True))
+
+
+def _recomputed(rank: int) -> bool:
+    assert dist.group.WORLD is not None
+    Recomputed(dist.group.WORLD, "cpu", (96, 2, 16), decays=True).check()
+    return True
+
+
+def test_recomputed_layers_on_two_ranks() -> None:
+    """Where nothing is recorded; state_on_gpus.py runs the same where calls are."""
+    assert all(run_on_ranks(_recomputed, ranks=2, device="cpu", timeout_s=60.0))
 
 
 def _calls(layout: SequenceLayout, **options: Any) -> int:
