@@ -18,10 +18,13 @@ from torch import Tensor
 
 from seqpar.kernels.recorder import not_recorded
 
-__all__ = ["LOG_FLOOR", "add_entry_product", "reached_tokens"]
+__all__ = ["LOG_FLOOR", "LOWEST_LOG_DECAY", "add_entry_product", "reached_tokens"]
 
 LOG_FLOOR = -16.635532
 """log(2^-24): what decays to less cannot change a float32 sum of its own size."""
+
+LOWEST_LOG_DECAY = -100.0
+"""What is less acts as this, as in the lightning kernels: -inf times no step is not a number."""
 
 _BLOCK_T = 64
 _BLOCK_Y = 64
@@ -50,7 +53,8 @@ def add_entry_product(
         x: [B, T, H, X], any strides.
         matrix: [B, H, X, Y] float32, any strides.
         log_decay: [H] float32, fixed natural log decay <= 0 of each head, on x's device.
-        on_host: the same numbers; the launch needs them without waiting for the device.
+        on_host: the same numbers, not under -100; the launch needs them without waiting for the
+            device.
         from_end: count steps to the end, from 0, instead of from the start, from 1.
     """
     tokens = x.shape[1]
@@ -100,6 +104,7 @@ def _launch(
         *x.stride(),
         *matrix.stride(),
         LOG_FLOOR=LOG_FLOOR,
+        LOWEST=LOWEST_LOG_DECAY,
         FROM_END=from_end,
         IEEE=x.dtype == torch.float32,
         BLOCK_T=_BLOCK_T,
