@@ -10,9 +10,7 @@ is of the size of a state, whatever the number of tokens.
 
 from __future__ import annotations
 
-import zlib
 from contextlib import nullcontext
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ from seqpar.kernels.recorder import Recorder
 from seqpar.layout import SequenceLayout
 from seqpar.ops.state_auto import choose_for, default_link
 from seqpar.ops.state_call import CallPlan, call_plan
+from seqpar.ops.state_check import agree_on_call
 from seqpar.ops.state_job import Kept, StateJob
 from seqpar.ops.state_lightning import LightningMixer, fixed_on_host
 from seqpar.ops.state_local import RankPart
@@ -85,16 +84,17 @@ def state_attention(
             their part to the few tokens that they reach; False waits for them first. None:
             where the exchange is estimated to take longer than the adding.
         link: figures of what joins the ranks, for auto; by default those of the group's backend.
-        check: refuse tensors that do not fit the layout on all ranks alike, at the cost of one
-            all_gather of 16 bytes a rank that the host waits for. Without it, a rank that refuses
-            its input leaves the others waiting.
+        check: refuse what does not fit the layout, the kernels or the other ranks on all ranks
+            alike, at the cost of one all_gather of 16 bytes a rank that the host waits for. Without
+            it, a rank that refuses its input leaves the others waiting.
 
     Returns:
         o [B, T, H, V] in v's dtype, and None or the final states [B*D, H, K, V] in float32, row b's
         document d at b*D + d.
 
     Raises:
-        LayoutError: shapes that do not fit the layout, or ranks that were given different ones.
+        LayoutError: shapes that do not fit the layout, a fixed decay over 1, ranks that were given
+            different options, decays or shapes, or what another rank cannot take.
         KernelInputError: dtypes or dims that the kernels cannot take.
 
     Source: Qin et al., arXiv 2405.17381 (the recurrence); LASP, arXiv 2404.02882; LASP-2,
@@ -108,7 +108,8 @@ def state_attention(
         if call is not None and call.is_ready:
             return call(q, k, v, log_decay), None
     mixer, inputs = _lightning(q, k, v, log_decay, truncate)
-    plan = _plan(mixer, inputs, layout, group, initial_state, exchange, overlap, link, check)
+    states = (initial_state, return_final_state)
+    plan = _plan(mixer, inputs, layout, group, states, exchange, overlap, link, check)
     return _scatter(mixer, inputs, plan, group, initial_state, return_final_state, call)
 
 
@@ -133,7 +134,8 @@ def scatter_mixer(
     The other arguments, results and errors are those of `state_attention`, with the mixer's state
     shape in place of (H, K, V).
     """
-    plan = _plan(mixer, inputs, layout, group, initial_state, exchange, overlap, link, check)
+    states = (initial_state, return_final_state)
+    plan = _plan(mixer, inputs, layout, group, states, exchange, overlap, link, check)
     return _scatter(mixer, inputs, plan, group, initial_state, return_final_state, None)
 
 
@@ -142,13 +144,17 @@ def _plan(
     inputs: tuple[Tensor, ...],
     layout: SequenceLayout,
     group: ProcessGroup | None,
-    initial_state: Tensor | None,
+    states: tuple[Tensor | None, bool],
     exchange: str,
     overlap: bool | None,
     link: Link | None,
     check: bool,
 ) -> CallPlan:
-    """What the call is to do, or its refusal: on all ranks alike if they check."""
+    """What the call is to do, or its refusal: on all ranks alike if they check.
+
+    `states`: the initial state, and whether final states are returned.
+    """
+    initial_state, return_final_state = states
     plan = call_plan(
         mixer.kind(inputs),
         layout,
@@ -162,8 +168,16 @@ def _plan(
         comm.shared_bytes(group),
     )
     if check:
-        what = (_fingerprint(layout), exchange, initial_state is None, _row_shapes(inputs))
-        comm.agree(plan.problem, group, same=what)
+        agree_on_call(
+            plan,
+            mixer,
+            inputs,
+            layout,
+            group,
+            initial_state,
+            exchange=exchange,
+            return_final_state=return_final_state,
+        )
     elif plan.problem is not None:
         raise LayoutError(plan.problem)
     return plan
@@ -280,18 +294,3 @@ class _ScatteredMixer(torch.autograd.Function):
             shape, dtype = ctx.initial
             dinitial = torch.zeros(shape, dtype=dtype, device=do.device)
         return None, None, None, dinitial, *dinputs
-
-
-@lru_cache(maxsize=64)
-def _fingerprint(layout: SequenceLayout) -> str:
-    """A few words that differ between layouts that differ."""
-    digest = zlib.crc32(repr((layout.cu_seqlens, layout.spans)).encode())
-    return (
-        f"{layout.num_documents} documents of {layout.num_tokens} tokens over "
-        f"{layout.world_size} ranks, checksum {digest:08x}"
-    )
-
-
-def _row_shapes(inputs: tuple[Tensor, ...]) -> tuple[object, ...]:
-    """What must be equal on all ranks: shapes without the number of local tokens, dtypes."""
-    return tuple((x.shape[0], *x.shape[2:], x.dtype) for x in inputs)

@@ -12,8 +12,10 @@ from functools import lru_cache
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from seqpar.errors import KernelInputError
 from seqpar.kernels import lightning
 from seqpar.kernels.entry_product import LOWEST_LOG_DECAY, add_entry_product
+from seqpar.kernels.lightning.plan import plan_of
 from seqpar.ops.state_mixer import Inputs, Mixer, StateKind, Summary
 
 __all__ = ["LightningMixer", "fixed_on_host"]
@@ -82,6 +84,14 @@ class LightningMixer(Mixer):
             log_decay=None if self.log_decay is None else self.log_decay[heads],
             per_token=self.per_token,
         )
+
+    def refusal(self, inputs: Inputs) -> str | None:
+        q, k, v = inputs[:3]
+        try:
+            plan_of(k, v, queries=q, log_decay=self._decay(inputs), cu_seqlens=None)
+        except KernelInputError as error:
+            return str(error)
+        return None
 
     def add_entry(self, o: Tensor, inputs: Inputs, entry: Tensor) -> None:
         self._add_product(o, inputs[0], entry, from_end=False)

@@ -103,6 +103,11 @@ class Mixer(ABC):
     ) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs through o and through the states X that leave."""
 
+    def refusal(self, inputs: Inputs) -> str | None:
+        """What the functions of this class could not take of these inputs, in a sentence that says
+        what to change. Asked ahead of them, on ranks without tokens too."""
+        return None
+
     def summarize_within(self, inputs: Inputs) -> Summary:
         """`summarize` of whole rows where nobody asks for `state`, which may be anything."""
         return self.summarize(inputs, None)
