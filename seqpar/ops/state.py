@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 
 from seqpar import comm
 from seqpar.errors import LayoutError
+from seqpar.kernels.as_given import as_given
 from seqpar.kernels.lightning.plan import dense
 from seqpar.kernels.recorded_call import RecordedCall
 from seqpar.kernels.recorder import Recorder
@@ -257,7 +258,7 @@ class _ScatteredMixer(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         given = (*inputs, job.part.mixer.log_decay_per_token)[:4]
         recorder = None if call is None else call.recorder(given)
-        with recorder or nullcontext():
+        with recorder or nullcontext(), as_given(inputs[0].device):
             done = run_steps(forward_steps(job, inputs, initial_state), group)
         kept = done.kept
         saved = [*kept.inputs, *kept.entries.values()]
@@ -284,7 +285,7 @@ class _ScatteredMixer(torch.autograd.Function):
             do = dense(do)
             recorder = Recorder([*saved, ctx.job.part.mixer.log_decay_per_token, do])
         steps = backward_steps(ctx.job, kept, do, dfinals, wants_initial_grad=wanted)
-        with comm.count_into(ctx.traffic), recorder or nullcontext():
+        with comm.count_into(ctx.traffic), recorder or nullcontext(), as_given(do.device):
             dinputs, dinitial = run_steps(steps, ctx.group)
         if ctx.call is not None:
             ctx.call.backward_ended(ctx.trace, recorder, (*dinputs, None)[:4])

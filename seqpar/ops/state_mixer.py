@@ -8,6 +8,7 @@ tokens alone. G is absent (identity), one number a head (scalar) or one a key di
 
 Inputs are tensors [B, T, ...]. The sequences are the rows, S = B; or, with `cu_seqlens` (int32,
 on the CPU, [S + 1]), B = 1 and the row is S sequences packed end to end, each of 1 token or more.
+Autocast is off inside: cast the inputs first.
 """
 
 from __future__ import annotations

@@ -149,6 +149,13 @@ def test_a_log_decay_of_minus_infinity_resets_the_state() -> None:
     assert relative_error(o[:, 40:], alone) < 5e-6
 
 
+@pytest.mark.parametrize("decay", DECAYS)
+def test_autocast_does_not_reach_inside(decay: str) -> None:
+    inputs = make_inputs(decay=decay, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        check_against_reference(inputs, dtype=torch.float32)
+
+
 def test_a_later_token_changes_nothing_before_it() -> None:
     inputs = make_inputs(decay="token", batch=1)
     changed = {**inputs, "k": inputs["k"].clone(), "v": inputs["v"].clone()}
@@ -204,7 +211,8 @@ def test_decoding_continues_from_a_prefill(decay: str) -> None:
     _, state = lightning_attention(
         **part(0, 66), initial_state=inputs["initial_state"], return_final_state=True
     )
-    o_one, state = lightning_step(**part(66, 67), state=state)
+    with torch.autocast("cpu", torch.bfloat16):
+        o_one, state = lightning_step(**part(66, 67), state=state)
     o_few, state = lightning_step(**part(67, 70), state=state)
     assert_close(torch.cat([o_one, o_few], 1), whole[:, 66:], what="decoded")
     assert_close(state, final, what="state", dim=0)
