@@ -16,15 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqpar.kernels.lightning.inputs import LOWEST_LOG_DECAY
 from seqpar.kernels.recorder import not_recorded
 
-__all__ = ["LOG_FLOOR", "LOWEST_LOG_DECAY", "add_entry_product", "reached_tokens"]
+__all__ = ["LOG_FLOOR", "add_entry_product", "reached_tokens"]
 
 LOG_FLOOR = -16.635532
 """log(2^-24): what decays to less cannot change a float32 sum of its own size."""
-
-LOWEST_LOG_DECAY = -100.0
-"""What is less acts as this, as in the lightning kernels: -inf times no step is not a number."""
 
 _BLOCK_T = 64
 _BLOCK_Y = 64

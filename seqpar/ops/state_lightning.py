@@ -14,7 +14,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from seqpar.errors import KernelInputError
 from seqpar.kernels import lightning
-from seqpar.kernels.entry_product import LOWEST_LOG_DECAY, add_entry_product
+from seqpar.kernels.entry_product import add_entry_product
+from seqpar.kernels.lightning.inputs import LOWEST_LOG_DECAY
 from seqpar.kernels.lightning.plan import plan_of
 from seqpar.ops.state_mixer import Inputs, Mixer, StateKind, Summary
 
