@@ -155,9 +155,11 @@ class Plan:
     def no_decay(self) -> Tensor:
         """[H] zeros: no decay runs as a decay of one, since its own variant crashes ptxas 12.8.
 
-        Copied from the host, which waits: calls on any stream may use it.
+        Copied from the host, which waits: calls on any stream may use it. Calls that are trained
+        through save it, also if the first call is in inference mode.
         """
-        return lasting(torch.zeros(self.problem.heads).to(self.problem.device))
+        with torch.inference_mode(False):
+            return lasting(torch.zeros(self.problem.heads).to(self.problem.device))
 
     @cached_property
     def lengths(self) -> Tensor:
