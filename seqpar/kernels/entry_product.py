@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqpar.kernels.lightning.inputs import LOWEST_LOG_DECAY
 from seqpar.kernels.recorder import not_recorded
 
 __all__ = ["LOG_FLOOR", "add_entry_product", "reached_tokens"]
@@ -50,7 +51,8 @@ def add_entry_product(
         x: [B, T, H, X], any strides.
         matrix: [B, H, X, Y] float32, any strides.
         log_decay: [H] float32, fixed natural log decay <= 0 of each head, on x's device.
-        on_host: the same numbers; the launch needs them without waiting for the device.
+        on_host: the same numbers, not under -100; the launch needs them without waiting for the
+            device.
         from_end: count steps to the end, from 0, instead of from the start, from 1.
     """
     tokens = x.shape[1]
@@ -100,6 +102,7 @@ def _launch(
         *x.stride(),
         *matrix.stride(),
         LOG_FLOOR=LOG_FLOOR,
+        LOWEST=LOWEST_LOG_DECAY,
         FROM_END=from_end,
         IEEE=x.dtype == torch.float32,
         BLOCK_T=_BLOCK_T,

@@ -35,6 +35,7 @@ def entry_product_kernel(
     s_m_x,
     s_m_y,
     LOG_FLOOR: tl.constexpr,
+    LOWEST: tl.constexpr,
     FROM_END: tl.constexpr,
     IEEE: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -49,7 +50,7 @@ def entry_product_kernel(
     """
     i_tile, i_y, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
-    b_g = tl.load(log_decay + i_h)
+    b_g = tl.maximum(tl.load(log_decay + i_h), LOWEST)
     first = 0 if FROM_END else 1
     if b_g * (i_tile * BLOCK_T + first) < LOG_FLOOR:
         return

@@ -81,12 +81,14 @@ def short_convolution(
 
     Source: Dao and Gu, arXiv 2405.21060.
     """
-    channels, taps = weight.shape
-    if x.ndim != 3 or x.shape[2] != channels or (bias is not None and bias.shape != (channels,)):
+    fits = x.ndim == 3 and weight.ndim == 2 and len(weight) == x.shape[2] and weight.shape[1] > 0
+    if not fits or (bias is not None and bias.shape != x.shape[2:]):
         raise LayoutError(
             f"the convolution needs x [B, T, C], weight [C, W], bias [C]; got {tuple(x.shape)}, "
-            f"{tuple(weight.shape)}, {None if bias is None else tuple(bias.shape)}"
+            f"{tuple(weight.shape)}, {None if bias is None else tuple(bias.shape)}: of a "
+            "torch.nn.Conv1d pass weight.squeeze(1)"
         )
+    taps = weight.shape[1]
     rank = comm.group_rank(group)
     taps_left = taps - 1
     extended = _extended(x, taps_left, layout, rank, group, check)

@@ -10,9 +10,7 @@ is of the size of a state, whatever the number of tokens.
 
 from __future__ import annotations
 
-import zlib
 from contextlib import nullcontext
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,11 +20,13 @@ from torch.distributed import ProcessGroup
 
 from seqpar import comm
 from seqpar.errors import LayoutError
+from seqpar.kernels.as_given import as_given
 from seqpar.kernels.lightning.plan import dense
 from seqpar.kernels.recorded_call import RecordedCall
 from seqpar.layout import SequenceLayout
 from seqpar.ops.state_auto import choose_for, default_link
 from seqpar.ops.state_call import CallPlan, call_plan
+from seqpar.ops.state_check import agree_on_call
 from seqpar.ops.state_job import Kept, StateJob
 from seqpar.ops.state_lightning import LightningMixer, fixed_on_host
 from seqpar.ops.state_local import RankPart
@@ -78,22 +78,24 @@ def state_attention(
             `explain_exchange` gives the choice to print.
         truncate: with a fixed decay, leave out what has decayed under 2^-24: such heads are not
             sent further, and tokens that a state no longer reaches are not touched. Exact to
-            float32. `comm.count_traffic` reports the bytes saved. Reads log_decay on the host,
-            once for each tensor and version of it.
+            float32, unless a state is millions of times what comes after it.
+            `comm.count_traffic` reports the bytes saved. Reads log_decay on the host, once for each
+            tensor and version of it.
         overlap: with `truncate`, compute as if no state entered while states travel, and add
             their part to the few tokens that they reach; False waits for them first. None:
             where the exchange is estimated to take longer than the adding.
         link: figures of what joins the ranks, for auto; by default those of the group's backend.
-        check: refuse tensors that do not fit the layout on all ranks alike, at the cost of one
-            all_gather of 16 bytes a rank that the host waits for. Without it, a rank that refuses
-            its input leaves the others waiting.
+        check: refuse what does not fit the layout, the kernels or the other ranks on all ranks
+            alike, at the cost of one all_gather of 16 bytes a rank that the host waits for. Without
+            it, a rank that refuses its input leaves the others waiting.
 
     Returns:
         o [B, T, H, V] in v's dtype, and None or the final states [B*D, H, K, V] in float32, row b's
         document d at b*D + d.
 
     Raises:
-        LayoutError: shapes that do not fit the layout, or ranks that were given different ones.
+        LayoutError: shapes that do not fit the layout, a fixed decay over 1, ranks that were given
+            different options, decays or shapes, or what another rank cannot take.
         KernelInputError: dtypes or dims that the kernels cannot take.
 
     Source: Qin et al., arXiv 2405.17381 (the recurrence); LASP, arXiv 2404.02882; LASP-2,
@@ -107,7 +109,8 @@ def state_attention(
         if call is not None and call.is_ready:
             return call(q, k, v, log_decay), None
     mixer, inputs = _lightning(q, k, v, log_decay, truncate)
-    plan = _plan(mixer, inputs, layout, group, initial_state, exchange, overlap, link, check)
+    states = (initial_state, return_final_state)
+    plan = _plan(mixer, inputs, layout, group, states, exchange, overlap, link, check)
     return _scatter(mixer, inputs, plan, group, initial_state, return_final_state, call)
 
 
@@ -132,7 +135,8 @@ def scatter_mixer(
     The other arguments, results and errors are those of `state_attention`, with the mixer's state
     shape in place of (H, K, V).
     """
-    plan = _plan(mixer, inputs, layout, group, initial_state, exchange, overlap, link, check)
+    states = (initial_state, return_final_state)
+    plan = _plan(mixer, inputs, layout, group, states, exchange, overlap, link, check)
     return _scatter(mixer, inputs, plan, group, initial_state, return_final_state, None)
 
 
@@ -141,13 +145,17 @@ def _plan(
     inputs: tuple[Tensor, ...],
     layout: SequenceLayout,
     group: ProcessGroup | None,
-    initial_state: Tensor | None,
+    states: tuple[Tensor | None, bool],
     exchange: str,
     overlap: bool | None,
     link: Link | None,
     check: bool,
 ) -> CallPlan:
-    """What the call is to do, or its refusal: on all ranks alike if they check."""
+    """What the call is to do, or its refusal: on all ranks alike if they check.
+
+    `states`: the initial state, and whether final states are returned.
+    """
+    initial_state, return_final_state = states
     plan = call_plan(
         mixer.kind(inputs),
         layout,
@@ -161,8 +169,16 @@ def _plan(
         comm.shared_bytes(group),
     )
     if check:
-        what = (_fingerprint(layout), exchange, initial_state is None, _row_shapes(inputs))
-        comm.agree(plan.problem, group, same=what)
+        agree_on_call(
+            plan,
+            mixer,
+            inputs,
+            layout,
+            group,
+            initial_state,
+            exchange=exchange,
+            return_final_state=return_final_state,
+        )
     elif plan.problem is not None:
         raise LayoutError(plan.problem)
     return plan
@@ -228,7 +244,8 @@ class _ScatteredMixer(torch.autograd.Function):
     | backward | do, dfinals               | dinputs, dinitial         | the same, reversed       |
 
     Saves the inputs, the states that entered, the summary of the local tokens and a fixed decay, as
-    a repeated call does. Bytes are those of the exchange's own docstring, each way.
+    a repeated call does. Bytes received are those of the exchange's own docstring, each way, and
+    where final states are asked for 2 (W - 1) / W * 4 * B * D * state more.
     """
 
     @staticmethod
@@ -242,7 +259,7 @@ class _ScatteredMixer(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         given = (*inputs, job.part.mixer.log_decay_per_token)[:4]
         recorder = None if call is None else call.recorder(given)
-        with recorder or nullcontext():
+        with recorder or nullcontext(), as_given(inputs[0].device):
             done = run_steps(forward_steps(job, inputs, initial_state), group)
         kept = done.kept
         saved = [*kept.inputs, *kept.entries.values()]
@@ -273,7 +290,7 @@ class _ScatteredMixer(torch.autograd.Function):
                 used[ctx.decay.index] = ctx.job.part.mixer.log_decay_per_token
             recorder = ctx.call.backward_recorder(used, do)
         steps = backward_steps(ctx.job, kept, do, dfinals, wants_initial_grad=wanted)
-        with comm.count_into(ctx.traffic), recorder or nullcontext():
+        with comm.count_into(ctx.traffic), recorder or nullcontext(), as_given(do.device):
             dinputs, dinitial = run_steps(steps, ctx.group)
         if ctx.call is not None:
             ctx.call.backward_ended(ctx.trace, recorder, (*dinputs, None)[:4])
@@ -283,18 +300,3 @@ class _ScatteredMixer(torch.autograd.Function):
             shape, dtype = ctx.initial
             dinitial = torch.zeros(shape, dtype=dtype, device=do.device)
         return None, None, None, dinitial, *dinputs
-
-
-@lru_cache(maxsize=64)
-def _fingerprint(layout: SequenceLayout) -> str:
-    """A few words that differ between layouts that differ."""
-    digest = zlib.crc32(repr((layout.cu_seqlens, layout.spans)).encode())
-    return (
-        f"{layout.num_documents} documents of {layout.num_tokens} tokens over "
-        f"{layout.world_size} ranks, checksum {digest:08x}"
-    )
-
-
-def _row_shapes(inputs: tuple[Tensor, ...]) -> tuple[object, ...]:
-    """What must be equal on all ranks: shapes without the number of local tokens, dtypes."""
-    return tuple((x.shape[0], *x.shape[2:], x.dtype) for x in inputs)

@@ -103,6 +103,12 @@ def _problem(
                 f"input {index} on rank {rank} has shape {tuple(shape)}, but the layout gives "
                 f"this rank {tokens} tokens on dim 1 of [B, T, ...]: shard it with this layout"
             )
+    for head, g in enumerate(kind.host_log_decay or ()):
+        if not g <= 0:
+            return (
+                f"log_decay of head {head} is {g:g}, but a decay is at most 1, its logarithm at "
+                "most 0: pass natural logarithms of decays"
+            )
     states = (kind.state_shape, (shapes[0][0], *kind.state_shape))
     if initial_shape is not None and tuple(initial_shape) not in states:
         return (

@@ -20,8 +20,8 @@ def log_step_states(scan: Scan) -> Steps[Entries]:
 
     A link sends the sum of the 2^i links that end with it, its own among them, to the link 2^i
     after it, wherever its document still goes on. Bytes received per rank: for each of its links
-    and each round in which something reaches it, 4 * B * (H' * K * V + H if the decay is per
-    token), H' the heads that have not decayed on the way.
+    and each round in which something reaches it from another rank, 4 * B * (H' * K * V + H if the
+    decay is per token), H' the heads that have not decayed on the way.
 
     Source: Hillis and Steele, Data parallel algorithms, 1986; exclusive form.
     """

@@ -12,8 +12,11 @@ from functools import lru_cache
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from seqpar.errors import KernelInputError
 from seqpar.kernels import lightning
 from seqpar.kernels.entry_product import add_entry_product
+from seqpar.kernels.lightning.inputs import LOWEST_LOG_DECAY
+from seqpar.kernels.lightning.plan import plan_of
 from seqpar.ops.state_mixer import Inputs, Mixer, StateKind, Summary
 
 __all__ = ["LightningMixer", "fixed_on_host"]
@@ -22,20 +25,24 @@ _HOST_COPIES: MutableMapping[Tensor, tuple[int, tuple[float, ...]]] = WeakIdKeyD
 
 
 def fixed_on_host(log_decay: Tensor) -> tuple[float, ...] | None:
-    """A fixed decay [H] as floats; None for decay per token.
+    """A fixed decay [H] as floats, not under -100 as in the kernels; None for decay per token.
 
     A copy from a CUDA device waits for the device, so it is made once for each tensor and version.
     """
     if log_decay.ndim != 1:
         return None
     if log_decay.is_inference():  # has no version to remember it by
-        return tuple(log_decay.cpu().tolist())
+        return _floats(log_decay)
     found = _HOST_COPIES.get(log_decay)
     if found is not None and found[0] == log_decay._version:
         return found[1]
-    values = tuple(log_decay.detach().cpu().tolist())
+    values = _floats(log_decay.detach())
     _HOST_COPIES[log_decay] = (log_decay._version, values)
     return values
+
+
+def _floats(log_decay: Tensor) -> tuple[float, ...]:
+    return tuple(max(g, LOWEST_LOG_DECAY) for g in log_decay.cpu().tolist())
 
 
 @lru_cache(maxsize=256)
@@ -78,6 +85,14 @@ class LightningMixer(Mixer):
             log_decay=None if self.log_decay is None else self.log_decay[heads],
             per_token=self.per_token,
         )
+
+    def refusal(self, inputs: Inputs) -> str | None:
+        q, k, v = inputs[:3]
+        try:
+            plan_of(k, v, queries=q, log_decay=self._decay(inputs), cu_seqlens=None)
+        except KernelInputError as error:
+            return str(error)
+        return None
 
     def add_entry(self, o: Tensor, inputs: Inputs, entry: Tensor) -> None:
         self._add_product(o, inputs[0], entry, from_end=False)

@@ -8,6 +8,7 @@ tokens alone. G is absent (identity), one number a head (scalar) or one a key di
 
 Inputs are tensors [B, T, ...]. The sequences are the rows, S = B; or, with `cu_seqlens` (int32,
 on the CPU, [S + 1]), B = 1 and the row is S sequences packed end to end, each of 1 token or more.
+Autocast is off inside: cast the inputs first.
 """
 
 from __future__ import annotations
@@ -102,6 +103,11 @@ class Mixer(ABC):
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs through o and through the states X that leave."""
+
+    def refusal(self, inputs: Inputs) -> str | None:
+        """What the functions of this class could not take of these inputs, in a sentence that says
+        what to change. Asked ahead of them, on ranks without tokens too."""
+        return None
 
     def summarize_within(self, inputs: Inputs) -> Summary:
         """`summarize` of whole rows where nobody asks for `state`, which may be anything."""

@@ -9,10 +9,11 @@ import torch
 
 from seqpar.kernels import entry_product
 from seqpar.kernels.entry_product import LOG_FLOOR, add_entry_product, reached_tokens
+from seqpar.ops.state_lightning import fixed_on_host
 from tests.tolerances import assert_close
 
 B, T, H, X, Y = 2, 150, 4, 20, 70
-DECAYS = (0.0, -0.02, -0.4, -20.0)
+DECAYS = (0.0, -0.02, -0.4, -torch.inf)
 
 
 @pytest.mark.parametrize("from_end", [False, True])
@@ -27,15 +28,17 @@ def test_only_reached_tokens_are_added_to(kernel: bool, from_end: bool) -> None:
     before = torch.randn(B, T, 2 * H, Y, device=device)
     out = before.clone()
     log_decay = torch.tensor(DECAYS, device=device)
+    on_host = fixed_on_host(log_decay)
+    assert on_host is not None
     if kernel:
         entry_product._launch(out[:, :, ::2], x, matrix, log_decay, T, from_end)
     else:
         add_entry_product(
-            out[:, :, ::2], x, matrix, log_decay=log_decay, on_host=DECAYS, from_end=from_end
+            out[:, :, ::2], x, matrix, log_decay=log_decay, on_host=on_host, from_end=from_end
         )
     steps = torch.arange(T, device=device)
     steps = steps.flip(0) if from_end else steps + 1
-    log_reach = steps[:, None] * log_decay.double()
+    log_reach = steps[:, None] * log_decay.double().clamp(min=-100.0)
     whole = torch.einsum("bthx,bhxy->bthy", x.double(), matrix.double())
     added = torch.where(log_reach >= LOG_FLOOR, log_reach.exp(), 0.0)[None, :, :, None] * whole
     assert_close(out[:, :, ::2], before[:, :, ::2] + added, what="sum")

@@ -15,6 +15,7 @@ from seqpar.kernels.lightning import (
     key_value_summary,
     lightning_attention,
     lightning_step,
+    query_grad,
     query_grad_summary,
 )
 from seqpar.kernels.lightning.reference import quadratic_attention, recurrent_attention
@@ -149,6 +150,13 @@ def test_a_log_decay_of_minus_infinity_resets_the_state() -> None:
     assert relative_error(o[:, 40:], alone) < 5e-6
 
 
+@pytest.mark.parametrize("decay", DECAYS)
+def test_autocast_does_not_reach_inside(decay: str) -> None:
+    inputs = make_inputs(decay=decay, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        check_against_reference(inputs, dtype=torch.float32)
+
+
 def test_a_later_token_changes_nothing_before_it() -> None:
     inputs = make_inputs(decay="token", batch=1)
     changed = {**inputs, "k": inputs["k"].clone(), "v": inputs["v"].clone()}
@@ -204,7 +212,8 @@ def test_decoding_continues_from_a_prefill(decay: str) -> None:
     _, state = lightning_attention(
         **part(0, 66), initial_state=inputs["initial_state"], return_final_state=True
     )
-    o_one, state = lightning_step(**part(66, 67), state=state)
+    with torch.autocast("cpu", torch.bfloat16):
+        o_one, state = lightning_step(**part(66, 67), state=state)
     o_few, state = lightning_step(**part(67, 70), state=state)
     assert_close(torch.cat([o_one, o_few], 1), whole[:, 66:], what="decoded")
     assert_close(state, final, what="state", dim=0)
@@ -232,6 +241,8 @@ BAD = {
     "another device": {"v": torch.zeros(1, 8, 2, 4, device="meta")},
     "decay of another shape": {"log_decay": torch.zeros(3)},
     "decay in bfloat16": {"log_decay": torch.zeros(2, dtype=torch.bfloat16)},
+    "a decay that is no logarithm": {"log_decay": torch.tensor([-0.1, 0.9])},
+    "a token's decay that grows": {"log_decay": torch.full((1, 8, 2), 1e-3)},
     "a fixed decay that learns": {"log_decay": torch.zeros(2, requires_grad=True)},
     "bounds not from 0": {"cu_seqlens": torch.tensor([1, 8], dtype=torch.int32)},
     "bounds not to T": {"cu_seqlens": torch.tensor([0, 7], dtype=torch.int32)},
@@ -242,6 +253,7 @@ BAD = {
         **{n: torch.zeros(2, 8, 2, 4) for n in "qkv"},
         "cu_seqlens": torch.tensor([0, 8], dtype=torch.int32),
     },
+    "no bounds": {"cu_seqlens": torch.zeros(0, dtype=torch.int32)},
     "a state for other heads": {"initial_state": torch.zeros(1, 3, 4, 4)},
 }
 
@@ -251,3 +263,32 @@ def test_bad_input_is_refused(what: str) -> None:
     good = {n: torch.zeros(1, 8, 2, 4) for n in "qkv"}
     with pytest.raises(KernelInputError):
         lightning_attention(**{**good, **BAD[what]})
+
+
+def test_pieces_of_other_inputs_are_refused() -> None:
+    q, k, v = (torch.zeros(1, 8, 2, 4) for _ in range(3))
+    decay = torch.tensor([-0.1, -0.2])
+    others = {
+        "tokens is 6, theirs is 8": key_value_summary(k[:, :6], v[:, :6], log_decay=decay),
+        "decay_dims is 0, theirs is 1": key_value_summary(k, v),
+        "dtype is torch.bfloat16": key_value_summary(k.bfloat16(), v.bfloat16(), log_decay=decay),
+        "bounds is": key_value_summary(
+            k, v, log_decay=decay, cu_seqlens=torch.tensor([0, 8], dtype=torch.int32)
+        ),
+    }
+    good = key_value_summary(k, v, log_decay=decay)
+    for words, summary in others.items():
+        with pytest.raises(KernelInputError, match=words):
+            attend(q, k, v, summary, log_decay=decay)
+        with pytest.raises(KernelInputError, match=words):
+            query_grad(q, k, v, v, summary, log_decay=decay)
+        with pytest.raises(KernelInputError, match=words):
+            attend_backward(q, k, v, v, good, summary, log_decay=decay)
+    with pytest.raises(KernelInputError, match="a state has shape"):
+        query_grad(q, k, v, v, good, log_decay=decay, entry_state=torch.zeros(1, 2, 4, 5))
+
+
+def test_no_tokens_decay_nothing() -> None:
+    k = torch.zeros(2, 0, 2, 4)
+    summary = key_value_summary(k, k, log_decay=torch.tensor([-torch.inf, -1.0]))
+    assert not summary.log_transition.any()

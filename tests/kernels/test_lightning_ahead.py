@@ -1,4 +1,4 @@
-"""The gradient of q ahead of the rest, and summaries that leave out what nobody takes."""
+"""Pieces as scattered layers use them: ahead of the rest, without what nobody takes, and saved."""
 
 from __future__ import annotations
 
@@ -17,6 +17,24 @@ from seqpar.kernels.lightning import (
     query_grad_summary,
 )
 from seqpar.kernels.lightning.plan import Plan
+from seqpar.layout import SequenceLayout
+from seqpar.ops.state import state_attention
+
+
+def _on_triton(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The device where kernels run in Triton: interpreted, if there is no GPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton needs a GPU, or TRITON_INTERPRET=1 before it is imported")
+    made = Plan.__init__
+
+    def on_triton(self: Plan, problem: Any) -> None:
+        made(self, problem)
+        self.on_triton = True
+
+    monkeypatch.setattr(Plan, "__init__", on_triton)
+    return "cpu"
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (20, 36)], ids=["whole", "padded"])
@@ -24,17 +42,7 @@ from seqpar.kernels.lightning.plan import Plan
 def test_pieces_ahead_give_the_same_bits(
     decays: bool, dims: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            pytest.skip("Triton needs a GPU, or TRITON_INTERPRET=1 before it is imported")
-        made = Plan.__init__
-
-        def on_triton(self: Plan, problem: Any) -> None:
-            made(self, problem)
-            self.on_triton = True
-
-        monkeypatch.setattr(Plan, "__init__", on_triton)
+    device = _on_triton(monkeypatch)
     torch.manual_seed(0)
     q, k = (torch.randn(1, 1100, 2, dims[0], device=device) for _ in range(2))
     v, do = (torch.randn(1, 1100, 2, dims[1], device=device) for _ in range(2))
@@ -58,3 +66,20 @@ def test_pieces_ahead_give_the_same_bits(
     expected = results(True, False)
     for found, other in zip(results(False, True), expected, strict=True):
         assert torch.equal(found, other)
+
+
+def test_training_after_a_first_call_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, layout = _on_triton(monkeypatch), SequenceLayout.contiguous((0, 47), 1)
+    x = torch.randn(1, 47, 2, 16, device=device)
+
+    def attend_to(x: torch.Tensor) -> torch.Tensor:
+        return state_attention(x, x, x, log_decay=None, layout=layout, group=None)[0]
+
+    with torch.inference_mode():
+        expected = attend_to(x)
+    leaf = x.clone().requires_grad_()
+    o = attend_to(leaf)
+    o.sum().backward()
+    assert torch.equal(o, expected)
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()

@@ -112,5 +112,6 @@ def test_what_does_not_fit_is_refused() -> None:
         left_halo(x, width=0, layout=layout, group=None)
     with pytest.raises(LayoutError, match="has 1"):
         left_halo(x, width=1, layout=SequenceLayout.contiguous((0, 6), 2), group=None)
-    with pytest.raises(LayoutError, match="weight"):
-        short_convolution(x, torch.randn(CHANNELS + 1, TAPS), layout=layout, group=None)
+    for shape in ((CHANNELS + 1, TAPS), (CHANNELS, 1, TAPS), (CHANNELS, 0)):
+        with pytest.raises(LayoutError, match="weight"):
+            short_convolution(x, torch.randn(shape), layout=layout, group=None)

@@ -138,6 +138,8 @@ LONG = (0, 230, 231, 400)
         pytest.param((-4.0, -5.0, -6.0), id="every head forgets: added later"),
         pytest.param((-0.08, -3.0, -6.0), id="one head reaches on"),
         pytest.param((-6.0, 0.0, -9.0), id="the middle head never forgets"),
+        pytest.param((-torch.inf, -0.08, -6.0), id="one head sees each token alone"),
+        pytest.param((-torch.inf, -6.0, -torch.inf), id="added later, two heads alone"),
     ],
 )
 def test_what_has_decayed_is_left_out_exactly(decay: tuple[float, ...], exchange: str) -> None:
@@ -146,7 +148,7 @@ def test_what_has_decayed_is_left_out_exactly(decay: tuple[float, ...], exchange
     expected = truth(stream, LONG)
     for world_size in (2, 3, 7):
         for kind, layout in layouts(LONG, world_size).items():
-            mixer = LightningMixer(stream.log_decay, on_host=decay)
+            mixer = LightningMixer(stream.log_decay, on_host=fixed_on_host(stream.log_decay))
             plan = RankPart.of(mixer, layout, 1, stream.tensors).plan
             assert plan.adds_later == (max(decay) < -1)
             with comm.count_traffic() as traffic:

@@ -68,6 +68,26 @@ class GatedMixer(AutogradMixer):
         return torch.stack(outs, 1), torch.cat(states), torch.cat(logs)
 
 
+@dataclass(frozen=True)
+class MatrixMixer(GatedMixer):
+    """The same without gates, by matrix products."""
+
+    gated: bool = False
+
+    def _run(
+        self, inputs: Inputs, entry: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (x.transpose(1, 2) for x in inputs)
+        bounds = [0, q.shape[2]] if cu_seqlens is None else cu_seqlens.tolist()
+        outs, states = [], []
+        for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            q_s, k_s, v_s = (x[:, :, start:stop] for x in (q, k, v))
+            o = torch.matmul(torch.matmul(q_s, k_s.mT).tril(), v_s)
+            outs.append(o if entry is None else o + torch.matmul(q_s, entry[index : index + 1]))
+            states.append(torch.matmul(k_s.mT, v_s))
+        return torch.cat(outs, 2).transpose(1, 2), torch.cat(states), torch.empty(0)
+
+
 def _stream(n: int, gated: bool, batch: int) -> tuple[Tensor, ...]:
     shapes = [(batch, n, H, K), (batch, n, H, K), (batch, n, H, V)]
     tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
@@ -137,3 +157,17 @@ def test_a_foreign_mixer_over_a_process_group() -> None:
     layout = SequenceLayout.zigzag(bounds, 2)
     for found, ref in zip(zip(*parts, strict=True), expected, strict=True):
         assert_close(layout.unshard(list(found)), ref, what="foreign mixer")
+
+
+def test_autocast_does_not_reach_a_foreign_mixer() -> None:
+    """In forward it would, and in backward, which computes it again, it would not."""
+    mixer, bounds = MatrixMixer(), BOUNDS["packed"]
+    layout = SequenceLayout.contiguous(bounds, 1)
+    stream, do = _stream(bounds[-1], False, 1), torch.randn(1, bounds[-1], H, V)
+    found = []
+    for enabled in (False, True):
+        leaves = [x.float().requires_grad_() for x in stream]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            o, _ = scatter_mixer(mixer, *leaves, layout=layout, group=None)
+        found.append([o.detach(), *torch.autograd.grad(o, leaves, do)])
+    assert all(torch.equal(x, ref) for x, ref in zip(*found, strict=True))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from math import ceil, log2
 
 import pytest
 import torch
@@ -127,15 +127,18 @@ def _traffic(rank: int, layout: SequenceLayout) -> dict[str, tuple[comm.Traffic,
 
 
 def _expected_bytes(layout: SequenceLayout, rank: int, exchange: str, per_token: bool) -> int:
-    """The docstrings' formulas, for one long document over a contiguous layout, forward."""
+    """The docstrings' formulas, for one long document, forward."""
     size = layout.world_size
     message = STATE_BYTES + (TRANSITION_BYTES if per_token else 0)
+    owners = [link.rank for link in layout.chain]
     if exchange == "all_gather":
-        return (size - 1) * message
-    if exchange in ("chain", "pipelined_chain"):
-        return STATE_BYTES if rank else 0
-    if exchange == "log_step":
-        return message * (ceil(log2(rank + 1)) if rank else 0)
+        return (size - 1) * message * max(owners[:-1].count(r) for r in range(size))
+    if exchange in EXCHANGES:
+        chain = exchange != "log_step"
+        hops = [1] if chain else [1, 2, 4, 8]
+        pairs = [pair for hop in hops for pair in zip(owners, owners[hop:], strict=False)]
+        arriving = sum(target == rank != source for source, target in pairs)
+        return arriving * (STATE_BYTES if chain else message)
     heads = [HEADS * (r + 1) // size - HEADS * r // size for r in range(size)]
     inputs = 4 * (2 * KEY_DIM + VALUE_DIM + per_token)
     others = [r for r in range(size) if r != rank]
@@ -144,8 +147,11 @@ def _expected_bytes(layout: SequenceLayout, rank: int, exchange: str, per_token:
     return 2 * (tokens_in * inputs + tokens_back * VALUE_DIM * 4)
 
 
-def test_counted_bytes_equal_the_formulas() -> None:
-    layout = SequenceLayout.contiguous((0, 61), 5)
+@pytest.mark.parametrize("make", [SequenceLayout.contiguous, SequenceLayout.zigzag])
+def test_counted_bytes_equal_the_formulas(make: Callable[..., SequenceLayout]) -> None:
+    layout = make((0, 61), 5)
+    owners = [link.rank for link in layout.chain]
+    mirrored = dict(zip(owners, reversed(owners), strict=True))
     results = run_ranks(5, _traffic, layout)
     for rank, found in enumerate(results):
         for exchange in NAMES:
@@ -156,8 +162,9 @@ def test_counted_bytes_equal_the_formulas() -> None:
                 assert forward.received_bytes == expected, (rank, exchange, decay)
                 backward = both.received_bytes - forward.received_bytes
                 if exchange != "all_to_all":
-                    # The same scan reversed: rank r stands where rank W - 1 - r stood.
-                    assert backward == _expected_bytes(layout, 4 - rank, exchange, per_token)
+                    # The same scan reversed: each rank stands where its mirror image stood.
+                    stood = mirrored[rank]
+                    assert backward == _expected_bytes(layout, stood, exchange, per_token)
 
 
 # -- refusals ---------------------------------------------------------------------------------

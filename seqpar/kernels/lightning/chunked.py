@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seqpar.kernels.lightning.inputs import state_dtype
+from seqpar.kernels.lightning.inputs import LOWEST_LOG_DECAY, state_dtype
 
 __all__ = [
     "attend_backward_chunked",
@@ -38,8 +38,6 @@ __all__ = [
 
 CHUNK = 64
 """Tokens of a chunk: below K and V the work of a token hardly depends on it."""
-
-_LOWEST_LOG_DECAY = -100.0  # exp gives 4e-44: a reset, -inf included, without inf - inf
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class _Decays:
         self._head: Tensor | None = None
         if log_decay is None:
             return
-        log_decay = log_decay.detach().to(dtype).clamp(min=_LOWEST_LOG_DECAY)
+        log_decay = log_decay.detach().to(dtype).clamp(min=LOWEST_LOG_DECAY)
         if log_decay.ndim == 1:
             steps = torch.arange(1, CHUNK + 1, dtype=dtype, device=like.device)
             self._head = log_decay[None, :, None]

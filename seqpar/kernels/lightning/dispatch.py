@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
 
+from seqpar.kernels.as_given import as_given
 from seqpar.kernels.lightning import chunked
 from seqpar.kernels.lightning.plan import Plan
 
@@ -39,9 +40,10 @@ def forward(
         from seqpar.kernels.lightning.forward import forward_triton
 
         return forward_triton(plan, q, k, v, log_decay, initial_state, return_final=return_final)
-    o, final = chunked.attend_chunked(
-        q, k, v, log_decay=log_decay, cu_seqlens=cu_seqlens, entry_state=initial_state
-    )
+    with as_given(q.device):
+        o, final = chunked.attend_chunked(
+            q, k, v, log_decay=log_decay, cu_seqlens=cu_seqlens, entry_state=initial_state
+        )
     return o, final if return_final else None, None
 
 
@@ -64,7 +66,8 @@ def summary(
 
         return summary_triton(plan, y, z, log_decay, reverse=reverse, leaving=leaving)
     state_of = chunked.query_grad_state_chunked if reverse else chunked.key_value_state_chunked
-    return state_of(y, z, log_decay=log_decay, cu_seqlens=cu_seqlens), None
+    with as_given(y.device):
+        return state_of(y, z, log_decay=log_decay, cu_seqlens=cu_seqlens), None
 
 
 def attend(
@@ -82,9 +85,10 @@ def attend(
         from seqpar.kernels.lightning.forward import attend_triton
 
         return attend_triton(plan, q, k, v, states, entry_state)
-    return chunked.attend_chunked(
-        q, k, v, log_decay=log_decay, cu_seqlens=cu_seqlens, entry_state=entry_state
-    )[0]
+    with as_given(q.device):
+        return chunked.attend_chunked(
+            q, k, v, log_decay=log_decay, cu_seqlens=cu_seqlens, entry_state=entry_state
+        )[0]
 
 
 def query_grad(
@@ -134,13 +138,14 @@ def backward(
             entry_grad=entry_grad,
             query_grad=query_grad,
         )
-    return chunked.attend_backward_chunked(
-        *inputs,
-        log_decay=log_decay,
-        cu_seqlens=cu_seqlens,
-        entry_state=entry_state,
-        exit_state_grad=exit_state_grad,
-    )
+    with as_given(inputs[0].device):
+        return chunked.attend_backward_chunked(
+            *inputs,
+            log_decay=log_decay,
+            cu_seqlens=cu_seqlens,
+            entry_state=entry_state,
+            exit_state_grad=exit_state_grad,
+        )
 
 
 def step(
@@ -151,4 +156,5 @@ def step(
         from seqpar.kernels.lightning.step import step_triton
 
         return step_triton(plan, q, k, v, state, log_decay)
-    return chunked.step_recurrent(q, k, v, state, log_decay)
+    with as_given(q.device):
+        return chunked.step_recurrent(q, k, v, state, log_decay)

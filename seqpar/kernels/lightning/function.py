@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from seqpar.errors import KernelInputError
 from seqpar.kernels.lightning import dispatch
 from seqpar.kernels.lightning.dispatch import LocalStates
-from seqpar.kernels.lightning.inputs import state_dtype
+from seqpar.kernels.lightning.inputs import LOWEST_LOG_DECAY, state_dtype
 from seqpar.kernels.lightning.plan import Plan, plan_of
 
 __all__ = [
@@ -78,7 +78,8 @@ def lightning_attention(
         q, k: [B, T, H, K] float16, bfloat16 or float32 (float64 on CPU); K from 1 to 256.
         v: [B, T, H, V] like them; V from 1 to 256. T may be 0.
         log_decay: natural logarithms <= 0: None (no decay), [H] float32 (fixed per head, a
-            constant) or [B, T, H] float32 (per token). Values under -100 act as -100.
+            constant) or [B, T, H] float32 (per token). Values under -100 act as -100; over 0 they
+            are refused on the CPU, and not looked at on a CUDA device.
         cu_seqlens: int32 [S + 1], bounds of documents packed into one row (B = 1), from 0 to T.
             On a CUDA device, pass it on the CPU to spare a synchronisation.
         initial_state: [S, H, K, V] float32, the state before each sequence's first token.
@@ -89,6 +90,7 @@ def lightning_attention(
 
     Raises:
         KernelInputError: shapes, dtypes, devices or bounds that do not fit, before any launch.
+            Documents of no token are left out of cu_seqlens.
 
     Source: Qin et al., arXiv 2405.17381 (eq. 8 to 13); Dao and Gu, arXiv 2405.21060, for decay
     per token.
@@ -247,6 +249,8 @@ def query_grad(
         What `attend_backward` takes as `query_grad`; None where it comes with the rest at no less.
     """
     plan = plan_of(k, v, queries=q, output_grads=do, log_decay=log_decay, cu_seqlens=None)
+    _check_summary(summary, plan)
+    plan.check_state(entry_state)
     with torch.no_grad():
         return dispatch.query_grad(plan, (q, k, v, do), entry_state, summary.local_states)
 
@@ -318,12 +322,15 @@ def lightning_step(
 
 
 def _check_summary(summary: Summary, plan: Plan) -> None:
-    if summary.plan is plan:
+    """Its states of segments are of its own tokens and cut: others would read past their end."""
+    made_of, wanted = summary.plan.problem, plan.problem
+    if summary.plan is plan or made_of == wanted:
         return
-    try:
-        plan.check_state(summary.final_state)
-    except KernelInputError as error:
-        raise KernelInputError(f"the summary is not of these inputs: {error}") from None
+    name = next(n for n in wanted._fields if getattr(made_of, n) != getattr(wanted, n))
+    raise KernelInputError(
+        f"the summary is not of these inputs: its {name} is {getattr(made_of, name)}, theirs is "
+        f"{getattr(wanted, name)}; make it from the same tensors and cu_seqlens"
+    )
 
 
 def _log_transition(plan: Plan, log_decay: Tensor | None) -> Tensor:
@@ -334,7 +341,7 @@ def _log_transition(plan: Plan, log_decay: Tensor | None) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=plan.problem.device)
     log_decay = log_decay.detach().to(dtype)
     if log_decay.ndim == 1:
-        return plan.lengths[:, None] * log_decay
+        return plan.lengths[:, None] * log_decay.clamp(min=LOWEST_LOG_DECAY)
     if plan.problem.bounds is None:
         return log_decay.sum(1)
     sums = log_decay.new_zeros(plan.num_sequences, plan.problem.heads)

@@ -10,10 +10,21 @@ from torch import Tensor
 
 from seqpar.errors import KernelInputError
 
-__all__ = ["MAX_DIM", "Spec", "check_inputs", "document_bounds", "state_dtype"]
+__all__ = [
+    "LOWEST_LOG_DECAY",
+    "MAX_DIM",
+    "Spec",
+    "check_decays",
+    "check_inputs",
+    "document_bounds",
+    "state_dtype",
+]
 
 MAX_DIM = 256
 """The largest key or value dim."""
+
+LOWEST_LOG_DECAY = -100.0
+"""What is less acts as this: exp gives 4e-44, a reset, -inf included, without inf - inf."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -62,6 +73,19 @@ def check_inputs(
         _check_bounds(*bounds, keys)
 
 
+def check_decays(log_decay: Tensor) -> None:
+    """Refuse log decays over 0: a decay itself, say, or a slope without its sign.
+
+    Raises:
+        KernelInputError: the largest, and what to pass.
+    """
+    if log_decay.numel() and (largest := float(log_decay.detach().max())) > 0:
+        raise KernelInputError(
+            f"log_decay reaches {largest:g}, but a decay is at most 1, its logarithm at most 0: "
+            "pass natural logarithms of decays"
+        )
+
+
 def document_bounds(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     """(start, stop) of each packed document, read to the host."""
     return list(itertools.pairwise(cu_seqlens.tolist()))
@@ -102,7 +126,7 @@ def _check_log_decay(log_decay: Spec, keys: Spec) -> None:
     if len(log_decay.shape) == 1 and log_decay.requires_grad:
         raise KernelInputError(
             "log_decay [H] is a constant and gets no gradient; for a learned decay pass it per "
-            "token: log_decay.expand(B, T, H)"
+            "token: log_decay.expand(B, T, H); for a constant log_decay.detach()"
         )
 
 
@@ -113,10 +137,8 @@ def _check_bounds(dims: int, dtype: torch.dtype, bounds: tuple[int, ...], keys: 
     if dims != 1 or dtype not in (torch.int32, torch.int64):
         raise KernelInputError(f"cu_seqlens must be int32 [S + 1], is {dtype} of {dims} dims")
     if not bounds or bounds[0] != 0 or bounds[-1] != tokens:
-        raise KernelInputError(
-            f"cu_seqlens must run from 0 to T = {tokens}; it runs from "
-            f"{bounds[:1] or 'nothing'} to {bounds[-1:] or 'nothing'}"
-        )
+        found = f"it runs from {bounds[0]} to {bounds[-1]}" if bounds else "it is empty"
+        raise KernelInputError(f"cu_seqlens must run from 0 to T = {tokens}; {found}")
     for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
         if stop <= start:
             raise KernelInputError(

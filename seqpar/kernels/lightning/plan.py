@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from seqpar.errors import KernelInputError
-from seqpar.kernels.lightning.inputs import Spec, check_inputs
+from seqpar.kernels.lightning.inputs import Spec, check_decays, check_inputs
 from seqpar.kernels.lightning.segments import Segments, cut
 from seqpar.kernels.lightning.tuning import Config, configuration, for_states
 from seqpar.kernels.recorder import lasting
@@ -62,6 +62,8 @@ def plan_of(
     if log_decay is not None:
         fixed_learns = log_decay.requires_grad and log_decay.ndim == 1
         decay = (log_decay.shape, log_decay.dtype, log_decay.device, fixed_learns)
+        if log_decay.is_cpu:
+            check_decays(log_decay)
     if cu_seqlens is not None:
         bounds = (cu_seqlens.ndim, cu_seqlens.dtype, tuple(cu_seqlens.flatten().tolist()))
     return _checked(
@@ -153,9 +155,11 @@ class Plan:
     def no_decay(self) -> Tensor:
         """[H] zeros: no decay runs as a decay of one, since its own variant crashes ptxas 12.8.
 
-        Copied from the host, which waits: calls on any stream may use it.
+        Copied from the host, which waits: calls on any stream may use it. Calls that are trained
+        through save it, also if the first call is in inference mode.
         """
-        return lasting(torch.zeros(self.problem.heads).to(self.problem.device))
+        with torch.inference_mode(False):
+            return lasting(torch.zeros(self.problem.heads).to(self.problem.device))
 
     @cached_property
     def lengths(self) -> Tensor:
