@@ -62,11 +62,9 @@ def plan_of(
     if log_decay is not None:
         fixed_learns = log_decay.requires_grad and log_decay.ndim == 1
         decay = (log_decay.shape, log_decay.dtype, log_decay.device, fixed_learns)
-        if log_decay.is_cpu:
-            check_decays(log_decay)
     if cu_seqlens is not None:
         bounds = (cu_seqlens.ndim, cu_seqlens.dtype, tuple(cu_seqlens.flatten().tolist()))
-    return _checked(
+    plan = _checked(
         (keys.shape, keys.dtype, keys.device),
         (values.shape, values.dtype, values.device),
         None if queries is None else (queries.shape, queries.dtype, queries.device),
@@ -76,6 +74,9 @@ def plan_of(
         decay,
         bounds,
     )
+    if log_decay is not None and log_decay.is_cpu and not plan.on_triton:
+        check_decays(log_decay)
+    return plan
 
 
 @lru_cache(maxsize=1024)
