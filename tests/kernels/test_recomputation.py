@@ -39,7 +39,7 @@ def _kernels(call: RecordedCall, *given: Tensor | None) -> Tensor:
 def _operator(call: RecordedCall, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
     """`state_attention` of one rank, which records on CUDA devices alone."""
     mixer, inputs = state._lightning(q, k, v, decay, True)
-    options = (None, None, "all_gather", False, None, False)
+    options = (None, (None, False), "all_gather", False, None, False)
     plan = state._plan(mixer, inputs, LAYOUT, *options)
     return state._scatter(mixer, inputs, plan, None, None, False, call)[0]
 
