@@ -9,7 +9,9 @@ must wait, before it touches anything that another launch may write or read, unt
 before it have ended. What it may read earlier are tables that never change.
 
 The wait is for the launch before, all of whose programs have waited for the one before that: so
-every program of such a kernel must wait, whatever it does.
+every program of such a kernel must wait, whatever it does. It lets the next launch in when it has
+waited, not sooner: when a launch begins, all but the one before it have then ended. A pass whose
+inputs the launch before does not write may read them before it waits.
 """
 
 from __future__ import annotations
@@ -34,5 +36,5 @@ def can_overlap(device: torch.device) -> bool:
 def wait_for_launches_before(OVERLAP: tl.constexpr):
     """Wait until the launches before this one have ended; the next one may begin from now on."""
     if OVERLAP:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()

@@ -71,7 +71,7 @@ from seqpar.kernels.lightning.output_pass_groups import output_pass_groups_kerne
 
 constants = {
     "p_decay": None, "p_initial": None, "p_final": None, "OVERLAP": True, "DECAY": 2,
-    "REVERSE": False, "SCAN": True, "C": 64, "BX": 128, "STAGES": 3,
+    "REVERSE": False, "SCAN": True, "C": 64, "BX": 128, "STAGES": 3, "EARLY": True,
 }
 layout = repr(NVMMASharedLayout(128, 16, 2))
 wide, half = (f"tensordesc<bf16[64, {columns}],{layout}>" for columns in (128, 64))
@@ -85,7 +85,11 @@ compiled = compile(
     GluonASTSource(kernel, signature, constants),
     target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "launch_pdl": True},
 )
-assert "setmaxnreg" in compiled.asm["ptx"] and compiled.metadata.shared <= 232448
+ptx = compiled.asm["ptx"]
+assert "setmaxnreg" in ptx and compiled.metadata.shared <= 232448
+waits, lets_in = (ptx.count(f"griddepcontrol.{x}") for x in ("wait", "launch_dependents"))
+assert waits == lets_in == 2, (waits, lets_in)  # each group; the warp that copies does not
+assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents")
 print(compiled.metadata.num_warps, len(_checked_sizes(compiled)))
 """
 COMPILE_WITH_SUMS = """

@@ -114,7 +114,7 @@ def forward_triton(
     """o [B, T, H, V], the exit states [S, H, K, V] if asked for, and what backward uses again."""
     q, k, v = plan.aligned(q), plan.aligned(k), plan.aligned(v)
     states, _ = summarize(plan, k, v, log_decay, reverse=False, final=False)
-    o, final = _outputs(plan, q, k, v, states, plan.state(initial), return_final)
+    o, final = _outputs(plan, q, k, v, states, plan.state(initial), return_final, just_made=True)
     return o, final, states
 
 
@@ -139,7 +139,10 @@ def _outputs(
     states: SegmentStates,
     entry_state: Tensor | None,
     return_final: bool,
+    *,
+    just_made: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
+    """o and the exit states; `just_made`: no other launch of ours came after the states'."""
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     final = plan.new_state() if return_final else None
     local_states, scanned = states.into(entry_state, reverse=False)
@@ -155,6 +158,7 @@ def _outputs(
         final=final,
         reverse=False,
         transposed=False,
+        after_states=just_made and local_states is not None and not scanned,
     )
     if final is not None:
         final = plan.trimmed(final, plan.problem.key_dim, plan.problem.value_dim)

@@ -49,18 +49,20 @@ def output_pass(
     reverse: bool,
     transposed: bool,
     learning: Learning | None = None,
+    after_states: bool = False,
 ) -> None:
     """Write w into `out`, contiguous [B, T, H, DZ], and what leaves each sequence into `final`.
 
     `states` [M, H, K, V] is what each segment adds to a passing state, or, if `scanned`, what
     enters it. `transposed` says that states lie in memory as [DZ, DX] rather than [DX, DZ]. With
-    `learning`, its tensors are written too.
+    `learning`, its tensors are written too. `after_states`: the launch before made `states` of the
+    same inputs, so that these may be read before it has ended.
     """
     x, y, z = roles
     of, dots, exits, crossing = (None,) * 4 if learning is None else learning
     optional = (of, dots, crossing, exits, states, initial, final)
     key = (
-        reverse, transposed, scanned, x.stride(), y.stride(), z.stride(),
+        reverse, transposed, scanned, after_states, x.stride(), y.stride(), z.stride(),
         *(tensor is None for tensor in optional), None if of is None else of.stride(),
     )  # fmt: skip
     launch = cut.launches.get(key)
@@ -70,6 +72,7 @@ def output_pass(
         launch = _output_launch(
             roles, out, of, cut, config, decays, missing=missing, reverse=reverse,
             transposed=transposed, scan=states is not None and not scanned,
+            after_states=after_states,
         )  # fmt: skip
         cut.launches[key] = launch
     given = {
@@ -93,6 +96,7 @@ def _output_launch(
     reverse: bool,
     transposed: bool,
     scan: bool,
+    after_states: bool,
 ) -> Launch:
     x, y, z = roles
     batch, tokens, heads, dim_x = x.shape
@@ -110,7 +114,7 @@ def _output_launch(
         "stride_reach": 0 if decays.reach is None else decays.reach.stride(0),
         "DECAY": decays.kind, "REVERSE": reverse, "GRAD": of is not None, "FLAT": flat,
         "SCAN": scan, "C": config.chunk, "BX": tile_x, "BZ": tile_z, "STAGES": config.num_stages,
-        "PRECISION": precision(x.dtype),
+        "PRECISION": precision(x.dtype), "EARLY": after_states and can_overlap(x.device),
     }  # fmt: skip
     fixed |= missing
     unused = ("d_reach", "p_reach", "p_by_segment") if decays.reach is None else ("p_decay",)

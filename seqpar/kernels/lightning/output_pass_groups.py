@@ -12,6 +12,9 @@ out their decays.
 One chunk of a group: the entry product and P are issued; meanwhile the decays of P are worked out.
 P goes through shared memory; then zᵀ P and the state's update are issued, z being decayed beside
 the first; wᵀ leaves through shared memory, in one bulk copy, while the update runs.
+
+EARLY: the first chunks are fetched before the wait for the launches before (overlap.py), which is
+for the states alone. Only where the launch before is the state pass of the same call.
 """
 
 from __future__ import annotations
@@ -134,7 +137,7 @@ def _group(
     group, d_w, p_w, tiles, lines, own, bars, segment, p_decay, p_head, p_by_segment,
     p_states, p_initial, p_final, i_h, H, length, stride_x, stride_z,
     DECAY: gl.constexpr, REVERSE: gl.constexpr, SCAN: gl.constexpr,
-    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """One group's columns of w of one segment and head."""
     R: gl.constexpr = D // 2
@@ -143,6 +146,7 @@ def _group(
     A_W: gl.constexpr = gl.DotOperandLayout(0, L_W, 2)
     A_S: gl.constexpr = gl.DotOperandLayout(0, L_S, 2)
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    wait_for_launches_before(EARLY)
     s_x, s_y, s_z = tiles
     s_reach, s_factor, s_parts = lines
     full, empty = bars
@@ -221,7 +225,8 @@ def _group(
 def output_pass_groups_kernel(
     d_x, d_y, d_z, d_w, p_w, p_decay, p_reach, stride_reach,
     p_by_segment, p_states, p_initial, p_final, p_table, H, length, stride_x, stride_z,
-    OVERLAP: gl.constexpr, DECAY: gl.constexpr, REVERSE: gl.constexpr, SCAN: gl.constexpr,
+    OVERLAP: gl.constexpr, EARLY: gl.constexpr,
+    DECAY: gl.constexpr, REVERSE: gl.constexpr, SCAN: gl.constexpr,
     C: gl.constexpr, BX: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """w of every segment. Grid: (M * H,); the longest segments start first.
@@ -232,15 +237,15 @@ def output_pass_groups_kernel(
     segment = segment_of(p_table, gl.program_id(0) // H)
     p_head = p_reach + i_h.to(gl.int64) * stride_reach if DECAY == 2 else p_decay
     tiles, lines, own, bars = _shared_memory(d_x.dtype, STAGES, C, BX)
-    wait_for_launches_before(OVERLAP)
+    wait_for_launches_before(OVERLAP and not EARLY)
     gl.warp_specialize(
         [
             (_group, (0, d_w, p_w, tiles, lines, own, bars, segment, p_decay, p_head, p_by_segment,
                       p_states, p_initial, p_final, i_h, H, length, stride_x, stride_z,
-                      DECAY, REVERSE, SCAN, C, BX, STAGES)),
+                      DECAY, REVERSE, SCAN, C, BX, STAGES, EARLY)),
             (_group, (1, d_w, p_w, tiles, lines, own, bars, segment, p_decay, p_head, p_by_segment,
                       p_states, p_initial, p_final, i_h, H, length, stride_x, stride_z,
-                      DECAY, REVERSE, SCAN, C, BX, STAGES)),
+                      DECAY, REVERSE, SCAN, C, BX, STAGES, EARLY)),
             (_fetch, ((d_x, d_y, d_z), tiles, lines, bars, segment, p_decay, p_head, i_h,
                       DECAY, REVERSE, C, BX, STAGES)),
         ],
