@@ -52,9 +52,14 @@ def test_the_clock_cuts_the_search_and_the_plan_says_so(monkeypatch: pytest.Monk
 def test_what_the_clock_does_not_cut_repeats() -> None:
     problem = flexsp_problem(3)
     sure = Planner(time_limit_ms=100, repeatable=True).plan(problem)
-    plans = [Planner(time_limit_ms=100).plan(problem) for _ in range(4)]
-    assert all(plan == sure for plan in plans if not plan.cut_short)
-    assert any(not plan.cut_short for plan in plans), "counted work takes half the limit"
+    whole = 0
+    for _ in range(40):  # counted work takes half the limit, unless the machine is busy
+        plan = Planner(time_limit_ms=100).plan(problem)
+        assert plan.cut_short or plan == sure
+        whole += not plan.cut_short
+        if whole == 3:
+            return
+    pytest.fail(f"{whole} of 40 plans of 100 ms were whole")
 
 
 @pytest.mark.parametrize(
