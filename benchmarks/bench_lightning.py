@@ -5,14 +5,15 @@
     python -m benchmarks.bench_lightning --plot           # redraw the plot from the JSON file
 
 Prints each row and writes benchmarks/results/<hardware>/lightning.json as the rows come, what is
-asked for most first. Peers are measured beside us, shape by shape, if they are installed: fla-core
+asked for most first. Peers are measured beside us, in turns, if they are installed: fla-core
 (chunk_simple_gla, chunks of 64 and 128) and lightning_attn (OpenNLPLab). fla tunes itself at its
 first calls, for minutes where its choices are not on disk. With a decay per token only its forward
 is measured: it refuses to run its backward on Hopper below Triton 3.7.1.
 
 Floor: every input read once and every output written once, 4 tensors forward and 7 backward, at
 the bandwidth of a device copy measured in the same run. Times are medians of CUDA events with the
-level-2 cache flushed between calls; backward is autograd's, through each package's own function.
+level-2 cache flushed between calls, in rounds, so that all rows of a shape meet the same device;
+backward is autograd's, through each package's own function.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,38 +44,78 @@ LONG = (1, 1048576, 16)
 HEADS = 32
 """Of the other parts: peers tune themselves anew for each number of heads."""
 PARTS = ("shapes", "packed", "memory", "error", "lengths", "long", "error_long", "cold")
+ROUNDS = 6
+BUDGET_MS = 15.0
+"""Of one measurement of a round."""
 Row = dict[str, Any]
 Who = dict[str, Function]
 
 
-# -- one row ----------------------------------------------------------------------------------
+# -- the rows of one shape --------------------------------------------------------------------
 
 
-def measure(
-    name: str, run: Function, inputs: tuple[Tensor, ...], kind: str, tb_per_s: float, **more: Any
-) -> Row:
+@dataclass(frozen=True)
+class Entry:
+    """One row to measure: who, with which decay and further arguments."""
+
+    name: str
+    run: Function
+    kind: str
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rounds(self) -> int:
+        """OpenNLPLab's calls take up to 0.2 s: one round."""
+        return 1 if self.name == "OpenNLPLab" else ROUNDS
+
+
+def measure(entries: list[Entry], inputs: tuple[Tensor, ...], tb_per_s: float) -> list[Row]:
+    """A row for each entry, all on the same inputs, in turns.
+
+    At its power limit the device is slower the warmer it is, so what is compared is measured
+    round by round, in reverse order every second round; a time is the median of the rounds.
+    """
     batch, tokens, heads, _ = inputs[0].shape
-    decay = decay_of(kind, batch, tokens, heads)
-    forward, backward = forward_backward(run, inputs, decay, **more)
-    slow, gated_peer = name == "OpenNLPLab", name != "seqpar" and kind == "token"
-    budget = 1.0 if slow else 40.0
-    row: Row = {"name": name, "shape": [batch, tokens, heads], "decay": kind}
-    for way, call, tensors in (("forward", forward, 4), ("backward", backward, 7)):
-        if gated_peer and way == "backward":
-            continue
-        floor = tensors * batch * tokens * heads * DIM * 2 / tb_per_s / 1e9
-        row[f"{way}_ms"] = median_ms(call, budget)
-        row[f"{way}_share"] = floor / row[f"{way}_ms"]
-        if tokens * batch <= SMALL[1] and not slow and way == "forward":
-            row["forward_graph_ms"] = median_ms(graph_of(call), budget)
-            row["forward_graph_share"] = floor / row["forward_graph_ms"]
-    if kind == "token" and not gated_peer:
-        row["backward_without_decay_ms"] = median_ms(
-            forward_backward(run, inputs, decay, learn_decay=False, **more)[1], budget
-        )
-    if (batch, tokens, heads) == SMALL and not slow and not gated_peer:
-        row |= host_times(run, inputs, decay)
-    return row
+    rounds = ROUNDS if batch * tokens * heads <= 1 << 22 else ROUNDS // 2
+    calls = [calls_of(entry, inputs) for entry in entries]
+    times: list[dict[str, list[float]]] = [{way: [] for way in made} for made in calls]
+    for turn in range(rounds):
+        order = range(len(entries))
+        for i in order if turn % 2 == 0 else reversed(order):
+            if turn < entries[i].rounds:
+                for way, call in calls[i].items():
+                    times[i][way].append(median_ms(call, BUDGET_MS))
+    floor = batch * tokens * heads * DIM * 2 / tb_per_s / 1e9
+    rows = []
+    for entry, found in zip(entries, times, strict=True):
+        row: Row = {"name": entry.name, "shape": [batch, tokens, heads], "decay": entry.kind}
+        for way, each in found.items():
+            row[f"{way}_ms"] = statistics.median(each)
+            tensors = 7 if way.startswith("backward") else 4
+            row[f"{way}_share"] = tensors * floor / row[f"{way}_ms"]
+        if (batch, tokens, heads) == SMALL and "backward" in found and entry.rounds > 1:
+            row |= host_times(entry.run, inputs, decay_of(entry.kind, *SMALL))
+        rows.append(row)
+    return rows
+
+
+def calls_of(entry: Entry, inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], Any]]:
+    """What of an entry is timed, by name."""
+    batch, tokens, heads, _ = inputs[0].shape
+    decay = decay_of(entry.kind, batch, tokens, heads)
+    forward, backward = forward_backward(entry.run, inputs, decay, **entry.more)
+    calls: dict[str, Callable[[], Any]] = {"forward": forward, "backward": backward}
+    if tokens * batch <= SMALL[1] and entry.rounds > 1:
+        calls["forward_graph"] = graph_of(forward)
+    if entry.kind == "token" and entry.name == "seqpar":
+        calls["backward_without_decay"] = forward_backward(
+            entry.run, inputs, decay, learn_decay=False, **entry.more
+        )[1]
+    elif entry.kind == "token":
+        del calls["backward"]  # refused on Hopper
+    for call in calls.values():
+        call()
+    return calls
 
 
 def forward_backward(
@@ -131,36 +174,34 @@ def describe(row: Row) -> str:
 
 
 def part_shapes(tb_per_s: float, who: Who) -> Iterator[Row]:
-    """Decay "mean" stands before and after "token", which it is compared with: the clock drifts."""
     takes = {"lightning": set(who), "token": {"seqpar", "fla C=64"}}
     for shape in (*LARGE, SMALL):
-        inputs = make_inputs(*shape)
-        for kind in ("lightning", "none", "mean", "token", "mean"):
-            for name in who:
-                if name in takes.get(kind, {"seqpar"}):
-                    yield measure(name, who[name], inputs, kind, tb_per_s)
+        entries = [
+            Entry(name, run, kind)
+            for kind in ("lightning", "none", "mean", "token")
+            for name, run in who.items()
+            if name in takes.get(kind, {"seqpar"})
+        ]
+        yield from measure(entries, make_inputs(*shape), tb_per_s)
 
 
 def part_packed(tb_per_s: float, who: Who) -> Iterator[Row]:
-    """64 documents of lognormal lengths, between two measurements of as many tokens in one piece:
-    the device's own drift of some per cent within a second would else decide.
-    """
+    """64 documents of lognormal lengths, in turns with as many tokens in one piece."""
     shape = LARGE[0]
     lengths = torch.exp(torch.randn(64, generator=torch.Generator().manual_seed(1)))
     lengths = (lengths / lengths.sum() * shape[1]).long().clamp(min=1)
     lengths[0] += shape[1] - lengths.sum()
     bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
-    inputs = make_inputs(*shape)
+    entries = []
     for name, run in who.items():
-        if name == "OpenNLPLab":
-            continue  # takes no packed documents
-        given = bounds.long().cuda() if name.startswith("fla") else bounds
-        before = measure(name, run, inputs, "lightning", tb_per_s)
-        row = measure(name, run, inputs, "lightning", tb_per_s, cu_seqlens=given)
-        after = measure(name, run, inputs, "lightning", tb_per_s)
+        if name != "OpenNLPLab":  # takes no packed documents
+            given = bounds.long().cuda() if name.startswith("fla") else bounds
+            entries.append(Entry(name, run, "lightning"))
+            entries.append(Entry(name, run, "lightning", {"cu_seqlens": given}))
+    rows = measure(entries, make_inputs(*shape), tb_per_s)
+    for whole, row in zip(rows[::2], rows[1::2], strict=True):
         for way in ("forward", "backward"):
-            whole = (before[f"{way}_ms"] + after[f"{way}_ms"]) / 2
-            row[f"{way}_over_whole"] = row[f"{way}_ms"] / whole
+            row[f"{way}_over_whole"] = row[f"{way}_ms"] / whole[f"{way}_ms"]
         yield row | {"documents": 64, "longest": int(lengths.max())}
 
 
@@ -168,9 +209,8 @@ def part_long(tb_per_s: float, who: Who) -> Iterator[Row]:
     """A million tokens, and an eighth of them with as many heads: time per token should agree."""
     if "seqpar" in who:
         for shape in (LONG, (1, LARGE[0][1], LONG[2])):
-            inputs = make_inputs(*shape)
-            for kind in ("lightning", "none"):
-                yield measure("seqpar", who["seqpar"], inputs, kind, tb_per_s)
+            entries = [Entry("seqpar", who["seqpar"], kind) for kind in ("lightning", "none")]
+            yield from measure(entries, make_inputs(*shape), tb_per_s)
 
 
 def part_memory(tb_per_s: float, who: Who) -> Iterator[Row]:
@@ -255,10 +295,12 @@ def relative(out: Tensor, reference: Tensor) -> float:
 
 def part_lengths(tb_per_s: float, who: Who) -> Iterator[Row]:
     for exponent in (11, 13, 15, 17, 19):
-        inputs = make_inputs(1, 1 << exponent, HEADS)
-        for name, run in who.items():
-            if name != "OpenNLPLab" or exponent <= 15:
-                yield measure(name, run, inputs, "lightning", tb_per_s)
+        entries = [
+            Entry(name, run, "lightning")
+            for name, run in who.items()
+            if name != "OpenNLPLab" or exponent <= 15
+        ]
+        yield from measure(entries, make_inputs(1, 1 << exponent, HEADS), tb_per_s)
 
 
 def part_cold(tb_per_s: float, who: Who) -> Iterator[Row]:

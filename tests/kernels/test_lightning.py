@@ -150,6 +150,24 @@ def test_a_log_decay_of_minus_infinity_resets_the_state() -> None:
     assert relative_error(o[:, 40:], alone) < 5e-6
 
 
+@pytest.mark.parametrize("num_resets", [8, 48])
+def test_resets_within_a_chunk_cost_no_accuracy(num_resets: int) -> None:
+    inputs = make_inputs(decay="token", tokens=64, strongest=-0.02, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    at = torch.randperm(64, generator=generator)[:num_resets]
+    inputs["log_decay"][:, at] = -float("inf")
+    ours, theirs = leaves(inputs), leaves(inputs)
+    o, final = lightning_attention(**ours, return_final_state=True)
+    ref_o, ref_final = recurrent_attention(**theirs)
+    do = torch.randn(o.shape, generator=generator)
+    torch.autograd.backward([o, final], [do, final.detach()])
+    torch.autograd.backward([ref_o, ref_final], [do.double(), final.detach().double()])
+    assert relative_error(o, ref_o) < 1e-6
+    assert relative_error(final, ref_final) < 1e-6
+    for name in ("q", "k", "v"):
+        assert relative_error(ours[name].grad, theirs[name].grad) < 1e-6, name
+
+
 @pytest.mark.parametrize("decay", DECAYS)
 def test_autocast_does_not_reach_inside(decay: str) -> None:
     inputs = make_inputs(decay=decay, dtype=torch.float32)

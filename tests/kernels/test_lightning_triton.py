@@ -103,6 +103,25 @@ def test_decays_that_underflow_within_a_chunk_stay_finite(decay: str) -> None:
     check(inputs, dtype=torch.float32, decay_grad_error=1e-4)
 
 
+@pytest.mark.parametrize("decay", ["fixed", "token"])
+def test_a_log_decay_that_is_nan_stays_one(decay: str) -> None:
+    """It is no reset: all that it decays and that is in reach is NaN, and nothing else is."""
+    inputs = make_inputs(
+        decay=decay, batch=1, tokens=400, heads=2, strongest=-0.02, dtype=torch.float32
+    )
+    q, k, v, log_decay, _ = on_device(inputs).values()
+    at = 1 if decay == "fixed" else 7
+    log_decay[(0,) if decay == "fixed" else (0, at, 0)] = float("nan")
+    plan = plan_of(k, v, queries=q, log_decay=log_decay, cu_seqlens=None)
+    assert plan.cut.segments.count > 1
+    o, final, _ = forward_triton(plan, q, k, v, log_decay, None, return_final=True)
+    assert o[0, at:, 0].isnan().all()
+    assert final[0, 0].isnan().all()
+    assert o[0, :at, 0].isfinite().all() or decay == "fixed"
+    assert o[0, :, 1].isfinite().all()
+    assert final[0, 1].isfinite().all()
+
+
 def test_a_float16_state_may_exceed_the_range_of_float16() -> None:
     inputs = make_inputs(decay="none", batch=1, tokens=130, heads=1, dtype=torch.float16)
     inputs["initial_state"] *= 3e5

@@ -65,14 +65,14 @@ class _Decays:
         if log_decay.ndim == 1:
             steps = torch.arange(1, CHUNK + 1, dtype=dtype, device=like.device)
             self._head = log_decay[None, :, None]
-            self._full = self._from_reach(self._head * steps)
+            self._full = self._from_reach(self._head.double() * steps)
         else:
             self._token = log_decay.transpose(1, 2)
 
     def chunk(self, rows: slice, start: int, stop: int) -> _ChunkDecay:
         size = stop - start
         if self._token is not None:
-            return self._from_reach(self._token[rows, :, start:stop].cumsum(-1))
+            return self._from_reach(self._token[rows, :, start:stop].double().cumsum(-1))
         if self._full is None or self._head is None:
             return _ChunkDecay(None, None, None, self._causal[:size, :size])
         full = self._full
@@ -88,13 +88,14 @@ class _Decays:
         )
 
     def _from_reach(self, reach: Tensor) -> _ChunkDecay:
-        size = reach.shape[-1]
+        """Sums are float64: resets make them large, and what counts is their differences."""
+        size, dtype = reach.shape[-1], self._causal.dtype
         last = reach[..., -1:]
-        gap = (reach[..., :, None] - reach[..., None, :]).clamp_(max=0.0).exp_()
+        gap = (reach[..., :, None] - reach[..., None, :]).to(dtype).clamp_(max=0.0).exp_()
         return _ChunkDecay(
-            reach.exp()[..., None],
-            (last - reach).exp()[..., None],
-            last.exp()[..., None],
+            reach.to(dtype).exp()[..., None],
+            (last - reach).to(dtype).exp()[..., None],
+            last.to(dtype).exp()[..., None],
             gap.mul_(self._causal[:size, :size]),
         )
 

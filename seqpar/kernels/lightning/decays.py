@@ -47,11 +47,17 @@ class Decays(NamedTuple):
 
 
 @triton.jit
+def bounded(log_decay):
+    """A log decay, at least the lowest; NaN stays NaN, rather than being taken for a reset."""
+    return tl.maximum(log_decay, LOWEST_LOG_DECAY, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def head_decay(p_decay, i_h, DECAY: tl.constexpr):
     """The log2 decay of a head (0 unless it is fixed)."""
     log2_decay = 0.0
     if DECAY == 1:
-        log2_decay = tl.maximum(tl.load(p_decay + i_h).to(tl.float32), LOWEST_LOG_DECAY) * LOG2E
+        log2_decay = bounded(tl.load(p_decay + i_h).to(tl.float32)) * LOG2E
     return log2_decay
 
 
@@ -106,7 +112,7 @@ def chunk_decays_kernel(
         m_block = (row + o_c < stop)[:, None] & (o_h < H)[None, :]
         p_block = p_decay + (row + o_c).to(tl.int64)[:, None] * H + o_h[None, :]
         b_decay = tl.load(p_block, mask=m_block, other=0.0).to(tl.float32)
-        b_reach = tl.cumsum(tl.maximum(b_decay, LOWEST_LOG_DECAY) * LOG2E, 0)
+        b_reach = tl.cumsum(bounded(b_decay) * LOG2E, 0)
         b_last = tl.min(b_reach, 0)
         o_slot = (start // C + i_m + i_c) * 3 * C + o_c
         p_out = p_reach + o_h.to(tl.int64)[None, :] * stride_reach + o_slot[:, None]
@@ -120,7 +126,7 @@ def chunk_decays_kernel(
 def segment_decays_kernel(
     p_reach, p_table, p_bounds, M, H, stride_reach, C: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """`by_segment` of one segment and head. Grid: (M, H)."""
+    """`by_segment` of one segment and head; what NaN decays counts as read. Grid: (M, H)."""
     i_m, i_h = tl.program_id(0), tl.program_id(1)
     start, stop = tl.load(p_bounds + i_m), tl.load(p_bounds + i_m + 1)
     num_chunks = tl.cdiv(stop - start, C)
@@ -131,14 +137,14 @@ def segment_decays_kernel(
         o_c = i + tl.arange(0, BLOCK)
         b_sum = tl.load(p_segment + o_c * 3 * C, mask=o_c < num_chunks, other=0.0)
         b_before = total + tl.cumsum(b_sum, 0) - b_sum
-        back += tl.sum(((b_before >= -REACH_BITS) & (o_c < num_full)).to(tl.int32), 0)
+        back += tl.sum((~(b_before < -REACH_BITS) & (o_c < num_full)).to(tl.int32), 0)
         total += tl.sum(b_sum, 0)
     behind, ahead = 0.0, 0
     for i in range(0, num_chunks, BLOCK):
         o_c = i + tl.arange(0, BLOCK)
         b_sum = tl.load(p_segment + o_c * 3 * C, mask=o_c < num_chunks, other=0.0)
         b_after = total - behind - tl.cumsum(b_sum, 0)
-        ahead += tl.sum(((b_after >= -REACH_BITS) & (o_c < num_full)).to(tl.int32), 0)
+        ahead += tl.sum((~(b_after < -REACH_BITS) & (o_c < num_full)).to(tl.int32), 0)
         behind += tl.sum(b_sum, 0)
     p_entry = p_table + i_m * H + i_h
     tl.store(p_entry, total)

@@ -7,6 +7,7 @@ Legend: C tokens of a chunk, D head dim, R rows of a state that are worked on, H
 
 from __future__ import annotations
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
@@ -35,6 +36,7 @@ __all__ = [
 LOG2E = gl.constexpr(1.4426950408889634)
 LOWEST_LOG_DECAY = gl.constexpr(-100.0)
 REACH_BITS = gl.constexpr(32.0)
+NAN_STAYS = gl.constexpr(tl.PropagateNan.ALL)
 TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
@@ -58,7 +60,8 @@ def head_decay(p_decay, i_h, DECAY: gl.constexpr):
     """The log2 decay of a head (0 unless it is fixed)."""
     log2_decay = 0.0
     if DECAY == 1:
-        log2_decay = gl.maximum(gl.load(p_decay + i_h).to(gl.float32), LOWEST_LOG_DECAY) * LOG2E
+        log_decay = gl.load(p_decay + i_h).to(gl.float32)
+        log2_decay = gl.maximum(log_decay, LOWEST_LOG_DECAY, propagate_nan=NAN_STAYS) * LOG2E
     return log2_decay
 
 

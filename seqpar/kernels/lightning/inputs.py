@@ -16,7 +16,6 @@ __all__ = [
     "Spec",
     "check_decays",
     "check_inputs",
-    "document_bounds",
     "state_dtype",
 ]
 
@@ -84,11 +83,6 @@ def check_decays(log_decay: Tensor) -> None:
             f"log_decay reaches {largest:g}, but a decay is at most 1, its logarithm at most 0: "
             "pass natural logarithms of decays"
         )
-
-
-def document_bounds(cu_seqlens: Tensor) -> list[tuple[int, int]]:
-    """(start, stop) of each packed document, read to the host."""
-    return list(itertools.pairwise(cu_seqlens.tolist()))
 
 
 def _check_pair(keys: Spec, values: Spec) -> None:
