@@ -73,7 +73,7 @@ def overhead(machine: Machine) -> Iterator[dict[str, Any]]:
     if machine.cuda:
         ways["sdpa_cudnn"] = functools.partial(unwrapped, SDPBackend.CUDNN_ATTENTION)
     ways["wrapped"] = wrapped
-    for timed in in_turns(machine, model, ways, rounds=4, warm={}):
+    for timed in in_turns(machine, model, ways, rounds=4, warm=1):
         best = min(each.ms for name, each in timed.items() if name != "wrapped")
         yield {
             "tokens": count,

@@ -1,8 +1,10 @@
 """Tokens a second on all ranks, by strategy and peer, against one GPU on the same stream.
 
-Share: one GPU's time over ranks times ours. The ways take turns, so that clocks and temperature are
-alike for all, and results are yielded after every round. A layer's state calls are repeated from
-the third call of a kind on (docs/state.md), so a model with states is warmed up twice.
+Share: what the GPUs would take together at the speed that each has on the whole stream by itself,
+over what they take (for equal GPUs: one's time over ranks times ours). The ways take turns, so that
+clocks and temperature are alike for all, and results are yielded after every round. A layer's state
+calls are repeated from the third call of a kind on (docs/state.md), so a model with states is
+warmed up twice.
 """
 
 from __future__ import annotations
@@ -102,15 +104,15 @@ def _rates(
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": count,
     }
-    often = {name: warm for name in ways if name != ONE}
-    for timed in in_turns(machine, model, ways, rounds=ROUNDS, warm=often):
+    for timed in in_turns(machine, model, ways, rounds=ROUNDS, warm=warm):
         for name, times in timed.items():
             ranks = 1 if name == ONE else machine.ranks
             found[name] = times.failure or {
                 "ms": times.ms,
-                "ms_by_round": list(times.series_ms),
+                "ms_by_round": times.series_ms,
+                "ms_by_rank": times.by_rank_ms,
                 "tokens_per_s_per_gpu": round(count / times.ms * 1e3 / ranks),
-                "share_of_ideal": round(timed[ONE].ms / (ranks * times.ms), 4),
+                "share_of_ideal": 1.0 if name == ONE else round(timed[ONE].shared_ms / times.ms, 4),
                 "loss": round(times.loss, 5),
             }
         yield dict(found)

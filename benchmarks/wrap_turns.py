@@ -24,15 +24,29 @@ Way = Callable[[], AbstractContextManager[Step]]
 
 @dataclass
 class Timed:
-    """A way's times, the slowest rank's, or why there are none."""
+    """A way's times, or why there are none."""
 
-    series_ms: list[float] = field(default_factory=list)
+    by_rank_ms: list[list[float]] = field(default_factory=list)
+    """Of each round, every rank's."""
     loss: float = 0.0
     failure: str | None = None
 
     @property
+    def series_ms(self) -> list[float]:
+        """The slowest rank's."""
+        return [max(ranks) for ranks in self.by_rank_ms]
+
+    @property
     def ms(self) -> float:
         return round(statistics.median(self.series_ms), 2)
+
+    @property
+    def shared_ms(self) -> float:
+        """What the ranks would take together for the work that each has done alone.
+
+        Devices are not equally fast: half the slower one's time would be too much.
+        """
+        return statistics.median(1 / sum(1 / ms for ms in ranks) for ranks in self.by_rank_ms)
 
 
 def in_turns(
@@ -41,12 +55,12 @@ def in_turns(
     ways: Mapping[str, Way],
     *,
     rounds: int,
-    warm: Mapping[str, int],
+    warm: int,
 ) -> Iterator[dict[str, Timed]]:
     """Each way's times after each round, the first of which is not counted.
 
-    Ends early where the machine's time limit is over. `warm` says how often a way runs in the first
-    round, if not once. A way that fails takes no further turn.
+    Ends early where the machine's time limit is over. `warm` says how often each way runs in the
+    first round. A way that fails takes no further turn.
     """
     timed = {name: Timed() for name in ways}
     for turn in range(rounds + 1):
@@ -54,7 +68,7 @@ def in_turns(
             return
         for name, way in ways.items():
             found = timed[name]
-            for _ in range(1 if turn else warm.get(name, 1)):
+            for _ in range(1 if turn else warm):
                 if found.failure is None:
                     _take(machine, model, way, found, counts=turn > 0)
         if turn:
@@ -68,8 +82,8 @@ def _take(machine: Machine, model: nn.Module, way: Way, found: Timed, *, counts:
             machine.wait()
             started = time.perf_counter()
             loss = step()
-            machine.wait()
-            took = machine.slowest((time.perf_counter() - started) * 1e3)
+            machine.finish()
+            took = machine.every((time.perf_counter() - started) * 1e3)
         model.zero_grad(set_to_none=True)
     except FAILURES as error:
         traceback.print_exc()
@@ -77,4 +91,4 @@ def _take(machine: Machine, model: nn.Module, way: Way, found: Timed, *, counts:
         return
     found.loss = float(loss)
     if counts:
-        found.series_ms.append(round(took, 2))
+        found.by_rank_ms.append([round(ms, 2) for ms in took])

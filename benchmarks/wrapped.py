@@ -144,9 +144,21 @@ class Machine:
             return None
         return {"left_out": f"would have begun after {elapsed:.0f} s"}
 
-    def wait(self) -> None:
+    def every(self, value: float) -> list[float]:
+        """All ranks' values."""
+        mine = torch.tensor([value], device=self.device, dtype=torch.float64)
+        values = [torch.empty_like(mine) for _ in range(self.ranks)]
+        dist.all_gather(values, mine)
+        return [float(each) for each in values]
+
+    def finish(self) -> None:
+        """Until this device has nothing left to do."""
         if self.cuda:
             torch.cuda.synchronize()
+
+    def wait(self) -> None:
+        """Until no device has."""
+        self.finish()
         dist.barrier()
 
     def free(self) -> None:

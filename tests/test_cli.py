@@ -78,6 +78,16 @@ def test_doctor_reports_versions_and_engines():
     assert found["devices"][0]["device"] == "cpu"
 
 
+def test_doctor_s_tables_say_whole_commands(capsys):
+    from seqpar.commands.doctor import show
+    from seqpar.launch.machine import Machine
+
+    install = "pip install 'seqpar[ray]'"
+    engines = {"local": "ready", "ray": f"needs ray: {install}"}
+    show(Machine({"python": "3.12"}, {"ray": install}, [], engines, {}))
+    assert capsys.readouterr().out.count("seqpar[ray]") == 2
+
+
 def test_bench_leaves_out_what_the_machine_cannot_run():
     import torch
 

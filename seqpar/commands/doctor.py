@@ -87,15 +87,14 @@ def show_cluster(report: Any) -> None:
 def show(machine: Any) -> None:
     """The report as tables."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False)  # [ray] is part of a command, no style
     table = Table("package", "version", "to install", title="Packages")
     for name, version in machine.versions.items():
         table.add_row(name, version, "")
     for name, install in machine.missing.items():
-        table.add_row(name, "missing", escape(install))
+        table.add_row(name, "missing", install)
     console.print(table)
     table = Table("device", "name", "size", title="Devices")
     for device in machine.devices:

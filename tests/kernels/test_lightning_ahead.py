@@ -44,8 +44,9 @@ def test_pieces_ahead_give_the_same_bits(
 ) -> None:
     device = _on_triton(monkeypatch)
     torch.manual_seed(0)
-    q, k = (torch.randn(1, 1100, 2, dims[0], device=device) for _ in range(2))
-    v, do = (torch.randn(1, 1100, 2, dims[1], device=device) for _ in range(2))
+    tokens = 1100 if device == "cuda" else 300  # either is cut into several segments
+    q, k = (torch.randn(1, tokens, 2, dims[0], device=device) for _ in range(2))
+    v, do = (torch.randn(1, tokens, 2, dims[1], device=device) for _ in range(2))
     log_decay = -torch.rand(2, device=device) / 100 if decays else None
     entry, exit_grad = (torch.randn(1, 2, *dims, device=device) for _ in range(2))
 
