@@ -2,7 +2,8 @@
 
 Streams that wait for a peer's word wait for ever, and NCCL's watchdog does not see it. Each stream
 writes the number of the last exchange it has finished to a page of host memory; a thread that makes
-no CUDA call, and so disturbs no capture, compares it with what was posted, and when.
+no CUDA call, and so disturbs no capture, compares it with what was posted, and when; see
+`seqpar.peers.watching`.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+
+from seqpar.peers.watching import watch
 
 __all__ = ["ExchangeLimit"]
 
@@ -55,18 +57,14 @@ class ExchangeLimit:
         limit: timedelta,
         end: Callable[[], None] = os.abort,
     ) -> None:
-        self._closed = threading.Event()
         self._page = torch.zeros(
             num_streams, dtype=torch.int32, pin_memory=torch.cuda.is_available()
         )
-        # Read without torch: whoever looks may do so while the interpreter ends.
         words = (ctypes.c_int32 * num_streams).from_address(self._page.data_ptr())
         self._posted: deque[_Posted] = deque()
-        arguments = (self._page, words, self._posted, self._closed, list(ranks), rank, limit, end)
-        self._thread = threading.Thread(
-            target=_watch, args=arguments, name="exchange limit", daemon=True
-        )
-        self._thread.start()
+        look = partial(_look, words, self._posted, list(ranks), rank, limit, end)
+        every_s = min(_LOOK_EVERY_S, max(limit.total_seconds() / 4, _LEAST_WAIT_S))
+        self._end = watch(self, look, self._page, every_s=every_s, name="exchange limit")
 
     def address(self, stream: int) -> int:
         """Where a stream writes the number of each exchange it has finished."""
@@ -78,40 +76,33 @@ class ExchangeLimit:
 
     def close(self) -> None:
         """Nobody looks any longer."""
-        self._closed.set()
-
-    def __del__(self) -> None:
-        self._closed.set()
+        self._end()
 
 
-def _watch(
-    page: Tensor,
+def _look(
     words: Words,
     posted: deque[_Posted],
-    closed: threading.Event,
     ranks: Sequence[int],
     rank: int,
     limit: timedelta,
     end: Callable[[], None],
-) -> None:
-    """Until closed. The page is what keeps the words' memory."""
-    limit_s = limit.total_seconds()
-    while not closed.wait(min(_LOOK_EVERY_S, max(limit_s / 4, _LEAST_WAIT_S))):
-        while posted and all(_has_passed(word, posted[0].number) for word in words):
-            posted.popleft()
-        if posted and time.monotonic() - posted[0].at > limit_s:
-            _log.error(
-                "rank %d has waited %g s for rank(s) %s in exchange %d by copy engines, of ranks "
-                "%s; this process now ends: find out what the missing rank did, or give the group "
-                "a longer timeout",
-                ranks[rank],
-                limit_s,
-                ", ".join(str(ranks[peer]) for peer in posted[0].peers),
-                posted[0].number,
-                ranks,
-            )
-            end()
-            return
+) -> bool:
+    """Whether to go on: nothing that was posted has been under way for longer than the limit."""
+    while posted and all(_has_passed(word, posted[0].number) for word in words):
+        posted.popleft()
+    if not posted or time.monotonic() - posted[0].at <= limit.total_seconds():
+        return True
+    _log.error(
+        "rank %d has waited %g s for rank(s) %s in exchange %d by copy engines, of ranks %s; this "
+        "process now ends: find out what the missing rank did, or give the group a longer timeout",
+        ranks[rank],
+        limit.total_seconds(),
+        ", ".join(str(ranks[peer]) for peer in posted[0].peers),
+        posted[0].number,
+        ranks,
+    )
+    end()
+    return False
 
 
 def _has_passed(word: int, number: int) -> bool:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 
 import torch
-from torch import Tensor
+
+from seqpar.peers.watching import watch
 
 __all__ = ["WaitLimit"]
 
@@ -35,10 +36,9 @@ class WaitLimit:
     """
 
     def __init__(self, ranks: Sequence[int], rank: int) -> None:
-        self._closed = threading.Event()
+        self._end: Callable[[], object] | None = None
         self._ranks, self._rank = list(ranks), rank
         self._page = torch.zeros(_WORDS, dtype=torch.int64, pin_memory=torch.cuda.is_available())
-        # Read without torch: whoever looks may do so while the interpreter ends.
         self._words = (ctypes.c_int64 * _WORDS).from_address(self._page.data_ptr())
 
     @property
@@ -53,8 +53,8 @@ class WaitLimit:
     def enforce(self, limit: timedelta) -> None:
         """Kernels that have waited so long from now on end the process, which is logged first."""
         self._words[_LIMIT_NS], self._words[_TRAPS] = _nanoseconds(limit), 1
-        arguments = (self._page, self._words, self._closed, self._ranks, self._rank)
-        threading.Thread(target=_watch, args=arguments, name="peer limit", daemon=True).start()
+        look = partial(_look, self._words, self._ranks, self._rank)
+        self._end = watch(self, look, self._page, every_s=_LOOK_EVERY_S, name="peer limit")
 
     def problem(self) -> str | None:
         """What a kernel has reported, if one has."""
@@ -62,10 +62,8 @@ class WaitLimit:
 
     def close(self) -> None:
         """Nobody looks at the page any longer."""
-        self._closed.set()
-
-    def __del__(self) -> None:
-        self._closed.set()
+        if self._end is not None:
+            self._end()
 
 
 def _nanoseconds(limit: timedelta) -> int:
@@ -83,15 +81,13 @@ def _problem(words: Words, ranks: Sequence[int], rank: int) -> str | None:
     )
 
 
-def _watch(
-    page: Tensor, words: Words, closed: threading.Event, ranks: Sequence[int], rank: int
-) -> None:
-    """Until closed. The page is what keeps the words' memory."""
-    while not closed.wait(_LOOK_EVERY_S):
-        if (problem := _problem(words, ranks, rank)) is not None:
-            _log.error(
-                "%s; this process now ends with a CUDA launch failure: find out what the missing "
-                "rank did, or give the group a longer timeout",
-                problem,
-            )
-            return
+def _look(words: Words, ranks: Sequence[int], rank: int) -> bool:
+    """Whether to go on: no kernel has reported that it has waited for longer than the limit."""
+    if (problem := _problem(words, ranks, rank)) is None:
+        return True
+    _log.error(
+        "%s; this process now ends with a CUDA launch failure: find out what the missing rank did, "
+        "or give the group a longer timeout",
+        problem,
+    )
+    return False
