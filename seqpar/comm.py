@@ -30,6 +30,7 @@ from torch.distributed import ProcessGroup
 
 from seqpar.errors import LayoutError, SeqparError
 from seqpar.kernels.recorder import current_recorder
+from seqpar.message_bytes import bytes_of, from_bytes, landing_bytes, outgoing_bytes
 from seqpar.peers.sharing import (
     engines_of,
     make_room,
@@ -173,7 +174,7 @@ def all_gather_async(x: Tensor, group: ProcessGroup | None) -> Pending[Tensor]:
     if not message.numel():
         return Pending((), lambda: gathered)
     # gloo wants them flat, and knows fewer dtypes than torch.
-    landing, outgoing = _bytes_of(gathered), _bytes_of(message)
+    landing, outgoing = bytes_of(gathered), bytes_of(message)
     work = _GATHER(landing, outgoing, group=group, async_op=True)
     return Pending((work,), lambda: gathered.to(x.device) if staged else gathered, keep=message)
 
@@ -223,7 +224,7 @@ def all_to_all_async(
     item = sends[0].element_size()
     out_sizes = [torch.Size(shape).numel() * item for shape in recv_shapes]
     in_sizes = [tensor.numel() * item for tensor in sends]
-    message = torch.cat([_outgoing(tensor, group) for tensor in sends])
+    message = torch.cat([outgoing_bytes(tensor, group) for tensor in sends])
     received = message.new_empty(sum(out_sizes))
     count("all_to_all", sum(in_sizes) - in_sizes[rank], sum(out_sizes) - out_sizes[rank])
     work = dist.all_to_all_single(
@@ -232,7 +233,7 @@ def all_to_all_async(
 
     def finish() -> list[Tensor]:
         parts = torch.split(received, out_sizes)
-        return [_incoming(p, s, sends[0]) for p, s in zip(parts, recv_shapes, strict=True)]
+        return [from_bytes(p, s, sends[0]) for p, s in zip(parts, recv_shapes, strict=True)]
 
     return Pending((work,), finish, keep=message)
 
@@ -262,13 +263,13 @@ def exchange(
     """
     rank = group_rank(group)
     own = [tensor for peer, tensor in sends if peer == rank]
-    messages = [(p, _outgoing(x, group)) for p, x in sends if p != rank and x.numel()]
+    messages = [(p, outgoing_bytes(x, group)) for p, x in sends if p != rank and x.numel()]
     landings = []
     for peer, tensor in recvs:
         if peer == rank:
             tensor.copy_(own.pop(0))
         elif tensor.numel():
-            landings.append((peer, _landing(tensor, group), tensor))
+            landings.append((peer, landing_bytes(tensor, group), tensor))
     assert not own, "a message to this rank itself that it does not receive"
 
     def finish() -> list[Tensor]:
@@ -305,7 +306,7 @@ def exchange_lent(
     """
     itemsize, rank = like.element_size(), group_rank(group)
     sizes = [(peer, shape.numel() * itemsize) for peer, shape in recvs if shape.numel()]
-    messages = [(peer, _outgoing(x, group)) for peer, x in sends if x.numel()]
+    messages = [(peer, outgoing_bytes(x, group)) for peer, x in sends if x.numel()]
     engines = engines_of(group) if messages or sizes else None
     to_itself = any(peer == rank for peer, _ in [*sends, *recvs])
     loan = None if engines is None or to_itself else engines.lend(messages, sizes)
@@ -317,7 +318,7 @@ def exchange_lent(
     def lent() -> list[Tensor]:
         arrived = iter(loan.messages)
         return [
-            _incoming(next(arrived), shape, like) if shape.numel() else like.new_empty(shape)
+            from_bytes(next(arrived), shape, like) if shape.numel() else like.new_empty(shape)
             for _, shape in recvs
         ]
 
@@ -354,8 +355,8 @@ def swap(
         return
     if group is None or not moved:
         return
-    outgoing = [_outgoing(x, group) for _, x in sends]
-    landings = [_landing(x, group) for _, x in recvs]
+    outgoing = [outgoing_bytes(x, group) for _, x in sends]
+    landings = [landing_bytes(x, group) for _, x in recvs]
     count("exchange", sum(x.numel() for x in outgoing), sum(x.numel() for x in landings))
     peers = [r for r, _ in sends], [r for r, _ in recvs]
     recorder.do(_swapping(group, *peers), *outgoing, *landings)
@@ -396,7 +397,7 @@ def broadcast(x: Tensor, group: ProcessGroup | None, *, source: int = 0) -> Tens
     """Rank `source`'s tensor, a new tensor on every rank; shape and dtype are the same on all."""
     if group is None or not x.numel():
         return x.detach().clone()
-    message = _outgoing(x, group).clone()
+    message = outgoing_bytes(x, group).clone()
     is_source = group_rank(group) == source
     others = group.size() - 1
     count(
@@ -405,7 +406,7 @@ def broadcast(x: Tensor, group: ProcessGroup | None, *, source: int = 0) -> Tens
         0 if is_source else message.numel(),
     )
     dist.broadcast(message, group=group, group_src=source)
-    return _incoming(message, x.shape, x)
+    return from_bytes(message, x.shape, x)
 
 
 def broadcast_object(value: T | None, group: ProcessGroup | None, *, source: int = 0) -> T:
@@ -477,34 +478,6 @@ def _disagreement(messages: Sequence[tuple[str | None, str]], rank: int) -> str:
         f"the ranks of the group were not given the same input: rank 0 has {messages[0][1]:.400}, "
         f"rank {odd} has {messages[odd][1]:.400}; give all ranks of one group the same"
     )
-
-
-def _bytes_of(x: Tensor) -> Tensor:
-    """A contiguous tensor's own memory as uint8, flat."""
-    flat = x.view(-1)
-    if flat.stride(0) != 1:  # a single element may have any stride
-        flat = flat.as_strided((1,), (1,))
-    return flat.view(torch.uint8)
-
-
-def _outgoing(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The tensor's bytes, uint8 and flat, where the backend can read them."""
-    message = x.detach().contiguous()
-    return _bytes_of(message.cpu() if on_host(group) else message)
-
-
-def _landing(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Where bytes for x can land: x's own memory if the backend can write there."""
-    assert x.is_contiguous(), "a receive buffer must be contiguous"
-    flat = _bytes_of(x.detach())
-    return torch.empty_like(flat, device="cpu") if on_host(group) and x.is_cuda else flat
-
-
-def _incoming(message: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
-    """Bytes back to a tensor of the given shape, with `like`'s dtype and device."""
-    if message.storage_offset() % like.element_size():
-        message = message.clone()
-    return message.view(like.dtype).view(*shape).to(like.device)
 
 
 def _broadcast_bytes(data: bytes, size: int, group: ProcessGroup, source: int) -> bytes:
