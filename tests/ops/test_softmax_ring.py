@@ -174,12 +174,19 @@ BACKWARD_TENSORS = 4 + 4 + 7
 """Two blocks of k and v; two of their gradients; the two layers of dq, dk and dv, and a part."""
 
 
-@pytest.mark.parametrize("world_size", [5, 8])
-def test_memory_of_a_rank_is_its_own_tokens_and_two_blocks(world_size: int) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "batch", "bounds"),
+    [(5, 1, (0, 480)), (8, 1, (0, 768)), (5, 2, (0, 480)), (5, 1, (0, 200, 290, 480))],
+    ids=["5", "8", "a batch of two", "packed"],
+)
+def test_memory_of_a_rank_is_its_own_tokens_and_two_blocks(
+    world_size: int, batch: int, bounds: tuple[int, ...]
+) -> None:
     """In tensors of a rank's tokens, whatever the ranks: a third block would add two of them."""
-    layout = SequenceLayout.zigzag((0, 96 * world_size), world_size)
-    case = Case(layout, heads=4, kv_heads=4, key_dim=16, value_dim=16)
-    tensor = 96 * 4 * 16 * 4  # bytes of one rank's q
-    for forward, backward in run_ranks(world_size, _peak_bytes, case):
-        assert 6 * tensor <= forward <= FORWARD_TENSORS * tensor, forward / tensor
-        assert 9 * tensor <= backward <= BACKWARD_TENSORS * tensor, backward / tensor
+    layout = SequenceLayout.zigzag(bounds, world_size)
+    case = Case(layout, batch=batch, heads=4, kv_heads=4, key_dim=16, value_dim=16)
+    tensor = batch * 96 * 4 * 16 * 4  # bytes of one rank's q
+    peaks = run_ranks(world_size, _peak_bytes, case)
+    forward, backward = (max(each) for each in zip(*peaks, strict=True))
+    assert 5 * tensor <= forward <= FORWARD_TENSORS * tensor, forward / tensor
+    assert 8 * tensor <= backward <= BACKWARD_TENSORS * tensor, backward / tensor
