@@ -93,8 +93,10 @@ class Fitting:
         self._forms = forms
         self._strides = [None if form is None else form.stride for form in forms]
 
-    def __call__(self, tensors: Sequence[Tensor | None]) -> tuple[list[int], Sequence[object]]:
-        """Addresses, 0 for None, and what must live while they are used."""
+    def __call__(
+        self, tensors: Sequence[Tensor | None]
+    ) -> tuple[list[int], Sequence[Tensor | None]]:
+        """Addresses, 0 for None, and the tensors, which must live while they are used."""
         addresses = _addresses(tensors)
         strides = [None if x is None else x.stride() for x in tensors]
         if strides == self._strides and reduce(or_, addresses) % _ALIGNMENT == 0:

@@ -136,7 +136,7 @@ class RecordedCall:
         """The result, and what is to be saved."""
         assert self._forward is not None
         given = [0 if x is None else x.data_ptr() for x in inputs]
-        results, room = self._forward.run(given, current_traffic())
+        results, room = self._forward.run(inputs, given, current_traffic())
         return results[0], () if self._kept is None else self._kept(inputs, room)
 
     def run_backward(
@@ -145,8 +145,8 @@ class RecordedCall:
         """Gradients, as the general path gave them."""
         assert self._backward is not None
         assert self._fitting is not None
-        addresses, _alive = self._fitting((*saved, grad))
-        found = iter(self._backward.run(addresses, traffic)[0])
+        addresses, tensors = self._fitting((*saved, grad))
+        found = iter(self._backward.run(tensors, addresses, traffic)[0])
         return [next(found) if there else None for there in self._has_gradient]
 
 

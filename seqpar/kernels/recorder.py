@@ -3,7 +3,8 @@
 A call of a known kind launches the same kernels in the same order; only the addresses of its
 tensors differ. A `Recorder` in force is told of every launch, and sees everything else that torch
 does. What it has seen can be repeated (`seqpar.kernels.recording`) if it was launches, memory asked
-for, views of it, and nothing else; otherwise `problem` says what else there was.
+for, views of it, the few `recorded_operations`, and nothing else; otherwise `problem` says what
+else there was.
 
 A tensor's place is its number among those that the caller names, or the piece of memory that it
 lies in, in the order in which the call asked for them, and the bytes before it there.
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from seqpar.kernels.recorded_operations import operation_of
 from seqpar.traffic import Traffic, count_into, current_traffic
 
 if TYPE_CHECKING:
@@ -59,8 +61,7 @@ class Step(NamedTuple):
 
     action: Launch | Callable[..., None]
     places: tuple[Place, ...]
-    sizes: tuple[int, ...]
-    """Bytes of each tensor."""
+    forms: tuple[Form, ...]
 
 
 class Recorder(TorchDispatchMode):
@@ -101,26 +102,42 @@ class Recorder(TorchDispatchMode):
         self._exits.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         if self._inside_step:
             return out
         if func._schema.name in _ALLOCATIONS:
-            self._memory[out.untyped_storage().data_ptr()] = len(self.made)
-            self.made.append(out)
+            self._make(out)
+        elif (done := operation_of(func, args, kwargs, out)) is not None:
+            if done.makes:
+                self._make(out)
+            self._write_down(done.run, done.tensors)
         elif func._schema.is_mutable or not _is_view(out, args):
             self.problem = self.problem or f"{func} is neither a launch nor a view"
         return out
 
     def do(self, run: Callable[..., None], *tensors: Tensor, step: Launch | None = None) -> None:
-        """Run `run(*tensors)`, and write it down: as a launch, or to be run with their bytes."""
+        """Run `run(*tensors)`, and write it down: as a launch, or to be run with their like."""
         self._inside_step = True
         try:
             run(*tensors)
         finally:
             self._inside_step = False
-        sizes = tuple(x.numel() * x.element_size() for x in tensors)
+        self._write_down(step or run, tensors)
+
+    def _make(self, x: Tensor) -> None:
+        """x is memory that the call has asked for."""
+        self._memory[x.untyped_storage().data_ptr()] = len(self.made)
+        self.made.append(x)
+
+    def _write_down(self, action: Launch | Callable[..., None], tensors: Sequence[Tensor]) -> None:
         places = tuple(map(self.place_of, tensors))
-        self.steps.append(Step(step or run, places, sizes))
+        forms = tuple(Form(x.shape, x.stride(), x.dtype) for x in tensors)
+        for place, form in zip(places, forms, strict=True):
+            given = self.forms[place.number] if place.source == "given" else None
+            if given is not None and given.dtype != form.dtype:
+                self.problem = self.problem or "what is handed in is read as another dtype"
+        self.steps.append(Step(action, places, forms))
 
     def place_of(self, x: Tensor) -> Place:
         """Where a tensor lies."""

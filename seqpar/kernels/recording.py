@@ -77,6 +77,8 @@ class Trace:
         for step in recorder.steps:
             if isinstance(step.action, Launch) and step.action.direct is None:
                 recorder.problem = recorder.problem or "kernels are launched through Triton"
+        if len({x.device for x in recorder.made}) > 1:
+            recorder.problem = recorder.problem or "memory of several devices is asked for"
         if recorder.problem is not None:
             return None
         sizes = [x.untyped_storage().nbytes() for x in recorder.made]
@@ -161,20 +163,31 @@ class _Where:
         return self.first_room + (not is_kept), offset + place.offset
 
 
+class _Piece(NamedTuple):
+    """A tensor of a step that is no launch."""
+
+    base: int
+    offset: int
+    """Elements behind the base."""
+    form: Form
+
+    def of(self, bases: Sequence[Tensor | None]) -> Tensor:
+        """The tensor."""
+        whole, (shape, stride, dtype) = bases[self.base], self.form
+        assert whole is not None
+        if whole.dtype != dtype:  # a room, or a result: dense
+            whole = whole.view(-1).view(dtype)
+        return whole.as_strided(shape, stride, whole.storage_offset() + self.offset)
+
+
 class _Act(NamedTuple):
     """A step that is no launch."""
 
     action: Callable[..., None]
-    pieces: list[tuple[int, int, int]]
-    """Of which room, its bytes from where, and how many."""
+    pieces: list[_Piece | Tensor]
 
-    def __call__(self, rooms: tuple[Tensor | None, Tensor | None]) -> None:
-        found = []
-        for number, start, size in self.pieces:
-            room = rooms[number]
-            assert room is not None
-            found.append(room.narrow(0, start, size))
-        self.action(*found)
+    def __call__(self, bases: Sequence[Tensor | None]) -> None:
+        self.action(*[x if isinstance(x, Tensor) else x.of(bases) for x in self.pieces])
 
 
 class Recording:
@@ -202,7 +215,7 @@ class Recording:
         self._steps: list[Any] = [
             self._launch(step.action, places)
             if isinstance(step.action, Launch)
-            else (_act(step, places, where.first_room), None, None, None)
+            else (_act(trace, step, places), None, None, None)
             for step, places in zip(trace.steps, found, strict=True)
         ]
         launches = [x.action for x in trace.steps if isinstance(x.action, Launch)]
@@ -231,11 +244,14 @@ class Recording:
         self._configs.append(direct.new_config())
         return direct.launch, ctypes.addressof(self._configs[-1]), direct.function, parameters
 
-    def run(self, given: list[int], traffic: Traffic | None) -> tuple[list[Tensor], Tensor | None]:
+    def run(
+        self, given: Sequence[Tensor | None], addresses: list[int], traffic: Traffic | None
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Results, and the room of what backward is given.
 
         Args:
-            given: addresses of what the call is handed.
+            given: what the call is handed.
+            addresses: where that lies, 0 for None.
             traffic: where to count.
         """
         if traffic is not None:
@@ -243,17 +259,18 @@ class Recording:
         device = self._trace.device
         results = [torch.empty(x.shape, dtype=x.dtype, device=device) for x in self._trace.results]
         rooms = (_room(self._kept_bytes, device), _room(self._scratch_bytes, device))
-        bases = given + [x.data_ptr() for x in results]
+        bases = addresses + [x.data_ptr() for x in results]
         bases += [0 if x is None else x.data_ptr() for x in rooms]
         bases.append(0)
-        addresses = [bases[base] + offset for base, offset in self._addresses]
-        maps = [each.at(addresses[index]) for index, each in self._maps]
+        found = [bases[base] + offset for base, offset in self._addresses]
+        maps = [each.at(found[index]) for index, each in self._maps]
+        tensors = (*given, *results, *rooms)
         with self._lock:  # the buffer is this object's, whichever thread calls
-            self._format.pack_into(self._buffer, 0, *maps, *addresses)
+            self._format.pack_into(self._buffer, 0, *maps, *found)
             self._follow_stream()
             for launch, config, function, parameters in self._steps:
                 if parameters is None:
-                    launch(rooms)
+                    launch(tensors)
                 elif status := launch(config, function, parameters, None):
                     raise RuntimeError(f"a recorded launch failed with CUDA error {status}")
         return results, rooms[0]
@@ -272,10 +289,11 @@ def _room(num_bytes: int, device: torch.device) -> Tensor | None:
     return torch.empty(num_bytes, dtype=torch.uint8, device=device) if num_bytes else None
 
 
-def _act(step: Step, places: tuple[Base, ...], first_room: int) -> _Act:
-    pieces = [
-        (base - first_room, offset, size)
-        for (base, offset), size in zip(places, step.sizes, strict=True)
-    ]
-    assert all(number in (0, 1) for number, _, _ in pieces), "results and inputs are not messages"
+def _act(trace: Trace, step: Step, places: tuple[Base, ...]) -> _Act:
+    pieces: list[_Piece | Tensor] = []
+    for place, form, (base, offset) in zip(step.places, step.forms, places, strict=True):
+        if place.source == "constant":
+            pieces.append(trace.constants[place.number])
+        else:
+            pieces.append(_Piece(base, offset // form.dtype.itemsize, form))
     return _Act(step.action, pieces)

@@ -21,7 +21,15 @@ from torch import Tensor
 from seqpar.kernels.launch import Launch
 from seqpar.kernels.lightning.plan import Cut
 
-__all__ = ["Decays", "head_decay", "load_decays", "load_last", "load_row", "prepare_decays"]
+__all__ = [
+    "Decays",
+    "head_decay",
+    "load_decays",
+    "load_last",
+    "load_row",
+    "prepare_decays",
+    "sequence_decays",
+]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST_LOG_DECAY = tl.constexpr(-100.0)
@@ -152,6 +160,18 @@ def segment_decays_kernel(
     tl.store(p_entry + 2 * M * H, 1.0 * back)
 
 
+@triton.jit
+def sequence_decays_kernel(p_segments, p_out, p_first, H, BH: tl.constexpr):
+    """out[s, h]: the natural log decay of a sequence, from its segments'. Grid: (S, head tiles)."""
+    i_s = tl.program_id(0)
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    first, stop = tl.load(p_first + i_s), tl.load(p_first + i_s + 1)
+    b_sum = tl.zeros([BH], tl.float32)
+    for i_m in range(first, stop):
+        b_sum += tl.load(p_segments + i_m * H + o_h, mask=o_h < H, other=0.0)
+    tl.store(p_out + i_s * H + o_h, b_sum * (1.0 / LOG2E), mask=o_h < H)
+
+
 def prepare_decays(log_decay: Tensor, cut: Cut, chunk: int) -> Decays:
     """The decays of a call: float32, contiguous, [H] or [B, T, H]."""
     if log_decay.ndim == 1:
@@ -167,6 +187,22 @@ def prepare_decays(log_decay: Tensor, cut: Cut, chunk: int) -> Decays:
     launches[0](log_decay, reach)
     launches[1](reach, by_segment)
     return Decays(None, reach, by_segment)
+
+
+def sequence_decays(decays: Decays, cut: Cut) -> Tensor:
+    """[S, H] float32: the natural log decay of each sequence, where decays are per token."""
+    assert decays.by_segment is not None
+    segments, heads = cut.segments, decays.by_segment.shape[2]
+    launch = cut.launches.get("sequence decays")
+    if launch is None:
+        launch = cut.launches["sequence decays"] = Launch(
+            sequence_decays_kernel,
+            (segments.num_sequences, triton.cdiv(heads, 16)),
+            fixed={"p_first": segments.first, "H": heads, "BH": 16},
+        )
+    out = decays.by_segment.new_empty(segments.num_sequences, heads)
+    launch(decays.by_segment, out)
+    return out
 
 
 def _launches(cut: Cut, heads: int, stride_reach: int, chunk: int) -> tuple[Launch, Launch]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 else:
     LocalStates = object
 
-__all__ = ["LocalStates", "attend", "backward", "forward", "step", "summary"]
+__all__ = ["LocalStates", "attend", "backward", "forward", "log_transition", "step", "summary"]
 
 
 def forward(
@@ -68,6 +68,13 @@ def summary(
     state_of = chunked.query_grad_state_chunked if reverse else chunked.key_value_state_chunked
     with as_given(y.device):
         return state_of(y, z, log_decay=log_decay, cu_seqlens=cu_seqlens), None
+
+
+def log_transition(states: LocalStates) -> Tensor:
+    """[S, H] float32: the total log decay of each sequence, where decays are per token."""
+    from seqpar.kernels.lightning.decays import sequence_decays
+
+    return sequence_decays(states.decays, states.cut)
 
 
 def attend(

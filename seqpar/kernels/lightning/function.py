@@ -55,7 +55,10 @@ class Summary:
     @cached_property
     def log_transition(self) -> Tensor:
         """[S, H] float32: the total log decay, <= 0; made when it is first asked for."""
+        per_token = self.log_decay is not None and self.log_decay.ndim == 3
         with torch.no_grad():
+            if per_token and self.local_states is not None:
+                return dispatch.log_transition(self.local_states)
             return _log_transition(self.plan, self.log_decay)
 
 
