@@ -21,7 +21,9 @@ passes through shared memory.
 
 With GRAD, the tensor u whose gradient w is comes along, and u . w of every token leaves: what the
 decays' gradient is summed from (decay_gradient.py). Those sums run over many tokens, so what has to
-cancel in them must: states and their updates are then multiplied as two numbers of the dtype.
+cancel in them must: states and their updates are then multiplied as two numbers of the dtype. In
+float32 what a token takes from itself, which no decay touches, is added to w after u . w: where
+decays are strong it would be nearly all of the sums, and its rounding more than what is left.
 
 This is the pass for all dims and dtypes; output_pass_groups.py, output_pass_sums.py and
 output_pair.py are the same by hand for the common ones. Floor: x, y and z read once, w written
@@ -94,13 +96,20 @@ def _chunk(
         b_y = tl.where(m_row, b_y, 0.0).to(b_y.dtype)
         b_z = tl.where(m_row, b_z, 0.0).to(b_z.dtype)
     split: tl.constexpr = GRAD and b_x.dtype != tl.float32
+    apart: tl.constexpr = GRAD and b_x.dtype == tl.float32
     b_P = _pairs(b_x, b_y, b_reach, H, REVERSE, C, PRECISION)
     b_w = _entry_product(b_S, b_x, split, PRECISION)
     b_w = b_w * (b_ahead if REVERSE else b_back)[None, :]
+    if apart:
+        m_same = o_c[:, None] == o_c[None, :]
+        b_own = tl.sum(tl.where(m_same, b_P, 0.0), 0)
+        b_P = tl.where(m_same, 0.0, b_P)
     b_w = tl.dot(tl.trans(b_z), b_P, b_w, input_precision=PRECISION)
     if GRAD:
         b_dots = tl.sum(b_w * tl.trans(b_u).to(tl.float32), 0)
         tl.store(p_dots + o_c, b_dots, mask=o_c < num_tokens)
+    if apart:
+        b_w += tl.trans(b_z) * b_own[None, :]
     b_S = b_S * tl.exp2(last)
     b_factor = b_back if REVERSE else b_ahead
     if TAIL:
