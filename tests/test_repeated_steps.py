@@ -33,6 +33,10 @@ from tests.tolerances import MODEL_GRADIENT, MODEL_LOSS, relative_error
 pytest.importorskip("transformers")
 
 STEPS, MICRO_BATCHES = 4, 2
+DECAY_GRADIENT = 1e-3
+"""In float32, of decays that are learned. Their gradient is summed from differences over all later
+tokens of a segment, whose rounding walks, and what is left of 700 tokens a head is small: the
+kernels on one device are 2e-4 from float64 there too, and chunks in torch 2e-5 (docs/state.md)."""
 BFLOAT16_LOSS, BFLOAT16_GRADIENT = 5e-3, 8e-2
 """Of a model in bfloat16 against the same weights in float32: 8 bits of mantissa, each layer."""
 
@@ -97,7 +101,7 @@ def _steps(
         recompute_layers(model)
     layout = SequenceLayout.contiguous((0, 700), dist.get_world_size())  # one: part of the kind
     mesh = dist.device_mesh.init_device_mesh(device, (dist.get_world_size(),))
-    worst = {"loss": 0.0, "gradient": 0.0}
+    worst: dict[str, Any] = {"loss": 0.0, "gradient": 0.0, "decay": 0.0}
     for step in range(STEPS):
         streams = _streams(step)
         loss, expected = _one_device(model, streams, device)
@@ -110,7 +114,9 @@ def _steps(
         for parameter_name, parameter in model.named_parameters():
             assert parameter.grad is not None, parameter_name
             error = relative_error(parameter.grad, expected[parameter_name])
-            if error > worst["gradient"]:
+            if parameter_name.endswith("A_log"):
+                worst["decay"] = max(worst["decay"], error)
+            elif error > worst["gradient"]:
                 worst.update({"gradient": error, "at": f"{parameter_name}, step {step}"})
         with torch.no_grad():
             for parameter in model.parameters():
@@ -156,6 +162,7 @@ def _check(results: dict[str, list[Any]], cases: list[Case]) -> None:
             said = (carrier, name, dtype, errors)
             assert errors["loss"] < (MODEL_LOSS if exact else BFLOAT16_LOSS), said
             assert 0 < errors["gradient"] < (MODEL_GRADIENT if exact else BFLOAT16_GRADIENT), said
+            assert errors["decay"] < (DECAY_GRADIENT if exact else BFLOAT16_GRADIENT), said
 
 
 def test_steps_on_two_cpu_ranks_agree_with_one_device() -> None:
