@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from seqpar.layout import SequenceLayout
+from seqpar.message_bytes import bytes_of
 from seqpar.ops.state_job import Forward, Kept, StateJob
 from seqpar.ops.state_local import RankPart
 from seqpar.ops.state_mixer import Inputs, Mixer
@@ -147,7 +148,7 @@ def _size(heads: slice) -> int:
 
 def _to_bytes(tensors: list[Tensor]) -> Tensor:
     """One flat uint8 message of several tensors, whatever their dtypes."""
-    return torch.cat([x.contiguous().view(-1).view(torch.uint8) for x in tensors])
+    return torch.cat([bytes_of(x.contiguous()) for x in tensors])
 
 
 def _byte_shape(shapes: list[tuple[int, ...]], like: Inputs) -> torch.Size:
