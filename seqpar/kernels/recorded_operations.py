@@ -46,7 +46,7 @@ def _operation(func: Any, args: Any, kwargs: Any, out: Any) -> Operation | None:
         case "aten.zeros.default" | "aten.zeros_like.default" | "aten.new_zeros.default":
             return Operation(_clear, (out,), makes=True)
         case "aten.cat.default":
-            return Operation(_Join(*args[1:], **kwargs), (out, *args[0]), makes=True)
+            return Operation(_joining(*args[1:], **kwargs), (out, *args[0]), makes=True)
         case _:
             return None
 
@@ -59,8 +59,8 @@ def _clear(x: Tensor) -> None:
     x.zero_()
 
 
-class _Join(NamedTuple):
-    dim: int = 0
+def _joining(dim: int = 0) -> Callable[..., None]:
+    def run(to: Tensor, *parts: Tensor) -> None:
+        torch.cat(parts, dim, out=to)
 
-    def __call__(self, to: Tensor, *parts: Tensor) -> None:
-        torch.cat(parts, self.dim, out=to)
+    return run
