@@ -178,4 +178,4 @@ def test_repeated_steps_on_two_gpus_agree_with_one(case: Case) -> None:
     for results in run_on_ranks(_cases, "cuda", [case], ranks=2, device="cuda", timeout_s=150.0):
         _check(results, [case])
         for found in results.values():
-            assert all(errors["repeated"] > 0 for errors in found), results
+            assert all(errors["repeated"] == errors["kinds"] > 0 for errors in found), results
