@@ -37,12 +37,12 @@ from seqpar.kernels.lightning.hopper_steps import (
     head_decay,
     last_decay,
     load_tile,
-    pair_decays,
     room_for_parts,
     segment_of,
     state_entering,
     store_parts,
     store_tile,
+    stored_pair_decays,
     times_parts,
     token_decays,
 )
@@ -193,7 +193,7 @@ def _group(
 
         b_w = warpgroup_mma(b_state, b_x.permute((1, 0)), b_w, use_acc=False, is_async=True)
         b_P = warpgroup_mma(b_y, b_x.permute((1, 0)), b_P, use_acc=False, is_async=True)
-        b_gap = pair_decays(s_reach.index(stage), REVERSE, C, L_W)
+        b_gap = stored_pair_decays(s_reach.index(stage), REVERSE, C, L_W)
         b_P, b_w = warpgroup_mma_wait(0, deps=[b_P, b_w])
         s_P.store((b_P * b_gap).to(dtype))
         tma.store_wait(0)
