@@ -100,7 +100,7 @@ def _run_segment(
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
     TOKENS: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     dtype: gl.constexpr = d_x.dtype
-    i_m, start, stop, i_s, before, behind, begin, end = segment
+    i_m, start, stop, i_s, before, behind, _, end = segment
     s_x, s_y, s_z, s_w, s_P, s_reach, s_factor, s_parts, bars = tiles
     num_chunks = (stop - start + C - 1) // C
     for i in gl.static_range(STAGES):
