@@ -17,16 +17,17 @@ __all__ = [
     "TILE",
     "barrier",
     "clear_rows",
+    "fixed_pair_decays",
     "head_decay",
     "last_decay",
     "load_tile",
-    "pair_decays",
     "room_for_parts",
     "segment_of",
     "split",
     "state_entering",
     "store_parts",
     "store_tile",
+    "stored_pair_decays",
     "sum_lanes",
     "times_parts",
     "token_decays",
@@ -88,10 +89,11 @@ def last_decay(p_head, slot, num_tokens, log2_decay, DECAY: gl.constexpr, C: gl.
 
 
 @gluon.jit
-def pair_decays(s_reach, REVERSE: gl.constexpr, C: gl.constexpr, L_P: gl.constexpr):
-    """[j, i]: the decay between tokens j and i of a chunk, 0 where j is not before i."""
-    b_up = s_reach.load(gl.SliceLayout(1, L_P))[:, None]
-    b_across = s_reach.load(gl.SliceLayout(0, L_P))[None, :]
+def pair_decays(b_up, b_across, REVERSE: gl.constexpr, C: gl.constexpr, L_P: gl.constexpr):
+    """[j, i]: the decay between tokens j and i of a chunk, 0 where j is not before i.
+
+    b_up [C, 1] and b_across [1, C] are the log2 decays through each token.
+    """
     o_up = gl.arange(0, C, gl.SliceLayout(1, L_P))[:, None]
     o_across = gl.arange(0, C, gl.SliceLayout(0, L_P))[None, :]
     if REVERSE:
@@ -99,6 +101,22 @@ def pair_decays(s_reach, REVERSE: gl.constexpr, C: gl.constexpr, L_P: gl.constex
     else:
         b_gap = gl.where(o_up <= o_across, b_across - b_up, -float("inf"))
     return gl.exp2(b_gap)
+
+
+@gluon.jit
+def stored_pair_decays(s_reach, REVERSE: gl.constexpr, C: gl.constexpr, L_P: gl.constexpr):
+    """The same of decays per token, whose log2 decays through each token lie in s_reach."""
+    b_up = s_reach.load(gl.SliceLayout(1, L_P))[:, None]
+    b_across = s_reach.load(gl.SliceLayout(0, L_P))[None, :]
+    return pair_decays(b_up, b_across, REVERSE, C, L_P)
+
+
+@gluon.jit
+def fixed_pair_decays(log2_decay, REVERSE: gl.constexpr, C: gl.constexpr, L_P: gl.constexpr):
+    """The same of a fixed decay: one for all chunks, also for one that is not full."""
+    b_up = gl.arange(0, C, gl.SliceLayout(1, L_P)).to(gl.float32)[:, None] * log2_decay
+    b_across = gl.arange(0, C, gl.SliceLayout(0, L_P)).to(gl.float32)[None, :] * log2_decay
+    return pair_decays(b_up, b_across, REVERSE, C, L_P)
 
 
 @gluon.jit

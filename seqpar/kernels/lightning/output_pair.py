@@ -10,7 +10,8 @@ in the level-2 cache. Floor: 6 tensors instead of 8.
 One chunk: P and the entry product are issued; meanwhile the decays of P are worked out, and z is
 decayed for the state's update. P goes through shared memory; then zᵀ P and the update are issued,
 and wᵀ leaves through shared memory, in one bulk copy, while the update runs. A chunk needs two
-barriers: P is written; everything of the chunk is read and wᵀ written.
+barriers: P is written; everything of the chunk is read and wᵀ written. A fixed decay's powers are
+worked out once.
 """
 
 from __future__ import annotations
@@ -30,14 +31,15 @@ from seqpar.kernels.lightning.hopper_steps import (
     TILE,
     barrier,
     clear_rows,
+    fixed_pair_decays,
     head_decay,
     last_decay,
     load_tile,
-    pair_decays,
     room_for_parts,
     segment_of,
     state_entering,
     store_parts,
+    stored_pair_decays,
     times_parts,
     token_decays,
     write_rows,
@@ -57,24 +59,23 @@ def _shared_memory(dtype: gl.constexpr, STAGES: gl.constexpr, C: gl.constexpr, D
     s_P = gl.allocate_shared_memory(dtype, [C, C], TILE)
     s_reach = gl.allocate_shared_memory(gl.float32, [2, C], LINE)
     s_factor = gl.allocate_shared_memory(gl.float32, [2, C], LINE)
-    s_back = room_for_parts(dtype, 2, C)
-    s_ahead = room_for_parts(dtype, 2, C)
+    s_parts = room_for_parts(dtype, 2, C)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(bars.index(i), count=1)
     fence_async_shared()
     barrier()
-    return s_x, s_y, s_z, s_w, s_P, s_reach, s_factor, s_back, s_ahead, bars
+    return s_x, s_y, s_z, s_w, s_P, s_reach, s_factor, s_parts, bars
 
 
 @gluon.jit
 def _fetch(
     d_x, d_y, d_z, s_x, s_y, s_z, bars, i, num_chunks, start, column,
-    REVERSE: gl.constexpr, STAGES: gl.constexpr, C: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, C: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """Start the copies of the i-th chunk in time order, if there is one."""
     stage = i % STAGES
-    row = start + (num_chunks - 1 - i if REVERSE else i) * C
+    row = start + (num_chunks - 1 - i) * C
     bar = bars.index(stage)
     pred = i < num_chunks
     mbarrier.expect(bar, 3 * C * D * 2, pred=pred)
@@ -87,7 +88,7 @@ def _fetch(
 def _run_segment(
     d_x, d_y, d_z, d_w, p_w, p_decay, p_reach, stride_reach, p_by_segment,
     p_states, p_initial, p_final, segment, tiles, i_h, H, length, stride_x, stride_z,
-    DECAY: gl.constexpr, REVERSE: gl.constexpr, SCAN: gl.constexpr,
+    DECAY: gl.constexpr, SCAN: gl.constexpr,
     C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dk or dv of one segment and head."""
@@ -99,13 +100,13 @@ def _run_segment(
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
     TOKENS: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     dtype: gl.constexpr = d_x.dtype
-    i_m, start, stop, i_s, before, behind, begin, end = segment
-    s_x, s_y, s_z, s_w, s_P, s_reach, s_factor, s_back, s_ahead, bars = tiles
+    i_m, start, stop, i_s, before, behind, _, end = segment
+    s_x, s_y, s_z, s_w, s_P, s_reach, s_factor, s_parts, bars = tiles
     num_chunks = (stop - start + C - 1) // C
     for i in gl.static_range(STAGES):
         _fetch(
             d_x, d_y, d_z, s_x, s_y, s_z, bars, i, num_chunks, start, i_h * D,
-            REVERSE, STAGES, C, D,
+            STAGES, C, D,
         )  # fmt: skip
 
     log2_decay = head_decay(p_decay, i_h, DECAY)
@@ -117,33 +118,37 @@ def _run_segment(
     o_S = o_z * stride_z + o_x * stride_x
     o_sequence = (i_s * H + i_h).to(gl.int64) * (D * D)
     b_S = state_entering(
-        p_states, p_initial, p_by_segment, i_m, i_h, behind if REVERSE else before,
-        end - stop if REVERSE else start - begin, length, o_S, o_sequence, H, log2_decay,
-        DECAY, REVERSE, SCAN, D, D, L_S,
+        p_states, p_initial, p_by_segment, i_m, i_h, behind, end - stop, length, o_S, o_sequence,
+        H, log2_decay, DECAY, True, SCAN, D, D, L_S,
     )  # fmt: skip
 
     o_line = gl.arange(0, C, TOKENS)
     first_slot = start // C + i_m
-    i_c = num_chunks - 1 if REVERSE else 0
+    i_c = num_chunks - 1
     left = gl.minimum(stop - start - i_c * C, C)
     reach, back, ahead = token_decays(p_head, first_slot + i_c, left, log2_decay, o_line, DECAY, C)
     s_reach.index(0).store(reach)
-    s_factor.index(0).store(ahead if REVERSE else back)
-    store_parts(s_back, 0, back, dtype)
-    store_parts(s_ahead, 0, ahead, dtype)
+    s_factor.index(0).store(ahead)
+    store_parts(s_parts, 0, back, dtype)
+    if DECAY != 2:  # the first chunk in time order may be part-filled, all others are alike
+        reach, back, ahead = token_decays(p_head, first_slot, C, log2_decay, o_line, DECAY, C)
+        s_factor.index(1).store(ahead)
+        store_parts(s_parts, 1, back, dtype)
+        b_gap = fixed_pair_decays(log2_decay, True, C, L_P)
     last = last_decay(p_head, first_slot + i_c, left, log2_decay, DECAY, C)
     barrier()
 
     for i in range(0, num_chunks):
         stage = i % STAGES
-        i_c = num_chunks - 1 - i if REVERSE else i
+        i_c = num_chunks - 1 - i
         row = start + i_c * C
         num_tokens = gl.minimum(stop - row, C)
-        turn = i % 2
-        next_c = gl.maximum(i_c - 1, 0) if REVERSE else gl.minimum(i_c + 1, num_chunks - 1)
+        turn = i % 2 if DECAY == 2 else gl.minimum(i, 1)
+        next_c = gl.maximum(i_c - 1, 0)
         left = gl.minimum(stop - start - next_c * C, C)
         slot = first_slot + next_c
-        reach, back, ahead = token_decays(p_head, slot, left, log2_decay, o_line, DECAY, C)
+        if DECAY == 2:
+            reach, back, ahead = token_decays(p_head, slot, left, log2_decay, o_line, DECAY, C)
         next_last = last_decay(p_head, slot, left, log2_decay, DECAY, C)
         b_x, b_y, b_z = s_x.index(stage), s_y.index(stage), s_z.index(stage)
         mbarrier.wait(bars.index(stage), (i // STAGES) & 1)
@@ -158,14 +163,14 @@ def _run_segment(
         b_state = gl.convert_layout(b_S.to(dtype), A_W)
         b_P = warpgroup_mma(b_y, b_x.permute((1, 0)), b_P, use_acc=False, is_async=True)
         b_w = warpgroup_mma(b_state, b_x.permute((1, 0)), b_w, use_acc=False, is_async=True)
-        b_gap = pair_decays(s_reach.index(turn), REVERSE, C, L_P)
+        if DECAY == 2:
+            b_gap = stored_pair_decays(s_reach.index(turn), True, C, L_P)
         b_P = warpgroup_mma_wait(1, deps=[b_P])
         s_P.store((b_P * b_gap).to(dtype))
         tma.store_wait(0)
         fence_async_shared()
         barrier()
 
-        s_parts = s_back if REVERSE else s_ahead
         b_decayed = times_parts(b_z.permute((1, 0)).load(A_S), s_parts, turn, A_S)
         b_S = b_S * gl.exp2(last)
         b_w, b_S, b_decayed = warpgroup_mma_wait(0, deps=[b_w, b_S, b_decayed])
@@ -176,22 +181,22 @@ def _run_segment(
         b_w = warpgroup_mma_wait(1, deps=[b_w])
         s_w.permute((1, 0)).store(b_w.to(dtype))
         b_S = warpgroup_mma_wait(0, deps=[b_S])
-        s_reach.index(1 - turn).store(reach)
-        s_factor.index(1 - turn).store(ahead if REVERSE else back)
-        store_parts(s_back, 1 - turn, back, dtype)
-        store_parts(s_ahead, 1 - turn, ahead, dtype)
+        if DECAY == 2:
+            s_reach.index(1 - turn).store(reach)
+            s_factor.index(1 - turn).store(ahead)
+            store_parts(s_parts, 1 - turn, back, dtype)
         fence_async_shared()
         barrier()
         write_rows(d_w, p_w, s_w, row, num_tokens, i_h, H, C, D, ROWS)
         _fetch(
             d_x, d_y, d_z, s_x, s_y, s_z, bars, i + STAGES, num_chunks, start, i_h * D,
-            REVERSE, STAGES, C, D,
+            STAGES, C, D,
         )  # fmt: skip
         last = next_last
 
     tma.store_wait(0)
     if p_final is not None:
-        if (before if REVERSE else behind) == 0:
+        if before == 0:
             gl.store(p_final + o_sequence + o_S, b_S)
 
 
@@ -211,11 +216,11 @@ def output_pair_kernel(
         _run_segment(
             d_v, d_do, d_q, d_dk, p_dk, p_decay, p_reach, stride_reach, p_by_segment,
             p_states, p_initial, None,
-            segment, tiles, i_h, H, length, 1, D, DECAY, True, SCAN, C, D, STAGES,
+            segment, tiles, i_h, H, length, 1, D, DECAY, SCAN, C, D, STAGES,
         )  # fmt: skip
     else:
         _run_segment(
             d_k, d_q, d_do, d_dv, p_dv, p_decay, p_reach, stride_reach, p_by_segment,
             p_states, p_initial, p_final,
-            segment, tiles, i_h, H, length, D, 1, DECAY, True, SCAN, C, D, STAGES,
+            segment, tiles, i_h, H, length, D, 1, DECAY, SCAN, C, D, STAGES,
         )  # fmt: skip

@@ -11,7 +11,8 @@ out their decays.
 
 One chunk of a group: the entry product and P are issued; meanwhile the decays of P are worked out.
 P goes through shared memory; then zᵀ P and the state's update are issued, z being decayed beside
-the first; wᵀ leaves through shared memory, in one bulk copy, while the update runs.
+the first; wᵀ leaves through shared memory, in one bulk copy, while the update runs. The decays of
+P are worked out once where they are fixed.
 
 EARLY: the first chunks are fetched before the wait for the launches before (overlap.py), which is
 for the states alone. Only where the launch before is the state pass of the same call.
@@ -34,15 +35,16 @@ from seqpar.kernels.lightning.hopper_steps import (
     TILE,
     barrier,
     clear_rows,
+    fixed_pair_decays,
     head_decay,
     last_decay,
     load_tile,
-    pair_decays,
     room_for_parts,
     segment_of,
     state_entering,
     store_parts,
     store_tile,
+    stored_pair_decays,
     times_parts,
     token_decays,
 )
@@ -171,6 +173,8 @@ def _group(
     i_c = num_chunks - 1 if REVERSE else 0
     left = gl.minimum(stop - start - i_c * C, C)
     last = last_decay(p_head, first_slot + i_c, left, log2_decay, DECAY, C)
+    if DECAY != 2:
+        b_gap = fixed_pair_decays(log2_decay, REVERSE, C, L_W)
     for i in range(0, num_chunks):
         stage = i % STAGES
         i_c = num_chunks - 1 - i if REVERSE else i
@@ -193,7 +197,8 @@ def _group(
 
         b_w = warpgroup_mma(b_state, b_x.permute((1, 0)), b_w, use_acc=False, is_async=True)
         b_P = warpgroup_mma(b_y, b_x.permute((1, 0)), b_P, use_acc=False, is_async=True)
-        b_gap = pair_decays(s_reach.index(stage), REVERSE, C, L_W)
+        if DECAY == 2:
+            b_gap = stored_pair_decays(s_reach.index(stage), REVERSE, C, L_W)
         b_P, b_w = warpgroup_mma_wait(0, deps=[b_P, b_w])
         s_P.store((b_P * b_gap).to(dtype))
         tma.store_wait(0)

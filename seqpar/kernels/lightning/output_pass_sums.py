@@ -33,12 +33,12 @@ from seqpar.kernels.lightning.hopper_steps import (
     clear_rows,
     last_decay,
     load_tile,
-    pair_decays,
     room_for_parts,
     segment_of,
     split,
     state_entering,
     store_parts,
+    stored_pair_decays,
     sum_lanes,
     times_parts,
     token_decays,
@@ -181,7 +181,7 @@ def _group(
         b_front, b_rest = split(gl.convert_layout(b_S, A_W), dtype)
         b_w = warpgroup_mma(b_front, b_x.permute((1, 0)), b_w, use_acc=False, is_async=True)
         b_w = warpgroup_mma(b_rest, b_x.permute((1, 0)), b_w, is_async=True)
-        b_gap = pair_decays(s_reach.index(stage), REVERSE, C, L_P)
+        b_gap = stored_pair_decays(s_reach.index(stage), REVERSE, C, L_P)
         b_P = warpgroup_mma_wait(2, deps=[b_P])
         s_P.store((b_P * b_gap).to(dtype))
         tma.store_wait(0)
