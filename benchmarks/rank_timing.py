@@ -142,14 +142,15 @@ class Recorder:
             figures["total_ms_by_rank"] = list(Sample.median(total).following)
             if not row.on_one_gpu:
                 one = samples[:2] if alone is None else [[each] * rounds for each in alone]
-                figures["forward_efficiency"] = self._efficiencies(one[0], forward)["efficiency"]
-                figures |= self._efficiencies(one[1], total)
+                figures["forward_efficiency"] = self.efficiencies(one[0], forward)["efficiency"]
+                figures |= self.efficiencies(one[1], total)
             tensor = row.tensors[0]
             figures["peak_in_tensors"] = peaks[2 * i + 1] / (tensor.numel() * tensor.element_size())
             self.row(row.what, **figures, **row.facts)
         return Sample.median(samples[0]), Sample.median(samples[1])
 
-    def _efficiencies(self, one: Samples, row: Samples) -> dict[str, float]:
+    def efficiencies(self, one: Samples, row: Samples) -> dict[str, float]:
+        """The table above, of one GPU's samples and a row's."""
         pairs = list(zip(one, row, strict=True))
         following = [alone.ms / (self.size * here.ms) for alone, here in pairs]
         from_idle = [alone.from_idle_ms / (self.size * here.from_idle_ms) for alone, here in pairs]
@@ -181,17 +182,18 @@ class Recorder:
 
     def _in_turn(self, calls: Sequence[Callable[[], object]], rounds: int) -> list[Samples]:
         """Each call's samples, one a round."""
-        once = [self._sample(call, 1).ms for call in calls]
+        once = [self.sample(call, 1).ms for call in calls]
         counts = [max(LEAST_CALLS, min(20, int(SAMPLE_MS / ms))) for ms in once]
         samples: list[list[Sample]] = [[] for _ in calls]
         order, draws = list(range(len(calls))), random.Random(0)  # the same on every rank
         for _ in range(rounds):
             draws.shuffle(order)
             for i in order:
-                samples[i].append(self._sample(calls[i], counts[i]))
+                samples[i].append(self.sample(calls[i], counts[i]))
         return list(samples)
 
-    def _sample(self, call: Callable[[], object], num_following: int) -> Sample:
+    def sample(self, call: Callable[[], object], num_following: int) -> Sample:
+        """One turn of a call, on all ranks at once."""
         begun, first, last = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         dist.barrier()
         torch.cuda.synchronize()
