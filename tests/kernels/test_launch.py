@@ -122,18 +122,23 @@ DESCRIPTOR = (128, 4, 4, 8, 8)
 """A tensor map, two numbers of rows and columns, two strides."""
 
 
-def test_parameters_lie_as_direct_launches_expect_them() -> None:
+def _compiled(script: str) -> str:
+    """What a process says that compiles for Hopper: Triton is interpreted in this one."""
     pytest.importorskip("triton", reason="Triton is not installed")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COMPILE],
+        [sys.executable, "-W", "ignore", "-c", script],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_parameters_lie_as_direct_launches_expect_them() -> None:
     scratch = (8, 8)
     expected = (*DESCRIPTOR, *DESCRIPTOR, *[8] * 3, *[4] * 4, *scratch)
-    assert done.stdout.strip() == str(expected)
+    assert _compiled(COMPILE).strip() == str(expected)
 
 
 def test_launch_structures_lie_as_the_driver_expects_them() -> None:
@@ -147,44 +152,23 @@ def test_launch_structures_lie_as_the_driver_expects_them() -> None:
 
 
 def test_the_pair_by_hand_compiles_for_hopper_without_a_gpu() -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COMPILE_PAIR],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    said = _compiled(COMPILE_PAIR)
     scratch = (8, 8)
     expected = (*DESCRIPTOR * 6, 8, 8, 8, 4, 8, 8, 8, 4, 4, *scratch)
-    assert done.stdout.splitlines()[0] == str(expected)
+    assert said.splitlines()[0] == str(expected)
 
 
 def test_the_pass_in_two_groups_compiles_for_hopper_without_a_gpu() -> None:
     """Two groups of four warps, and four of which one copies."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COMPILE_IN_GROUPS],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    warps, parameters = done.stdout.split()[:2]
+    said = _compiled(COMPILE_IN_GROUPS)
+    warps, parameters = said.split()[:2]
     assert (int(warps), int(parameters)) == (12, 4 * len(DESCRIPTOR) + 10 + 2)
 
 
 def test_the_pass_with_sums_compiles_for_hopper_without_a_gpu() -> None:
     """One group of eight warps, and four of which one copies."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COMPILE_WITH_SUMS],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    warps, parameters = done.stdout.split()[:2]
+    said = _compiled(COMPILE_WITH_SUMS)
+    warps, parameters = said.split()[:2]
     assert (int(warps), int(parameters)) == (12, 5 * len(DESCRIPTOR) + 12 + 2)
 
 
