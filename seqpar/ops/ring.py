@@ -15,13 +15,14 @@ attention of step t. A block pair that the mask empties is neither computed nor 
 
 Forward keeps the last block, that of the left neighbour. Backward begins with it, so that there is
 work while the next one travels, and ends with the own block, under which the last gradients travel
-back to their owner.
+back to their owner: where that block is long, under its last heads; see `ring_late`.
 
 Source: Liu, Zaharia and Abbeel, Ring Attention, arXiv 2310.01889; Li et al., arXiv 2105.13120.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from seqpar import comm
+from seqpar.layout import Span
+from seqpar.ops.ring_late import heads_before_last_message
 from seqpar.ops.ring_schedule import RingSchedule, Step
 from seqpar.ops.softmax_local import Gradients, attend, attend_backward
 from seqpar.ops.softmax_operands import Operands
@@ -68,15 +71,23 @@ def ring_backward(
     x: Operands, kept: Block, schedule: RingSchedule, group: ProcessGroup | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of this rank's tokens, from the out and lse merged over all keys."""
-    grads, block, returning = Gradients.of(x.q, x.k, x.v), kept, _Returning.nothing()
-    for step, following in schedule.with_following(schedule.backward):
+    grads, block, returning = Gradients.of(x.q, x.k, x.v), kept, _Returning()
+    *remote, own = schedule.backward
+    for step, following in zip(remote, schedule.backward[1:], strict=True):
         arriving = _post_block(x.k, x.v, following, group)  # post
-        sums = grads if step.is_own else grads.for_keys(*block)
+        sums = grads.for_keys(*block)
         attend_backward(sums, x.with_keys(*block), step.tiles, scale=scale)  # compute
-        if following is not None:
-            returning.add_to(grads)  # wait: what others computed for this rank's keys
-            returning = _Returning.post(sums, x.k, x.v, step, group, is_last=following.is_own)
-            block = _block(arriving)  # wait, rotate
+        returning.add_to(grads)  # wait: what others computed for this rank's keys
+        returning = _Returning.of(sums, x.k, x.v, step)
+        if not following.is_own:
+            returning.post(x.k, group)
+        block = _block(arriving)  # wait, rotate
+    early = heads_before_last_message(x, own.tiles, returning.num_elements)
+    if early:
+        attend_backward(grads, x.of_heads(0, early), own.tiles, scale=scale)
+    returning.post(x.k, group, is_last=True)
+    late = x.of_heads(early, x.k.shape[2])
+    attend_backward(grads, late, own.tiles, scale=scale, head_start=early)
     dq = grads.dq.result()  # complete, whenever the last gradients arrive
     return dq, *returning.end(grads)
 
@@ -140,41 +151,46 @@ def _block(arriving: comm.Pending[list[Tensor]]) -> Block:
 
 
 class _Returning:
-    """Gradients of this rank's keys and values, on their way from the rank that computed them."""
+    """A block's gradients on their way to its owner, and those that come of this rank's keys.
 
-    def __init__(self, step: Step | None, pending: comm.Pending[list[Tensor]]) -> None:
-        self.step, self.pending = step, pending
+    Args:
+        keys: whose gradients come. sends, recvs: dk and dv, as (rank, tensor) and (rank, shape).
+    """
+
+    def __init__(
+        self,
+        keys: tuple[Span, ...] = (),
+        sends: Sequence[tuple[int, Tensor]] = (),
+        recvs: Sequence[tuple[int, torch.Size]] = (),
+    ) -> None:
+        self._keys, self._sends, self._recvs = keys, sends, recvs
+        self._pending: comm.Pending[list[Tensor]] = comm.Pending((), list)
 
     @classmethod
-    def nothing(cls) -> _Returning:
-        return cls(None, comm.Pending((), list))
-
-    @classmethod
-    def post(
-        cls,
-        sums: Gradients,
-        k: Tensor,
-        v: Tensor,
-        step: Step,
-        group: ProcessGroup | None,
-        *,
-        is_last: bool,
-    ) -> _Returning:
-        """Send the block's gradients to its owner; receive those of the keys sent before.
-
-        The last ones are summed at once, so they may be lent.
-        """
+    def of(cls, sums: Gradients, k: Tensor, v: Tensor, step: Step) -> _Returning:
+        """The block's gradients to its owner; to this rank those of the keys it sent before."""
         num_sent = num_tokens(step.send_keys)
-        sends = [(step.recv_from, part.result()) for part in (sums.dk, sums.dv)]
         rooms = [torch.Size((x.shape[0], num_sent, *x.shape[2:])) for x in (k, v)]
+        sends = [(step.recv_from, part.result()) for part in (sums.dk, sums.dv)]
+        return cls(step.send_keys, sends, [(step.send_to, room) for room in rooms])
+
+    @property
+    def num_elements(self) -> int:
+        """Of what is sent or of what comes, whichever is more."""
+        sent = sum(x.numel() for _, x in self._sends)
+        return max(sent, sum(room.numel() for _, room in self._recvs))
+
+    def post(self, like: Tensor, group: ProcessGroup | None, *, is_last: bool = False) -> None:
+        """Post both; the last that come are summed at once, so they may be lent."""
         if is_last:
-            recvs = [(step.send_to, room) for room in rooms]
-            return cls(step, comm.exchange_lent(sends, recvs, k, group))
-        landings = [(step.send_to, k.new_empty(room)) for room in rooms]
-        return cls(step, comm.exchange(sends, landings, group, beside_work=True))
+            self._pending = comm.exchange_lent(self._sends, self._recvs, like, group)
+        else:
+            landings = [(peer, like.new_empty(room)) for peer, room in self._recvs]
+            self._pending = comm.exchange(self._sends, landings, group, beside_work=True)
+        self._sends = ()
 
     def add_to(self, grads: Gradients) -> None:
-        self._add(grads, self.pending.wait())
+        self._add(grads, self._pending.wait())
 
     def end(self, grads: Gradients) -> tuple[Tensor, Tensor]:
         """dk and dv, complete."""
@@ -183,9 +199,8 @@ class _Returning:
             self._add(grads, arrived)
             return grads.dk.result(), grads.dv.result()
 
-        return self.pending.read(complete)
+        return self._pending.read(complete)
 
     def _add(self, grads: Gradients, arrived: list[Tensor]) -> None:
-        if self.step is not None:
-            for total, part in zip((grads.dk, grads.dv), arrived, strict=True):
-                add_ranges(total, part, self.step.send_keys, is_lent=self.pending.is_lent)
+        for total, part in zip((grads.dk, grads.dv), arrived, strict=False):
+            add_ranges(total, part, self._keys, is_lent=self._pending.is_lent)

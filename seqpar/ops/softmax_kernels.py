@@ -79,8 +79,8 @@ class Cudnn:
     torch keeps cuDNN's plans, each made in about 80 ms, by the shapes and strides of q, k and v.
     Two consequences. The stride of a batch of one, which follows from how many tokens the rank
     holds, is replaced by that of a tensor standing alone, or each new length would be planned anew.
-    And out and its gradient are made contiguous: their strides are no part of the key, and a plan
-    reused for others would give wrong gradients.
+    And q, out and out's gradient have the same strides or are made contiguous: only q's are part of
+    the key, and a plan reused for others would give wrong gradients.
     """
 
     name = "cudnn"
@@ -102,7 +102,8 @@ class Cudnn:
         stats = x.lse.transpose(1, 2).contiguous()
         stats = stats[..., None] if _cudnn_lse_ndim(x.q.device) == 4 else stats
         unused = torch.empty(1, dtype=torch.int64, device=x.q.device)  # the state of a dropout
-        operands = _by_head(*_alone(x.dout.contiguous(), x.q, x.k, x.v, x.out.contiguous()))
+        dout, q, out = _alike(x.dout, x.q, x.out)
+        operands = _by_head(*_alone(dout, q, x.k, x.v, out))
         dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
             *operands, stats, unused, unused, None, None, None,
             x.q.shape[1], x.k.shape[1], 0.0, causal, scale=scale,
@@ -161,6 +162,12 @@ def _cudnn_lse_ndim(device: torch.device) -> int:
     x = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
     lse: Tensor = _aten._scaled_dot_product_cudnn_attention(x, x, x, None, True)[1]
     return lse.ndim
+
+
+def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors if their strides are the same, else contiguous ones."""
+    same = len({x.stride() for x in tensors}) == 1
+    return tensors if same else tuple(x.contiguous() for x in tensors)
 
 
 def _alone(*tensors: Tensor) -> tuple[Tensor, ...]:

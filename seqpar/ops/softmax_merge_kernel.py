@@ -54,9 +54,10 @@ def merge_lse_kernel(
 
     A row's lse is read by every warp that needs it and written by one: all must have read before.
     """
-    i_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    i_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # 32 bits: their division is quick
     m_row = i_row < num_rows
-    i_h, i_t, i_b = i_row % H, (i_row // H) % T, i_row // (H * T)
+    i_h, i_t = (i_row % H).to(tl.int64), (i_row // H % T).to(tl.int64)
+    i_b = (i_row // H // T).to(tl.int64)
     p_lse += i_b * s_lb + i_t * s_lt + i_h * s_lh
     p_new_lse += i_b * s_mb + i_t * s_mt + i_h * s_mh
     b_old = tl.load(p_lse, mask=m_row, other=0.0)

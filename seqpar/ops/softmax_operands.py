@@ -41,6 +41,13 @@ class Operands(NamedTuple):
         dout, q, out, lse = (x[:, rows] for x in (self.dout, self.q, self.out, self.lse))
         return Operands(dout, q, k, v, out, lse)
 
+    def of_heads(self, start: int, stop: int) -> Operands:
+        """Of a range of key/value heads and the query heads that read them."""
+        per_group = self.q.shape[2] // self.k.shape[2]
+        rows = slice(start * per_group, stop * per_group)
+        dout, q, out, lse = (x[:, :, rows] for x in (self.dout, self.q, self.out, self.lse))
+        return Operands(dout, q, self.k[:, :, start:stop], self.v[:, :, start:stop], out, lse)
+
     def with_keys(self, k: Tensor, v: Tensor) -> Operands:
         """The same queries on other keys and values."""
         return self._replace(k=k, v=v)

@@ -11,11 +11,14 @@ lent is only read, and until the result has been taken.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from seqpar.ops.softmax_add import write_sum
 from seqpar.ops.softmax_merge import merge_lse_
 
 __all__ = ["PartialOutput", "RowSum", "wide_dtype"]
@@ -68,6 +71,15 @@ class _Part(NamedTuple):
     region: _Region
     values: Tensor
     is_lent: bool
+
+    def under(self, region: _Region) -> Tensor:
+        """What of it lies in a region that it covers."""
+        rows, heads = self.region.start, self.region.head_start
+        return self.values[
+            :,
+            region.start - rows : region.stop - rows,
+            region.head_start - heads : region.head_stop - heads,
+        ]
 
 
 class _Layer:
@@ -124,20 +136,33 @@ class RowSum:
 
     def _combined(self, dtype: torch.dtype) -> Tensor:
         """The layers' sum: into a part that covers all, if there is one, else into new memory."""
-        first, second = (layer.parts for layer in self._layers)
-        whole = [x for x in first + second if x.values.shape == self._like.shape and not x.is_lent]
+        parts = [part for layer in self._layers for part in layer.parts]
+        whole = [x for x in parts if x.values.shape == self._like.shape and not x.is_lent]
         if whole:
             total = whole[0].values.to(dtype)
-        else:
-            covered = sum(x.values.numel() for x in first) == self._like.numel()
-            make = torch.empty if covered else torch.zeros
-            total = make(self._like.shape, dtype=dtype, device=self._like.device)
-            for part in first:
-                part.region.of(total).copy_(part.values)
-        for part in [*(first if whole else []), *second]:
-            if not whole or part is not whole[0]:
-                part.region.of(total).add_(part.values)
+            for part in parts:
+                if part is not whole[0]:
+                    region = part.region.of(total)
+                    write_sum(region, [region, part.values])
+            return total
+        total = torch.empty(self._like.shape, dtype=dtype, device=self._like.device)
+        for cell, terms in _cells(parts, total):
+            write_sum(cell, terms)
         return total
+
+
+def _cells(parts: Sequence[_Part], total: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """The total cut at all edges of parts: what is under a cell covers it, at most two parts."""
+    rows, heads = {0, total.shape[1]}, {0, total.shape[2]}
+    for part in parts:
+        rows |= {part.region.start, part.region.stop}
+        heads |= {part.region.head_start, part.region.head_stop}
+    for start, stop in itertools.pairwise(sorted(rows)):
+        inside = [p for p in parts if p.region.start < stop and start < p.region.stop]
+        for head_start, head_stop in itertools.pairwise(sorted(heads)):
+            cell = _Region(start, stop, head_start, head_stop)
+            terms = [part.under(cell) for part in inside if part.region.overlaps(cell)]
+            yield cell.of(total), terms
 
 
 class PartialOutput:

@@ -10,6 +10,7 @@ import torch
 
 from seqpar.errors import KernelInputError
 from seqpar.layout import SequenceLayout
+from seqpar.ops.softmax_add import write_sum
 from seqpar.ops.softmax_dense import DenseBackend, cut
 from seqpar.ops.softmax_kernels import Cudnn, Efficient
 from seqpar.ops.softmax_local import Backend, Gradients, attend, attend_backward, choose_backend
@@ -164,6 +165,42 @@ def test_cudnn_takes_gradients_of_any_strides() -> None:
         got = _results(DenseBackend(Cudnn()), q, k, v, gradient, tiles, 0.125)
         for what, x, ref in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
             assert_close(x, ref, what=what)
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash"])
+def test_heads_a_few_at_a_time(name: str) -> None:
+    """Parts of the heads, cut out of the same tensors and not copied, give the gradients of all."""
+    q, dout = (torch.randn(1, 2048, 8, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.randn(1, 2048, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    tiles, backend = [Tile(0, 2048, 0, 2048, None, 0)], BACKENDS[name][0]
+    out, *expected = _results(backend, q, k, v, dout, tiles, 0.125)
+    merged = PartialOutput(q, 64)
+    attend(merged, q, k, v, tiles, scale=0.125, backend=backend)
+    operands, grads = Operands(dout, q, k, v, out, merged.result()[1]), Gradients.of(q, k, v)
+    for start, stop in ((0, 3), (3, 4)):
+        attend_backward(
+            grads, operands.of_heads(start, stop), tiles, scale=0.125, backend=backend,
+            head_start=start,
+        )  # fmt: skip
+    found = [grads.dq.result(), grads.dk.result(), grads.dv.result()]
+    for what, x, ref in zip(("dq", "dk", "dv"), found, expected, strict=True):
+        assert_close(x, ref, what=what)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [48, 128])
+def test_sums_of_a_few_heads(width: int, dtype: torch.dtype) -> None:
+    """Rows with gaps, which the kernel writes, beside what it must leave alone."""
+    a, b, total = (torch.randn(2, 40, 8, width, device="cuda").to(dtype) for _ in range(3))
+    before = total.clone()
+    part, others = total[:, 1:38, 2:5], (a[:, :37, :3], b[:, 3:, 5:])
+    write_sum(part, others)
+    expected = others[0].float() + others[1].float()
+    assert torch.equal(part, expected.to(dtype))
+    write_sum(part, [part, others[0]])
+    assert torch.equal(part, (expected.to(dtype).float() + others[0].float()).to(dtype))
+    write_sum(part, [before[:, 1:38, 2:5]])
+    assert torch.equal(total, before)
 
 
 def test_deterministic_mode_repeats_every_bit() -> None:

@@ -14,11 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqpar import comm
 from seqpar.layout import SequenceLayout
-from seqpar.ops import ring
+from seqpar.ops import ring, ring_late
 from seqpar.ops.ring import ring_backward, ring_forward
+from seqpar.ops.ring_late import heads_before_last_message
 from seqpar.ops.ring_schedule import most_keys_sent, ring_schedule
 from seqpar.ops.softmax_operands import Operands
-from seqpar.ops.softmax_tiles import Mask
+from seqpar.ops.softmax_tiles import Mask, Tile
 from seqpar.ops.token_ranges import num_tokens
 from tests.ops.softmax_cases import Case, assert_exact, layouts, run_case, run_cases
 from tests.ranks import run_ranks
@@ -48,6 +49,33 @@ def test_ring_equals_one_device(world_size: int) -> None:
     results = run_ranks(world_size, run_cases, cases)
     for i, case in enumerate(cases):
         assert_exact(case, [result[i] for result in results])
+
+
+def _run_late(rank: int, cases: list[Case]) -> list[tuple[torch.Tensor, ...]]:
+    """As on a device so slow that every own block is long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ring_late, "FLOPS_PER_S", 1.0)
+        return run_cases(rank, cases)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_gradients_that_travel_under_the_last_heads(world_size: int) -> None:
+    cases = _cases(world_size)
+    results = run_ranks(world_size, _run_late, cases)
+    for i, case in enumerate(cases):
+        assert_exact(case, [result[i] for result in results])
+
+
+def test_only_a_long_own_block_is_worked_on_in_two_parts() -> None:
+    """65,536 tokens on two H200s: 4 of 32 heads are left for the message; of 16,384 none are."""
+
+    def heads_first(num_tokens: int) -> int:
+        x = torch.empty(1, num_tokens, 32, 128, dtype=torch.bfloat16, device="meta")
+        operands = Operands(x, x, x, x, x, x[..., 0])
+        tiles = (Tile(0, num_tokens, 0, num_tokens, None, 0),)
+        return heads_before_last_message(operands, tiles, 2 * x.numel())
+
+    assert [heads_first(num_tokens) for num_tokens in (8192, 32768)] == [0, 28]
 
 
 @pytest.mark.parametrize("case", _cases(1), ids=str)
@@ -103,7 +131,7 @@ def test_documents_on_one_rank_send_nothing() -> None:
     assert most_keys_sent(case.layout, case.layout, Mask()) == 0
 
 
-def _order(rank: int, case: Case) -> list[str]:
+def _order(rank: int, case: Case, flops_per_s: float) -> list[str]:
     """What the ring does, in order: an exchange is posted, or a block's attention is computed."""
     done: list[str] = []
 
@@ -115,6 +143,7 @@ def _order(rank: int, case: Case) -> list[str]:
         return noting
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ring_late, "FLOPS_PER_S", flops_per_s)
         patch.setattr(comm, "exchange", noted("post", comm.exchange))
         patch.setattr(ring, "attend", noted("forward", ring.attend))
         patch.setattr(ring, "attend_backward", noted("backward", ring.attend_backward))
@@ -127,7 +156,9 @@ def test_a_transfer_is_posted_before_the_attention_it_hides_under() -> None:
     forward = ["post", "forward", "post", "forward", "forward"]
     # Backward: the next block and, after a block's attention, its gradients to their owner.
     backward = ["post", "backward", "post", "backward", "post", "backward"]
-    assert run_ranks(3, _order, case) == [[*forward, *backward]] * 3
+    assert run_ranks(3, _order, case, 1e12) == [[*forward, *backward]] * 3
+    backward[-2:] = ["backward", "post", "backward"]  # the own block is long: two parts of it
+    assert run_ranks(3, _order, case, 1.0) == [[*forward, *backward]] * 3
 
 
 class _PeakBytes(TorchDispatchMode):
