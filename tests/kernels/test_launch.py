@@ -35,32 +35,6 @@ signature |= {"p_table": "*i32"}
 compiled = compile(ASTSource(kernel, signature, constants, {}), target=GPUTarget("cuda", 90, 32))
 print(_checked_sizes(compiled))
 """
-COMPILE_PAIR = """
-from triton.backends.compiler import GPUTarget
-from triton.compiler import compile
-from triton.experimental.gluon._runtime import GluonASTSource
-from triton.experimental.gluon.language import NVMMASharedLayout
-from seqpar.kernels.direct_launch import _checked_sizes
-from seqpar.kernels.lightning.output_pair import output_pair_kernel as kernel
-
-constants = {
-    "p_decay": None, "p_initial": None, "p_final": None, "OVERLAP": True, "DECAY": 2,
-    "SCAN": True, "C": 64, "D": 128, "STAGES": 4,
-}
-half = f"tensordesc<bf16[64, 128],{NVMMASharedLayout(128, 16, 2)!r}>"
-kinds = {"d": half, "p": "*fp32"}
-signature = {
-    name: "constexpr" if name in constants else kinds.get(name.split("_")[0], "i32")
-    for name in kernel.arg_names
-}
-signature |= {"p_dk": "*bf16", "p_dv": "*bf16", "p_table": "*i32"}
-compiled = compile(
-    GluonASTSource(kernel, signature, constants),
-    target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "launch_pdl": True},
-)
-assert "wgmma" in compiled.asm["ptx"] and compiled.metadata.shared <= 232448
-print(_checked_sizes(compiled))
-"""
 COMPILE_IN_GROUPS = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compile
@@ -149,13 +123,6 @@ def test_launch_structures_lie_as_the_driver_expects_them() -> None:
     assert _LaunchAttribute.value.offset == 8
     assert ctypes.sizeof(LaunchConfig) == 56
     assert LaunchConfig.stream.offset == 32
-
-
-def test_the_pair_by_hand_compiles_for_hopper_without_a_gpu() -> None:
-    said = _compiled(COMPILE_PAIR)
-    scratch = (8, 8)
-    expected = (*DESCRIPTOR * 6, 8, 8, 8, 4, 8, 8, 8, 4, 4, *scratch)
-    assert said.splitlines()[0] == str(expected)
 
 
 def test_the_pass_in_two_groups_compiles_for_hopper_without_a_gpu() -> None:

@@ -5,8 +5,8 @@ Legend: B batch, T tokens, H heads, K key dim, V value dim, S sequences, M segme
     states of (k, v) forward in time    -> entries A          (kept from the forward pass)
     states of (q, do) backward in time  -> entries E
     dq = output_pass(do, v, k; A) forward
-    dv = output_pass(k, q, do; E) backward,  dk = output_pass(v, do, q; E) backward, or both in
-    one launch, which reads what they share once (launch_pair.py)
+    dv = output_pass(k, q, do; E) backward
+    dk = output_pass(v, do, q; E) backward
 
 No state of a chunk is ever written to memory: each pass carries its own.
 
@@ -14,7 +14,8 @@ The gradient of decays per token comes from sums that the passes of dq and dk gi
 (decay_gradient.py).
 
 Floor: q, k, v and do read once, dq, dk and dv written once, 7 tensors. The three passes move 12,
-so their share of the floor can not exceed 0.58; with dk and dv in one launch 10, and 0.70.
+so their share of the floor can not exceed 0.58. One launch of dk and dv that reads what they share
+once moves 10, but took longer (docs/lightning.md, "What was tried").
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from torch import Tensor
 from seqpar.kernels.lightning.decay_gradient import decay_gradient, learn
 from seqpar.kernels.lightning.forward import SegmentStates, summarize
 from seqpar.kernels.lightning.launch_output import Learning, output_pass
-from seqpar.kernels.lightning.launch_pair import can_pair, output_pair
 from seqpar.kernels.lightning.plan import Plan
 from seqpar.kernels.lightning.tuning import with_gradient
 
@@ -81,11 +81,14 @@ def backward_triton(
         )
     dentry = plan.new_state() if entry_grad else None
     dv, dk = _empty(v), _empty(k)
-    given = (plan, (q, k, v, do), dk, dv, grad_states, exit_state_grad, dentry)
-    if of_k is None and can_pair(plan.config, q, k, v, do):
-        _pair(*given)
-    else:
-        _two_passes(*given, of_k)
+    _pass(
+        plan, (k, q, do), dv, grad_states, exit_state_grad,
+        final=dentry, reverse=True, transposed=False,
+    )  # fmt: skip
+    _pass(
+        plan, (v, do, q), dk, grad_states, exit_state_grad,
+        reverse=True, transposed=True, learning=of_k,
+    )  # fmt: skip
     dlog_decay = decay_gradient(of_q, of_k, cut) if of_q and of_k else None
     return _trimmed(plan, dq, dk, dv, dlog_decay, dentry)
 
@@ -140,51 +143,6 @@ def _pass(
         reverse=reverse,
         transposed=transposed,
         learning=learning,
-    )
-
-
-def _two_passes(
-    plan: Plan,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    dk: Tensor,
-    dv: Tensor,
-    states: SegmentStates,
-    initial: Tensor | None,
-    final: Tensor | None,
-    learning: Learning | None,
-) -> None:
-    """dv, what leaves backward in time, and dk."""
-    q, k, v, do = inputs
-    _pass(
-        plan, (k, q, do), dv, states, initial, final=final, reverse=True, transposed=False
-    )  # fmt: skip
-    _pass(
-        plan, (v, do, q), dk, states, initial, reverse=True, transposed=True, learning=learning
-    )  # fmt: skip
-
-
-def _pair(
-    plan: Plan,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    dk: Tensor,
-    dv: Tensor,
-    states: SegmentStates,
-    initial: Tensor | None,
-    final: Tensor | None,
-) -> None:
-    """The same in one launch, without sums for the decays' gradient."""
-    local_states, scanned = states.into(initial, reverse=True)
-    output_pair(
-        inputs,
-        dk,
-        dv,
-        states.decays,
-        states.cut,
-        plan.config,
-        states=local_states,
-        scanned=scanned,
-        initial=None if scanned else initial,
-        final=final,
     )
 
 

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
-"""Small steps of the passes by hand (output_pass_groups.py, output_pass_sums.py, output_pair.py).
+"""Small steps of the passes by hand (output_pass_groups.py, output_pass_sums.py).
 
 Legend: C tokens of a chunk, D head dim, R rows of a state that are worked on, H heads.
 """
