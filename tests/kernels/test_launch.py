@@ -24,7 +24,7 @@ from seqpar.kernels.lightning.state_pass import segment_states_kernel as kernel
 constants = {
     "d_reach": None, "p_reach": None, "p_by_segment": None, "stride_reach": 0, "DECAY": 1,
     "REVERSE": False, "FLAT": True, "C": 64, "BK": 64, "BV": 64, "STAGES": 2, "PRECISION": "tf32",
-    "OVERLAP": True,
+    "OVERLAP": True, "LATE": False,
 }
 kinds = {"d": "tensordesc<bf16[64,64]>", "p": "*fp32"}
 signature = {
@@ -46,6 +46,7 @@ from seqpar.kernels.lightning.output_pass_groups import output_pass_groups_kerne
 constants = {
     "p_decay": None, "p_initial": None, "p_final": None, "OVERLAP": True, "DECAY": 2,
     "REVERSE": False, "SCAN": True, "C": 64, "BX": 128, "STAGES": 3, "EARLY": True,
+    "LATE": False,
 }
 layout = repr(NVMMASharedLayout(128, 16, 2))
 wide, half = (f"tensordesc<bf16[64, {columns}],{layout}>" for columns in (128, 64))
@@ -65,6 +66,15 @@ waits, lets_in = (ptx.count(f"griddepcontrol.{x}") for x in ("wait", "launch_dep
 assert waits == lets_in == 2, (waits, lets_in)  # each group; the warp that copies does not
 assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents")
 print(compiled.metadata.num_warps, len(_checked_sizes(compiled)))
+constants |= {"EARLY": False, "LATE": True}
+compiled = compile(
+    GluonASTSource(kernel, signature, constants),
+    target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "launch_pdl": True},
+)
+ptx = compiled.asm["ptx"]
+assert ptx.count("griddepcontrol.wait") == ptx.count("griddepcontrol.launch_dependents") == 1
+behind = ptx[ptx.index("griddepcontrol.wait"):].split("ret;")[0]
+assert not any(x in behind for x in ("ld.global", "st.global", "cp.", "wgmma")), behind
 """
 COMPILE_WITH_SUMS = """
 from triton.backends.compiler import GPUTarget
@@ -76,7 +86,7 @@ from seqpar.kernels.lightning.output_pass_sums import output_pass_sums_kernel as
 
 constants = {
     "p_initial": None, "p_final": None, "stride_x": 1, "stride_z": 128, "OVERLAP": True,
-    "REVERSE": True, "SCAN": True, "C": 64, "BX": 128, "STAGES": 3,
+    "REVERSE": True, "SCAN": True, "C": 64, "BX": 128, "STAGES": 3, "LATE": True,
 }
 window = f"tensordesc<bf16[64, 128],{NVMMASharedLayout(128, 16, 2)!r}>"
 kinds = {"d": window, "p": "*fp32"}

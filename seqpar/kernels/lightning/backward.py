@@ -8,6 +8,9 @@ Legend: B batch, T tokens, H heads, K key dim, V value dim, S sequences, M segme
     dv = output_pass(k, q, do; E) backward
     dk = output_pass(v, do, q; E) backward
 
+What does not need the launch before it runs beside that one's end (overlap.py): the states E beside
+dq, dk beside dv, and all three where nothing is cut.
+
 No state of a chunk is ever written to memory: each pass carries its own.
 
 The gradient of decays per token comes from sums that the passes of dq and dk give besides
@@ -27,8 +30,9 @@ from torch import Tensor
 
 from seqpar.kernels.lightning.decay_gradient import decay_gradient, learn
 from seqpar.kernels.lightning.forward import SegmentStates, summarize
-from seqpar.kernels.lightning.launch_output import Learning, output_pass
+from seqpar.kernels.lightning.launch_output import Entering, Learning, Waits, output_pass
 from seqpar.kernels.lightning.plan import Plan
+from seqpar.kernels.lightning.state_pass import room_for_states
 from seqpar.kernels.lightning.tuning import with_gradient
 
 __all__ = ["Gradients", "backward_triton", "query_grad_triton"]
@@ -72,22 +76,30 @@ def backward_triton(
         tile = plan.transposed_config.value_tile
         passed_on = cut.segments.num_cut > 0 or exit_state_grad is not None
         of_q, of_k = learn(q, k, plan.value_dim, cut, tile, exits=passed_on)
-    dq = query_grad
-    if dq is None or learns:  # before the other states, so that the device starts early
+    # Memory first: what runs beside another launch must not be given what that one still reads.
+    dv, dk = _empty(v), _empty(k)
+    room = room_for_states(q, do, cut) if grad_states is None and cut.segments.num_cut else None
+    dentry = plan.new_state() if entry_grad else None
+    waits: Waits = "first"
+    dq = None if learns else query_grad
+    follows = dq is None
+    if dq is None:  # before the other states, so that the device starts early
         dq = query_grad_triton(plan, (q, k, v, do), entry_state, states, learning=of_q)
+        waits = "first" if cut.segments.num_cut else "last"
     if grad_states is None:
         grad_states, _ = summarize(
-            plan, q, do, log_decay, reverse=True, final=False, decays=states.decays
-        )
-    dentry = plan.new_state() if entry_grad else None
-    dv, dk = _empty(v), _empty(k)
+            plan, q, do, log_decay, reverse=True, final=False, decays=states.decays,
+            room=room, beside=follows,
+        )  # fmt: skip
+        waits = "for states" if cut.segments.num_cut and grad_states.in_line else waits
+    behind = grad_states.into(exit_state_grad, reverse=True)
     _pass(
-        plan, (k, q, do), dv, grad_states, exit_state_grad,
-        final=dentry, reverse=True, transposed=False,
+        plan, (k, q, do), dv, grad_states, behind,
+        final=dentry, reverse=True, transposed=False, waits=waits,
     )  # fmt: skip
     _pass(
-        plan, (v, do, q), dk, grad_states, exit_state_grad,
-        reverse=True, transposed=True, learning=of_k,
+        plan, (v, do, q), dk, grad_states, behind,
+        reverse=True, transposed=True, learning=of_k, waits="last",
     )  # fmt: skip
     dlog_decay = decay_gradient(of_q, of_k, cut) if of_q and of_k else None
     return _trimmed(plan, dq, dk, dv, dlog_decay, dentry)
@@ -104,10 +116,8 @@ def query_grad_triton(
     """dq, padded where the plan pads, which needs nothing from backward in time."""
     q, k, v, do = (plan.aligned(x) for x in inputs)
     dq = _empty(q)
-    _pass(
-        plan, (do, v, k), dq, states, plan.state(entry_state),
-        reverse=False, transposed=True, learning=learning,
-    )  # fmt: skip
+    before = states.into(plan.state(entry_state), reverse=False)
+    _pass(plan, (do, v, k), dq, states, before, reverse=False, transposed=True, learning=learning)
     return dq
 
 
@@ -120,15 +130,15 @@ def _pass(
     roles: tuple[Tensor, Tensor, Tensor],
     out: Tensor,
     states: SegmentStates,
-    initial: Tensor | None,
+    entering: Entering,
     *,
     final: Tensor | None = None,
     reverse: bool,
     transposed: bool,
     learning: Learning | None = None,
+    waits: Waits = "first",
 ) -> None:
-    """One output pass, from what each segment adds and what enters the sequences."""
-    local_states, scanned = states.into(initial, reverse=reverse)
+    """One output pass over the cut of `states`."""
     config = plan.transposed_config if transposed else plan.config
     output_pass(
         roles,
@@ -136,13 +146,12 @@ def _pass(
         states.decays,
         states.cut,
         config if learning is None else with_gradient(config),
-        states=local_states,
-        scanned=scanned,
-        initial=None if scanned else initial,
+        entering,
         final=final,
         reverse=reverse,
         transposed=transposed,
         learning=learning,
+        waits=waits,
     )
 
 

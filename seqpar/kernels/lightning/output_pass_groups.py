@@ -15,7 +15,8 @@ the first; wᵀ leaves through shared memory, in one bulk copy, while the update
 P are worked out once where they are fixed.
 
 EARLY: the first chunks are fetched before the wait for the launches before (overlap.py), which is
-for the states alone. Only where the launch before is the state pass of the same call.
+for the states alone. Only where the launch before is the state pass of the same call. LATE: the
+wait is at the end. Only where the launch before is another pass from the same states.
 """
 
 from __future__ import annotations
@@ -48,7 +49,11 @@ from seqpar.kernels.lightning.hopper_steps import (
     times_parts,
     token_decays,
 )
-from seqpar.kernels.overlap import wait_for_launches_before
+from seqpar.kernels.overlap import (
+    begin_beside,
+    end_after_launches_before,
+    wait_for_launches_before,
+)
 
 __all__ = ["output_pass_groups_kernel"]
 
@@ -230,7 +235,7 @@ def _group(
 def output_pass_groups_kernel(
     d_x, d_y, d_z, d_w, p_w, p_decay, p_reach, stride_reach,
     p_by_segment, p_states, p_initial, p_final, p_table, H, length, stride_x, stride_z,
-    OVERLAP: gl.constexpr, EARLY: gl.constexpr,
+    OVERLAP: gl.constexpr, EARLY: gl.constexpr, LATE: gl.constexpr,
     DECAY: gl.constexpr, REVERSE: gl.constexpr, SCAN: gl.constexpr,
     C: gl.constexpr, BX: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -242,7 +247,8 @@ def output_pass_groups_kernel(
     segment = segment_of(p_table, gl.program_id(0) // H)
     p_head = p_reach + i_h.to(gl.int64) * stride_reach if DECAY == 2 else p_decay
     tiles, lines, own, bars = _shared_memory(d_x.dtype, STAGES, C, BX)
-    wait_for_launches_before(OVERLAP and not EARLY)
+    wait_for_launches_before(OVERLAP and not EARLY and not LATE)
+    begin_beside(LATE)
     gl.warp_specialize(
         [
             (_group, (0, d_w, p_w, tiles, lines, own, bars, segment, p_decay, p_head, p_by_segment,
@@ -257,3 +263,4 @@ def output_pass_groups_kernel(
         [4, 1],
         [240, 24],
     )  # fmt: skip
+    end_after_launches_before(LATE)

@@ -44,7 +44,11 @@ from seqpar.kernels.lightning.hopper_steps import (
     token_decays,
     write_rows,
 )
-from seqpar.kernels.overlap import wait_for_launches_before
+from seqpar.kernels.overlap import (
+    begin_beside,
+    end_after_launches_before,
+    wait_for_launches_before,
+)
 
 __all__ = ["output_pass_sums_kernel"]
 
@@ -230,16 +234,21 @@ def _group(
 def output_pass_sums_kernel(
     d_x, d_y, d_z, d_u, d_w, p_w, p_reach, stride_reach,
     p_by_segment, p_dots, p_crossing, p_exits, p_states, p_initial,
-    p_final, p_table, H, N, length, stride_x, stride_z, OVERLAP: gl.constexpr,
+    p_final, p_table, H, N, length, stride_x, stride_z, OVERLAP: gl.constexpr, LATE: gl.constexpr,
     REVERSE: gl.constexpr, SCAN: gl.constexpr,
     C: gl.constexpr, BX: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """w and sums of every segment. Grid: (M * H,); the longest segments start first."""
+    """w and sums of every segment. Grid: (M * H,); the longest segments start first.
+
+    LATE: it waits at its end (overlap.py), where the launch before is another pass from the same
+    states.
+    """
     i_h = gl.program_id(0) % H
     segment = segment_of(p_table, gl.program_id(0) // H)
     p_head = p_reach + i_h.to(gl.int64) * stride_reach
     tiles, lines, own, bars = _shared_memory(d_x.dtype, STAGES, C, BX)
-    wait_for_launches_before(OVERLAP)
+    wait_for_launches_before(OVERLAP and not LATE)
+    begin_beside(LATE)
     gl.warp_specialize(
         [
             (_group, (d_w, p_w, tiles, lines, own, bars, segment, p_head, p_by_segment,
@@ -251,3 +260,4 @@ def output_pass_sums_kernel(
         [1],
         [24],
     )  # fmt: skip
+    end_after_launches_before(LATE)
