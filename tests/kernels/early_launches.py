@@ -62,6 +62,12 @@ def main() -> None:
         with torch.no_grad():
             attend(q, k, v, key_value_summary(k, v, log_decay=slopes), log_decay=slopes)
         found[f"{name}, attend"] = taken()
+        learned = torch.zeros(shape[:3], requires_grad=True)
+        o, state = lightning_attention(q, k, v, log_decay=learned, return_final_state=True)
+        given = (torch.empty_like(o), torch.empty_like(state))
+        taken()
+        torch.autograd.grad((o, state), (q, k, v, learned), given)
+        found[f"{name}, learned"] = taken()
     print(json.dumps(found))
 
 

@@ -30,7 +30,13 @@ from torch import Tensor
 
 from seqpar.kernels.lightning.decay_gradient import decay_gradient, learn
 from seqpar.kernels.lightning.forward import SegmentStates, summarize
-from seqpar.kernels.lightning.launch_output import Entering, Learning, Waits, output_pass
+from seqpar.kernels.lightning.launch_output import (
+    Entering,
+    Learning,
+    Waits,
+    output_pass,
+    parts_of_crossing,
+)
 from seqpar.kernels.lightning.plan import Plan
 from seqpar.kernels.lightning.state_pass import room_for_states
 from seqpar.kernels.lightning.tuning import with_gradient
@@ -74,8 +80,9 @@ def backward_triton(
     learns = decay_grad and plan.problem.decay_dims == 3
     if learns:
         tile = plan.transposed_config.value_tile
+        parts = parts_of_crossing(plan.transposed_config, k, v, q, do)
         passed_on = cut.segments.num_cut > 0 or exit_state_grad is not None
-        of_q, of_k = learn(q, k, plan.value_dim, cut, tile, exits=passed_on)
+        of_q, of_k = learn(q, k, plan.value_dim, cut, tile, exits=parts if passed_on else 0)
     # Memory first: what runs beside another launch must not be given what that one still reads.
     dv, dk = _empty(v), _empty(k)
     room = room_for_states(q, do, cut) if grad_states is None and cut.segments.num_cut else None
@@ -99,7 +106,8 @@ def backward_triton(
     )  # fmt: skip
     _pass(
         plan, (v, do, q), dk, grad_states, behind,
-        reverse=True, transposed=True, learning=of_k, waits="last",
+        reverse=True, transposed=True, learning=of_k,
+        waits="first" if waits == "last" and of_k and of_k.exits is not None else "last",
     )  # fmt: skip
     dlog_decay = decay_gradient(of_q, of_k, cut) if of_q and of_k else None
     return _trimmed(plan, dq, dk, dv, dlog_decay, dentry)

@@ -19,7 +19,7 @@ from seqpar.kernels.lightning.state_pass import can_be_flat, precision
 from seqpar.kernels.lightning.tuning import Config, for_groups, padded
 from seqpar.kernels.overlap import can_overlap
 
-__all__ = ["Entering", "Learning", "Waits", "output_pass"]
+__all__ = ["Entering", "Learning", "Waits", "output_pass", "parts_of_crossing"]
 
 Waits = Literal["first", "for states", "last"]
 """When a pass waits for the launches before it (overlap.py): before all it does; before it reads
@@ -47,7 +47,17 @@ class Learning(NamedTuple):
     """[M, H, K, V] float32: the state that leaves each segment. The pass forward in time writes it,
     the pass backward in time reads it. None where no gradient reaches any of them."""
     crossing: Tensor | None = None
-    """[tiles of DZ, M, H] float32, backward in time: `exits` times their gradients."""
+    """[parts of DZ, M, H] float32, backward in time: `exits` times their gradients."""
+
+
+def parts_of_crossing(config: Config, *tensors: Tensor) -> int:
+    """In how many parts a pass over these tensors gives its `crossing`.
+
+    By hand that is two, see output_pass_sums.py; where Triton's kernel serves, one a value tile.
+    """
+    if config.by_hand and can_be_flat(*tensors):
+        return 2
+    return -(-tensors[0].shape[3] // config.value_tile)
 
 
 def output_pass(
@@ -116,8 +126,7 @@ def _output_launch(
     tile_x, tile_z = padded(dim_x), config.value_tile
     flat = can_be_flat(x, y, z, out) and (of is None or can_be_flat(of))
     by_hand = config.by_hand and flat
-    in_groups = by_hand and of is None
-    if in_groups:
+    if by_hand:
         config = for_groups(config)
     fixed: dict[str, Any] = {
         "p_table": segments.table, "H": heads, "N": batch * tokens,
@@ -134,11 +143,11 @@ def _output_launch(
     fixed |= dict.fromkeys(unused)
     wide, narrow = (
         Window(config.chunk, tile, flat=flat, for_gluon=by_hand)
-        for tile in (tile_x, tile_z // 2 if in_groups else tile_z)
+        for tile in (tile_x, tile_z // 2 if by_hand else tile_z)
     )
     windows = {"d_x": wide, "d_y": wide, "d_z": narrow, "d_u": narrow, "d_w": narrow}
     windows["d_reach"] = Window(1, config.chunk, flat=True)
-    kernel = _kernel_of(by_hand=by_hand, in_groups=in_groups)
+    kernel = _kernel_of(by_hand=by_hand, sums=of is not None)
     taken = inspect.signature(kernel.fn).parameters
     return Launch(
         kernel,
@@ -150,13 +159,13 @@ def _output_launch(
     )
 
 
-def _kernel_of(*, by_hand: bool, in_groups: bool) -> Any:
-    if in_groups:
-        from seqpar.kernels.lightning.output_pass_groups import output_pass_groups_kernel
-
-        return output_pass_groups_kernel
-    if by_hand:
+def _kernel_of(*, by_hand: bool, sums: bool) -> Any:
+    if by_hand and sums:
         from seqpar.kernels.lightning.output_pass_sums import output_pass_sums_kernel
 
         return output_pass_sums_kernel
+    if by_hand:
+        from seqpar.kernels.lightning.output_pass_groups import output_pass_groups_kernel
+
+        return output_pass_groups_kernel
     return output_pass_kernel

@@ -44,10 +44,10 @@ from seqpar.kernels.lightning.hopper_steps import (
     segment_of,
     state_entering,
     store_parts,
-    store_tile,
     stored_pair_decays,
     times_parts,
     token_decays,
+    write_columns,
 )
 from seqpar.kernels.overlap import (
     begin_beside,
@@ -122,21 +122,6 @@ def _fetch(
         left = gl.minimum(stop - start - next_c * C, C)
         slot = first_slot + next_c
         reach, back, ahead = token_decays(p_head, slot, left, log2_decay, o_line, DECAY, C)
-
-
-@gluon.jit
-def _write(
-    d_w, p_w, s_w, row, num_tokens, column, H,
-    C: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr,
-):  # fmt: skip
-    """Store a group's columns of w: in one bulk copy, or only the rows that are the segment's."""
-    if num_tokens == C:
-        store_tile(d_w, [row, column], s_w)
-    else:
-        o_r = gl.arange(0, C, gl.SliceLayout(1, ROWS))
-        o_d = gl.arange(0, D // 2, gl.SliceLayout(0, ROWS))[None, :]
-        p_out = p_w + (row + o_r).to(gl.int64)[:, None] * (H * D) + column + o_d
-        gl.store(p_out, s_w.load(ROWS), mask=(o_r < num_tokens)[:, None])
 
 
 @gluon.jit
@@ -222,7 +207,7 @@ def _group(
         fence_async_shared()
         barrier()
         mbarrier.arrive(empty.index(stage), count=1)
-        _write(d_w, p_w, s_w, row, num_tokens, column, H, C, D, ROWS)
+        write_columns(d_w, p_w, s_w, row, num_tokens, column, H, C, D, ROWS)
         last = next_last
 
     tma.store_wait(0)
