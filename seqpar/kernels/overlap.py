@@ -10,8 +10,13 @@ before it have ended. What it may read earlier are tables that never change.
 
 The wait is for the launch before, all of whose programs have waited for the one before that: so
 every program of such a kernel must wait, whatever it does. It lets the next launch in when it has
-waited, not sooner: when a launch begins, all but the one before it have then ended. A pass whose
-inputs the launch before does not write may read them before it waits.
+waited, not sooner: when a launch begins, all but the one before it have then ended. So
+
+- a pass whose inputs the launch before does not write may read them before it waits;
+- a pass that has nothing to do with the launch before, what it reads, writes and was given as
+  memory, may run beside it and wait at its end: whoever waits for the pass has then waited for
+  both. It lets the next launch in when it begins, so that one must wait first, or be such that
+  neither of the two concerns it before it waits.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["can_overlap", "wait_for_launches_before"]
+__all__ = ["begin_beside", "can_overlap", "end_after_launches_before", "wait_for_launches_before"]
 
 
 @lru_cache(maxsize=64)
@@ -38,3 +43,17 @@ def wait_for_launches_before(OVERLAP: tl.constexpr):
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
+
+
+@triton.jit
+def begin_beside(LATE: tl.constexpr):
+    """Let the next launch in: this one waits at its end."""
+    if LATE:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def end_after_launches_before(LATE: tl.constexpr):
+    """Wait, at the end of a program, until the launches before have ended."""
+    if LATE:
+        gdc_wait()

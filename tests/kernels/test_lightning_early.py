@@ -1,4 +1,4 @@
-"""Output passes that fetch their first chunks before they wait for the launches before."""
+"""Launches that begin before the launches before them have ended, and wait later than first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ pytest.importorskip("triton", reason="Triton is not installed")
 SHAPE = (1, 8192, 32, 128)
 
 
-def test_only_a_forward_whose_own_state_pass_comes_just_before_fetches_early() -> None:
+def test_launches_wait_no_later_than_their_inputs_allow() -> None:
+    """In the order of the launches. "cut": a few segments a sequence; "deep": more than 16.
+
+    "learned": backward with the decays' gradient. dk's pass then reads the states that dq's leaves,
+    so it may not begin beside a pass that began beside dq's.
+    """
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.kernels.early_launches"],
         env={**os.environ, "TRITON_INTERPRET": "0"},
@@ -26,17 +31,38 @@ def test_only_a_forward_whose_own_state_pass_comes_just_before_fetches_early() -
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[0])
-    assert found.pop("cut") == [True]
-    assert all(passes and not any(passes) for passes in found.values()), found
+    states, enter, output = "segment_states: ", "enter_segments: ", "output_pass_groups: "
+    first, for_states, last = "first", "for states", "last"
+    of_dq, of_dv, of_dk = output + first, output + first, output + last
+    sums = "output_pass_sums: "
+    scan = ["block_sums: " + first, "decay_gradient: " + first]
+    assert json.loads(done.stdout.splitlines()[0]) == {
+        "cut": [states + first, output + for_states],
+        "cut, backward": [of_dq, states + last, output + for_states, of_dk],
+        "cut, learned": [sums + first, states + last, output + for_states, sums + last, *scan],
+        "cut, attend": [states + first, enter + first, output + first],
+        "whole": [output + first],
+        "whole, backward": [of_dq, output + last, of_dk],
+        "whole, learned": [sums + first, output + last, sums + first, *scan],
+        "whole, attend": [states + first, output + first],
+        "deep": [states + first, enter + first, output + first],
+        "deep, backward": [enter + first, of_dq, states + last, enter + first, of_dv, of_dk],
+        "deep, learned": [
+            *(enter + first, sums + first, states + last),
+            *(enter + first, of_dv, sums + last),
+            *scan,
+        ],
+        "deep, attend": [states + first, enter + first, enter + first, output + first],
+    }
 
 
-def decays(kind: str) -> Tensor | None:
+def decays(kind: str, shape: tuple[int, ...] = SHAPE) -> Tensor | None:
+    heads = shape[2]
     if kind == "none":
         return None
     if kind == "fixed":
-        return -(2.0 ** (-8.0 * torch.arange(1, SHAPE[2] + 1, device="cuda") / SHAPE[2]))
-    return -0.06 * torch.rand(SHAPE[:3], device="cuda")
+        return -(2.0 ** (-8.0 * torch.arange(1, heads + 1, device="cuda") / heads))
+    return -0.06 * torch.rand(shape[:3], device="cuda")
 
 
 @pytest.mark.gpu
@@ -69,6 +95,46 @@ def test_what_the_launches_just_before_wrote_is_what_is_read(kind: str) -> None:
             outputs = chain(*room, alone=False)
         torch.cuda.current_stream().wait_stream(stream)
         for now, before in zip(outputs, expected[attempt % 2], strict=True):
+            assert torch.equal(now, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [SHAPE, (4, 2048, 64, 128), (1, 65536, 4, 128)])
+@pytest.mark.parametrize("kind", ["none", "fixed", "token"])
+def test_gradients_are_those_of_launches_one_after_another(
+    kind: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients are the next call's inputs; each is copied into place just before."""
+    from seqpar.kernels.lightning import decay_gradient, launch_output, plan, state_pass
+
+    torch.manual_seed(0)
+    given = [[torch.randn(shape, device="cuda").bfloat16() for _ in range(4)] for _ in range(2)]
+    log_decay = decays(kind, shape)
+    learned = [] if kind != "token" else [log_decay.requires_grad_()]
+
+    def chain(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> list[Tensor]:
+        found = []
+        for _ in range(3):
+            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            o, _ = lightning_attention(*inputs, log_decay=log_decay)
+            q, k, v, *rest = torch.autograd.grad(o, [*inputs, *learned], do)
+            found += [q, k, v, *rest]
+        return found
+
+    with monkeypatch.context() as patch:
+        for module in (launch_output, state_pass, decay_gradient):
+            patch.setattr(module, "can_overlap", lambda device: False)
+        for plans in (plan._checked, plan._plan):  # with the launches that are kept
+            plans.cache_clear()
+        expected = [chain(*inputs) for inputs in given]
+    for plans in (plan._checked, plan._plan):
+        plans.cache_clear()
+    room = [torch.empty_like(x) for x in given[0]]
+    for attempt in range(12):
+        for place, x in zip(room, given[attempt % 2], strict=True):
+            place.copy_(x)
+        found = chain(*room)
+        for now, before in zip(found, expected[attempt % 2], strict=True):
             assert torch.equal(now, before)
 
 

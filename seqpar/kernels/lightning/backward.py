@@ -5,8 +5,11 @@ Legend: B batch, T tokens, H heads, K key dim, V value dim, S sequences, M segme
     states of (k, v) forward in time    -> entries A          (kept from the forward pass)
     states of (q, do) backward in time  -> entries E
     dq = output_pass(do, v, k; A) forward
-    dv = output_pass(k, q, do; E) backward,  dk = output_pass(v, do, q; E) backward, or both in
-    one launch, which reads what they share once (launch_pair.py)
+    dv = output_pass(k, q, do; E) backward
+    dk = output_pass(v, do, q; E) backward
+
+What does not need the launch before it runs beside that one's end (overlap.py): the states E beside
+dq, dk beside dv, and all three where nothing is cut.
 
 No state of a chunk is ever written to memory: each pass carries its own.
 
@@ -14,7 +17,8 @@ The gradient of decays per token comes from sums that the passes of dq and dk gi
 (decay_gradient.py).
 
 Floor: q, k, v and do read once, dq, dk and dv written once, 7 tensors. The three passes move 12,
-so their share of the floor can not exceed 0.58; with dk and dv in one launch 10, and 0.70.
+so their share of the floor can not exceed 0.58. One launch of dk and dv that reads what they share
+once moves 10, but took longer (docs/lightning.md, "What was tried").
 """
 
 from __future__ import annotations
@@ -26,9 +30,15 @@ from torch import Tensor
 
 from seqpar.kernels.lightning.decay_gradient import decay_gradient, learn
 from seqpar.kernels.lightning.forward import SegmentStates, summarize
-from seqpar.kernels.lightning.launch_output import Learning, output_pass
-from seqpar.kernels.lightning.launch_pair import can_pair, output_pair
+from seqpar.kernels.lightning.launch_output import (
+    Entering,
+    Learning,
+    Waits,
+    output_pass,
+    parts_of_crossing,
+)
 from seqpar.kernels.lightning.plan import Plan
+from seqpar.kernels.lightning.state_pass import room_for_states
 from seqpar.kernels.lightning.tuning import with_gradient
 
 __all__ = ["Gradients", "backward_triton", "query_grad_triton"]
@@ -70,22 +80,35 @@ def backward_triton(
     learns = decay_grad and plan.problem.decay_dims == 3
     if learns:
         tile = plan.transposed_config.value_tile
+        parts = parts_of_crossing(plan.transposed_config, k, v, q, do)
         passed_on = cut.segments.num_cut > 0 or exit_state_grad is not None
-        of_q, of_k = learn(q, k, plan.value_dim, cut, tile, exits=passed_on)
-    dq = query_grad
-    if dq is None or learns:  # before the other states, so that the device starts early
+        of_q, of_k = learn(q, k, plan.value_dim, cut, tile, exits=parts if passed_on else 0)
+    # Memory first: what runs beside another launch must not be given what that one still reads.
+    dv, dk = _empty(v), _empty(k)
+    room = room_for_states(q, do, cut) if grad_states is None and cut.segments.num_cut else None
+    dentry = plan.new_state() if entry_grad else None
+    waits: Waits = "first"
+    dq = None if learns else query_grad
+    follows = dq is None
+    if dq is None:  # before the other states, so that the device starts early
         dq = query_grad_triton(plan, (q, k, v, do), entry_state, states, learning=of_q)
+        waits = "first" if cut.segments.num_cut else "last"
     if grad_states is None:
         grad_states, _ = summarize(
-            plan, q, do, log_decay, reverse=True, final=False, decays=states.decays
-        )
-    dentry = plan.new_state() if entry_grad else None
-    dv, dk = _empty(v), _empty(k)
-    given = (plan, (q, k, v, do), dk, dv, grad_states, exit_state_grad, dentry)
-    if of_k is None and can_pair(plan.config, q, k, v, do):
-        _pair(*given)
-    else:
-        _two_passes(*given, of_k)
+            plan, q, do, log_decay, reverse=True, final=False, decays=states.decays,
+            room=room, beside=follows,
+        )  # fmt: skip
+        waits = "for states" if cut.segments.num_cut and grad_states.in_line else waits
+    behind = grad_states.into(exit_state_grad, reverse=True)
+    _pass(
+        plan, (k, q, do), dv, grad_states, behind,
+        final=dentry, reverse=True, transposed=False, waits=waits,
+    )  # fmt: skip
+    _pass(
+        plan, (v, do, q), dk, grad_states, behind,
+        reverse=True, transposed=True, learning=of_k,
+        waits="first" if waits == "last" and of_k and of_k.exits is not None else "last",
+    )  # fmt: skip
     dlog_decay = decay_gradient(of_q, of_k, cut) if of_q and of_k else None
     return _trimmed(plan, dq, dk, dv, dlog_decay, dentry)
 
@@ -101,10 +124,8 @@ def query_grad_triton(
     """dq, padded where the plan pads, which needs nothing from backward in time."""
     q, k, v, do = (plan.aligned(x) for x in inputs)
     dq = _empty(q)
-    _pass(
-        plan, (do, v, k), dq, states, plan.state(entry_state),
-        reverse=False, transposed=True, learning=learning,
-    )  # fmt: skip
+    before = states.into(plan.state(entry_state), reverse=False)
+    _pass(plan, (do, v, k), dq, states, before, reverse=False, transposed=True, learning=learning)
     return dq
 
 
@@ -117,15 +138,15 @@ def _pass(
     roles: tuple[Tensor, Tensor, Tensor],
     out: Tensor,
     states: SegmentStates,
-    initial: Tensor | None,
+    entering: Entering,
     *,
     final: Tensor | None = None,
     reverse: bool,
     transposed: bool,
     learning: Learning | None = None,
+    waits: Waits = "first",
 ) -> None:
-    """One output pass, from what each segment adds and what enters the sequences."""
-    local_states, scanned = states.into(initial, reverse=reverse)
+    """One output pass over the cut of `states`."""
     config = plan.transposed_config if transposed else plan.config
     output_pass(
         roles,
@@ -133,58 +154,12 @@ def _pass(
         states.decays,
         states.cut,
         config if learning is None else with_gradient(config),
-        states=local_states,
-        scanned=scanned,
-        initial=None if scanned else initial,
+        entering,
         final=final,
         reverse=reverse,
         transposed=transposed,
         learning=learning,
-    )
-
-
-def _two_passes(
-    plan: Plan,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    dk: Tensor,
-    dv: Tensor,
-    states: SegmentStates,
-    initial: Tensor | None,
-    final: Tensor | None,
-    learning: Learning | None,
-) -> None:
-    """dv, what leaves backward in time, and dk."""
-    q, k, v, do = inputs
-    _pass(
-        plan, (k, q, do), dv, states, initial, final=final, reverse=True, transposed=False
-    )  # fmt: skip
-    _pass(
-        plan, (v, do, q), dk, states, initial, reverse=True, transposed=True, learning=learning
-    )  # fmt: skip
-
-
-def _pair(
-    plan: Plan,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    dk: Tensor,
-    dv: Tensor,
-    states: SegmentStates,
-    initial: Tensor | None,
-    final: Tensor | None,
-) -> None:
-    """The same in one launch, without sums for the decays' gradient."""
-    local_states, scanned = states.into(initial, reverse=True)
-    output_pair(
-        inputs,
-        dk,
-        dv,
-        states.decays,
-        states.cut,
-        plan.config,
-        states=local_states,
-        scanned=scanned,
-        initial=None if scanned else initial,
-        final=final,
+        waits=waits,
     )
 
 

@@ -77,12 +77,13 @@ def block_sums_kernel(
 @triton.jit(do_not_specialize=["M", "N", "stride_sums"])  # new with every batch
 def decay_gradient_kernel(
     p_from_q, p_from_k, p_crossing, p_sums, p_out, p_bounds, M, H, N, stride_sums,
-    OVERLAP: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, BH: tl.constexpr,
+    OVERLAP: tl.constexpr, TILES: tl.constexpr, CROSSINGS: tl.constexpr,
+    BLOCK: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """out[t, h] = crossing[m, h] + the sum, from t to its segment's end, of from_q - from_k.
 
-    from_q, from_k and crossing come in parts, one for each tile of K, to be summed. A program adds
-    up the sums of the blocks behind its own. Grid: (blocks, M, head tiles).
+    from_q, from_k and crossing come in parts, each of some columns of K, to be summed. A program
+    adds up the sums of the blocks behind its own. Grid: (blocks, M, head tiles).
     """
     i_b, i_m, i_g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, stop = tl.load(p_bounds + i_m), tl.load(p_bounds + i_m + 1)
@@ -91,7 +92,7 @@ def decay_gradient_kernel(
         o_h = i_g * BH + tl.arange(0, BH)
         behind = tl.zeros([BH], tl.float32)
         if p_crossing is not None:
-            for i_k in tl.static_range(TILES):
+            for i_k in tl.static_range(CROSSINGS):
                 behind += tl.load(p_crossing + (i_k * M + i_m) * H + o_h, mask=o_h < H, other=0.0)
         p_first = p_sums + o_h[:, None] * stride_sums + start // BLOCK + i_m
         num_blocks = tl.cdiv(stop - start, BLOCK)
@@ -110,9 +111,12 @@ def decay_gradient_kernel(
 
 
 def learn(
-    q: Tensor, k: Tensor, value_dim: int, cut: Cut, tile: int, *, exits: bool
+    q: Tensor, k: Tensor, value_dim: int, cut: Cut, tile: int, *, exits: int
 ) -> tuple[Learning, Learning]:
-    """What the passes that make dq and dk are to write; `exits`: whether any state is passed on."""
+    """What the passes that make dq and dk are to write.
+
+    `exits`: 0 where no state is passed on, else in how many parts `crossing` comes.
+    """
     batch, tokens, heads, key_dim = q.shape
     tiles, count = triton.cdiv(key_dim, tile), cut.segments.count
 
@@ -120,7 +124,7 @@ def learn(
         return torch.empty(shape, dtype=torch.float32, device=q.device)
 
     leaving = empty(count, heads, key_dim, value_dim) if exits else None
-    crossing = empty(tiles, count, heads) if exits else None
+    crossing = empty(exits, count, heads) if exits else None
     return (
         Learning(q, empty(tiles, heads, batch * tokens), leaving),
         Learning(k, empty(tiles, heads, batch * tokens), leaving, crossing),
@@ -134,7 +138,7 @@ def decay_gradient(of_q: Learning, of_k: Learning, cut: Cut) -> Tensor:
     num_slots = batch * tokens // _BLOCK + cut.segments.count + 1
     sums = torch.empty(heads, num_slots, dtype=torch.float32, device=device)
     out = torch.empty(batch, tokens, heads, dtype=torch.float32, device=device)
-    key = ("decay gradient", of_k.crossing is None)
+    key = ("decay gradient", 0 if of_k.crossing is None else of_k.crossing.shape[0])
     launches = cut.launches.get(key)
     if launches is None:
         launches = _launches(cut, heads, batch * tokens, num_slots, parts, of_k.crossing, device)
@@ -159,7 +163,9 @@ def _launches(
         "p_bounds": segments.bounds, "H": heads, "N": num_tokens, "stride_sums": num_slots,
         "TILES": parts, "BLOCK": _BLOCK, "BH": _HEADS,
     }  # fmt: skip
-    last = {**fixed, "M": segments.count, **({} if crossing is not None else {"p_crossing": None})}
+    last = {**fixed, "M": segments.count, "CROSSINGS": 0 if crossing is None else crossing.shape[0]}
+    if crossing is None:
+        last["p_crossing"] = None
     grid = (triton.cdiv(segments.longest, _BLOCK), segments.count, triton.cdiv(heads, _HEADS))
     return (
         Launch(block_sums_kernel, grid, fixed=fixed, overlap=can_overlap(device)),

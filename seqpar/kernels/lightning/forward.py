@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from seqpar.kernels.lightning.decays import Decays, prepare_decays
-from seqpar.kernels.lightning.launch_output import output_pass
+from seqpar.kernels.lightning.launch_output import Entering, Waits, output_pass
 from seqpar.kernels.lightning.plan import Cut, Plan
 from seqpar.kernels.lightning.state_pass import enter_segments, segment_states
 
@@ -40,15 +40,20 @@ class SegmentStates(NamedTuple):
     states: Tensor | None
     """[M, H, K, V] float32, or None if no sequence is cut."""
 
-    def into(self, initial: Tensor | None, *, reverse: bool) -> tuple[Tensor | None, bool]:
-        """`states` and `scanned` of an output pass, for `initial` into each sequence."""
-        if self.states is None or self.cut.segments.deepest <= _MOST_IN_LINE:
-            return self.states, False
+    @property
+    def in_line(self) -> bool:
+        """Whether each program of an output pass sums up what enters its segment by itself."""
+        return self.states is None or self.cut.segments.deepest <= _MOST_IN_LINE
+
+    def into(self, initial: Tensor | None, *, reverse: bool) -> Entering:
+        """What an output pass begins with, for `initial` into each sequence."""
+        if self.states is None or self.in_line:
+            return Entering(self.states, initial)
         entries = torch.empty_like(self.states)
         enter_segments(
             self.states, self.decays, self.cut, initial=initial, entries=entries, reverse=reverse
         )
-        return entries, True
+        return Entering(entries, None, scanned=True)
 
 
 def summarize(
@@ -60,10 +65,13 @@ def summarize(
     reverse: bool,
     final: bool,
     decays: Decays | None = None,
+    room: Tensor | None = None,
+    beside: bool = False,
 ) -> tuple[SegmentStates, Tensor | None]:
     """What the segments add, and what leaves the sequences for zero in if `final`.
 
-    `decays` are those of the plan's cut, if a pass has had them already.
+    `decays` are those of the plan's cut, if a pass has had them already; `room` and
+    `beside` as for `segment_states`.
     """
     cut = plan.cut
     if decays is None:
@@ -71,7 +79,9 @@ def summarize(
     is_cut = cut.segments.num_cut > 0
     if not is_cut and not final:
         return SegmentStates(cut, decays, None), None
-    states = segment_states(y, z, decays, cut, plan.state_config, reverse=reverse, every=final)
+    states = segment_states(
+        y, z, decays, cut, plan.state_config, reverse=reverse, every=final, room=room, beside=beside
+    )
     if not is_cut:
         return SegmentStates(cut, decays, None), states
     leaving = None
@@ -145,20 +155,20 @@ def _outputs(
     """o and the exit states; `just_made`: no other launch of ours came after the states'."""
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     final = plan.new_state() if return_final else None
-    local_states, scanned = states.into(entry_state, reverse=False)
+    entering = states.into(entry_state, reverse=False)
+    after_states = just_made and states.states is not None and states.in_line
+    waits: Waits = "for states" if after_states else "first"
     output_pass(
         (q, k, v),
         o,
         states.decays,
         states.cut,
         plan.config,
-        states=local_states,
-        scanned=scanned,
-        initial=None if scanned else entry_state,
+        entering,
         final=final,
         reverse=False,
         transposed=False,
-        after_states=just_made and local_states is not None and not scanned,
+        waits=waits,
     )
     if final is not None:
         final = plan.trimmed(final, plan.problem.key_dim, plan.problem.value_dim)

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
-"""Small steps of the passes by hand (output_pass_groups.py, output_pass_sums.py, output_pair.py).
+"""Small steps of the passes by hand (output_pass_groups.py, output_pass_sums.py).
 
 Legend: C tokens of a chunk, D head dim, R rows of a state that are worked on, H heads.
 """
@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 
 __all__ = [
     "LINE",
+    "LINES",
     "TILE",
     "barrier",
     "clear_rows",
@@ -31,6 +32,8 @@ __all__ = [
     "sum_lanes",
     "times_parts",
     "token_decays",
+    "widened",
+    "write_columns",
     "write_rows",
 ]
 
@@ -40,6 +43,7 @@ REACH_BITS = gl.constexpr(32.0)
 NAN_STAYS = gl.constexpr(tl.PropagateNan.ALL)
 TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+LINES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 # Triton 3.6 and 3.9 name these differently.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -120,19 +124,42 @@ def fixed_pair_decays(log2_decay, REVERSE: gl.constexpr, C: gl.constexpr, L_P: g
 
 
 @gluon.jit
-def clear_rows(s_tile, num_tokens, ROWS: gl.constexpr):
-    """Zero the rows of a tile that belong to the next segment."""
-    o_c = gl.arange(0, s_tile.shape[0], gl.SliceLayout(1, ROWS))
-    tile = s_tile.load(ROWS)
-    zero = gl.full(s_tile.shape, 0.0, tile.dtype, ROWS)
-    s_tile.store(gl.where((o_c < num_tokens)[:, None], tile, zero))
+def clear_rows(s_tile, num_tokens, ROWS: gl.constexpr, STEP: gl.constexpr = 64):
+    """Zero the rows of a tile that belong to the next segment, STEP at a time to save registers."""
+    NUM_ROWS: gl.constexpr = s_tile.shape[0]
+    for first in gl.static_range(0, NUM_ROWS, STEP):
+        s_rows = s_tile.slice(first, STEP)
+        o_c = first + gl.arange(0, STEP, gl.SliceLayout(1, ROWS))
+        rows = s_rows.load(ROWS)
+        zero = gl.full(s_rows.shape, 0.0, rows.dtype, ROWS)
+        s_rows.store(gl.where((o_c < num_tokens)[:, None], rows, zero))
 
 
 @gluon.jit
-def split(b_x, dtype: gl.constexpr):
+def split(b_x):
     """x [float32] as the sum of two bfloat16, to 2^-16: what it holds in front, and the rest."""
-    b_front = (b_x.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
-    return b_front.to(dtype), (b_x - b_front).to(dtype)
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b32 a, b;
+        and.b32 a, $2, 0xffff0000;
+        and.b32 b, $3, 0xffff0000;
+        prmt.b32 $0, $2, $3, 0x7632;
+        sub.f32 a, $2, a;
+        sub.f32 b, $3, b;
+        cvt.rn.bf16x2.f32 $1, b, a;
+        }""",
+        constraints="=r,=r,r,r", args=[b_x], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def widened(b_x):
+    """bfloat16 as float32, two numbers at a time: left to itself, the compiler takes twice as many
+    instructions."""
+    return gl.inline_asm_elementwise(
+        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+        constraints="=r,=r,r", args=[b_x], dtype=gl.float32, is_pure=True, pack=2,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -161,30 +188,30 @@ def store_parts(s_parts, stage, factor, dtype: gl.constexpr):
 
 
 @gluon.jit
-def sum_lanes(b_x, D: gl.constexpr, C: gl.constexpr):
-    """[D // 16, C]: sums over the second dim of x [D // 16, 8, C].
+def sum_lanes(b_x, R: gl.constexpr, C: gl.constexpr):
+    """[R // 16, C]: sums over the second dim of x [R // 16, 8, C].
 
     Eight lanes of a warp hold what is added up for a column. Instead of adding up all columns in
     all lanes, each step gives half of the columns away to the lane that adds them: 14 shuffles
     instead of 48.
     """
-    warps: gl.constexpr = [[1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    warps: gl.constexpr = [[1, 0, 0], [2, 0, 0]]
     L4: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 0, 1], [0, 0, 8], [0, 0, 16], [0, 4, 0]],
         [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 0, 32]],
-        warps, [], [D // 16, 8, C],
+        warps, [], [R // 16, 8, C],
     )  # fmt: skip
-    b_x = gl.sum(gl.convert_layout(b_x, L4).reshape([D // 16, 2, 4, C]), 1)
+    b_x = gl.sum(gl.convert_layout(b_x, L4).reshape([R // 16, 2, 4, C]), 1)
     L2: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 0, 1], [0, 0, 8], [0, 2, 0]],
         [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 0, 16], [0, 0, 32]],
-        warps, [], [D // 16, 4, C],
+        warps, [], [R // 16, 4, C],
     )  # fmt: skip
-    b_x = gl.sum(gl.convert_layout(b_x, L2).reshape([D // 16, 2, 2, C]), 1)
+    b_x = gl.sum(gl.convert_layout(b_x, L2).reshape([R // 16, 2, 2, C]), 1)
     L1: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 0, 1], [0, 1, 0]],
         [[0, 0, 2], [0, 0, 4], [0, 0, 8], [0, 0, 16], [0, 0, 32]],
-        warps, [], [D // 16, 2, C],
+        warps, [], [R // 16, 2, C],
     )  # fmt: skip
     return gl.sum(gl.convert_layout(b_x, L1), 1)
 
@@ -229,4 +256,19 @@ def write_rows(
         o_r = gl.arange(0, C, gl.SliceLayout(1, ROWS))
         o_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))[None, :]
         p_out = p_w + ((row + o_r).to(gl.int64) * H + i_h)[:, None] * D + o_d
+        gl.store(p_out, s_w.load(ROWS), mask=(o_r < num_tokens)[:, None])
+
+
+@gluon.jit
+def write_columns(
+    d_w, p_w, s_w, row, num_tokens, column, H,
+    C: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    """Store half of a chunk's columns of w: in one bulk copy, or only the segment's rows."""
+    if num_tokens == C:
+        store_tile(d_w, [row, column], s_w)
+    else:
+        o_r = gl.arange(0, C, gl.SliceLayout(1, ROWS))
+        o_d = gl.arange(0, D // 2, gl.SliceLayout(0, ROWS))[None, :]
+        p_out = p_w + (row + o_r).to(gl.int64)[:, None] * (H * D) + column + o_d
         gl.store(p_out, s_w.load(ROWS), mask=(o_r < num_tokens)[:, None])

@@ -6,7 +6,7 @@ Legend: B batch, T tokens, H heads, DX and DZ the dims of the roles x, y and z (
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import triton
 from torch import Tensor
@@ -19,7 +19,22 @@ from seqpar.kernels.lightning.state_pass import can_be_flat, precision
 from seqpar.kernels.lightning.tuning import Config, for_groups, padded
 from seqpar.kernels.overlap import can_overlap
 
-__all__ = ["Learning", "output_pass"]
+__all__ = ["Entering", "Learning", "Waits", "output_pass", "parts_of_crossing"]
+
+Waits = Literal["first", "for states", "last"]
+"""When a pass waits for the launches before it (overlap.py): before all it does; before it reads
+states, which the launch before made of the same inputs; or at its end, where the launch before is
+another pass of the same call, from the same states."""
+
+
+class Entering(NamedTuple):
+    """What the programs of an output pass find out the states from that enter their segments."""
+
+    states: Tensor | None
+    """[M, H, K, V] float32: what each segment adds or, if `scanned`, what enters it."""
+    initial: Tensor | None
+    """[S, H, K, V] float32: what enters the sequences, or None."""
+    scanned: bool = False
 
 
 class Learning(NamedTuple):
@@ -32,7 +47,17 @@ class Learning(NamedTuple):
     """[M, H, K, V] float32: the state that leaves each segment. The pass forward in time writes it,
     the pass backward in time reads it. None where no gradient reaches any of them."""
     crossing: Tensor | None = None
-    """[tiles of DZ, M, H] float32, backward in time: `exits` times their gradients."""
+    """[parts of DZ, M, H] float32, backward in time: `exits` times their gradients."""
+
+
+def parts_of_crossing(config: Config, *tensors: Tensor) -> int:
+    """In how many parts a pass over these tensors gives its `crossing`.
+
+    By hand that is two, see output_pass_sums.py; where Triton's kernel serves, one a value tile.
+    """
+    if config.by_hand and can_be_flat(*tensors):
+        return 2
+    return -(-tensors[0].shape[3] // config.value_tile)
 
 
 def output_pass(
@@ -41,28 +66,25 @@ def output_pass(
     decays: Decays,
     cut: Cut,
     config: Config,
+    entering: Entering,
     *,
-    states: Tensor | None,
-    scanned: bool = False,
-    initial: Tensor | None = None,
     final: Tensor | None = None,
     reverse: bool,
     transposed: bool,
     learning: Learning | None = None,
-    after_states: bool = False,
+    waits: Waits = "first",
 ) -> None:
     """Write w into `out`, contiguous [B, T, H, DZ], and what leaves each sequence into `final`.
 
-    `states` [M, H, K, V] is what each segment adds to a passing state, or, if `scanned`, what
-    enters it. `transposed` says that states lie in memory as [DZ, DX] rather than [DX, DZ]. With
-    `learning`, its tensors are written too. `after_states`: the launch before made `states` of the
-    same inputs, so that these may be read before it has ended.
+    `transposed` says that states lie in memory as [DZ, DX] rather than [DX, DZ]. With `learning`,
+    its tensors are written too.
     """
     x, y, z = roles
+    states, initial, scanned = entering
     of, dots, exits, crossing = (None,) * 4 if learning is None else learning
     optional = (of, dots, crossing, exits, states, initial, final)
     key = (
-        reverse, transposed, scanned, after_states, x.stride(), y.stride(), z.stride(),
+        reverse, transposed, scanned, waits, x.stride(), y.stride(), z.stride(),
         *(tensor is None for tensor in optional), None if of is None else of.stride(),
     )  # fmt: skip
     launch = cut.launches.get(key)
@@ -72,7 +94,7 @@ def output_pass(
         launch = _output_launch(
             roles, out, of, cut, config, decays, missing=missing, reverse=reverse,
             transposed=transposed, scan=states is not None and not scanned,
-            after_states=after_states,
+            waits=waits,
         )  # fmt: skip
         cut.launches[key] = launch
     given = {
@@ -96,7 +118,7 @@ def _output_launch(
     reverse: bool,
     transposed: bool,
     scan: bool,
-    after_states: bool,
+    waits: Waits,
 ) -> Launch:
     x, y, z = roles
     batch, tokens, heads, dim_x = x.shape
@@ -104,8 +126,7 @@ def _output_launch(
     tile_x, tile_z = padded(dim_x), config.value_tile
     flat = can_be_flat(x, y, z, out) and (of is None or can_be_flat(of))
     by_hand = config.by_hand and flat
-    in_groups = by_hand and of is None
-    if in_groups:
+    if by_hand:
         config = for_groups(config)
     fixed: dict[str, Any] = {
         "p_table": segments.table, "H": heads, "N": batch * tokens,
@@ -114,18 +135,19 @@ def _output_launch(
         "stride_reach": 0 if decays.reach is None else decays.reach.stride(0),
         "DECAY": decays.kind, "REVERSE": reverse, "GRAD": of is not None, "FLAT": flat,
         "SCAN": scan, "C": config.chunk, "BX": tile_x, "BZ": tile_z, "STAGES": config.num_stages,
-        "PRECISION": precision(x.dtype), "EARLY": after_states and can_overlap(x.device),
+        "PRECISION": precision(x.dtype), "EARLY": waits == "for states" and can_overlap(x.device),
+        "LATE": waits == "last" and can_overlap(x.device),
     }  # fmt: skip
     fixed |= missing
     unused = ("d_reach", "p_reach", "p_by_segment") if decays.reach is None else ("p_decay",)
     fixed |= dict.fromkeys(unused)
     wide, narrow = (
         Window(config.chunk, tile, flat=flat, for_gluon=by_hand)
-        for tile in (tile_x, tile_z // 2 if in_groups else tile_z)
+        for tile in (tile_x, tile_z // 2 if by_hand else tile_z)
     )
     windows = {"d_x": wide, "d_y": wide, "d_z": narrow, "d_u": narrow, "d_w": narrow}
     windows["d_reach"] = Window(1, config.chunk, flat=True)
-    kernel = _kernel_of(by_hand=by_hand, in_groups=in_groups)
+    kernel = _kernel_of(by_hand=by_hand, sums=of is not None)
     taken = inspect.signature(kernel.fn).parameters
     return Launch(
         kernel,
@@ -137,13 +159,13 @@ def _output_launch(
     )
 
 
-def _kernel_of(*, by_hand: bool, in_groups: bool) -> Any:
-    if in_groups:
-        from seqpar.kernels.lightning.output_pass_groups import output_pass_groups_kernel
-
-        return output_pass_groups_kernel
-    if by_hand:
+def _kernel_of(*, by_hand: bool, sums: bool) -> Any:
+    if by_hand and sums:
         from seqpar.kernels.lightning.output_pass_sums import output_pass_sums_kernel
 
         return output_pass_sums_kernel
+    if by_hand:
+        from seqpar.kernels.lightning.output_pass_groups import output_pass_groups_kernel
+
+        return output_pass_groups_kernel
     return output_pass_kernel

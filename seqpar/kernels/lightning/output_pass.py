@@ -25,9 +25,8 @@ cancel in them must: states and their updates are then multiplied as two numbers
 float32 what a token takes from itself, which no decay touches, is added to w after u . w: where
 decays are strong it would be nearly all of the sums, and its rounding more than what is left.
 
-This is the pass for all dims and dtypes; output_pass_groups.py, output_pass_sums.py and
-output_pair.py are the same by hand for the common ones. Floor: x, y and z read once, w written
-once, with GRAD also u.
+This is the pass for all dims and dtypes; output_pass_groups.py and output_pass_sums.py are the same
+by hand for the common ones. Floor: x, y and z read once, w written once, with GRAD also u.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ the first; wᵀ leaves through shared memory, in one bulk copy, while the update
 P are worked out once where they are fixed.
 
 EARLY: the first chunks are fetched before the wait for the launches before (overlap.py), which is
-for the states alone. Only where the launch before is the state pass of the same call.
+for the states alone. Only where the launch before is the state pass of the same call. LATE: the
+wait is at the end. Only where the launch before is another pass from the same states.
 """
 
 from __future__ import annotations
@@ -43,12 +44,16 @@ from seqpar.kernels.lightning.hopper_steps import (
     segment_of,
     state_entering,
     store_parts,
-    store_tile,
     stored_pair_decays,
     times_parts,
     token_decays,
+    write_columns,
 )
-from seqpar.kernels.overlap import wait_for_launches_before
+from seqpar.kernels.overlap import (
+    begin_beside,
+    end_after_launches_before,
+    wait_for_launches_before,
+)
 
 __all__ = ["output_pass_groups_kernel"]
 
@@ -117,21 +122,6 @@ def _fetch(
         left = gl.minimum(stop - start - next_c * C, C)
         slot = first_slot + next_c
         reach, back, ahead = token_decays(p_head, slot, left, log2_decay, o_line, DECAY, C)
-
-
-@gluon.jit
-def _write(
-    d_w, p_w, s_w, row, num_tokens, column, H,
-    C: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr,
-):  # fmt: skip
-    """Store a group's columns of w: in one bulk copy, or only the rows that are the segment's."""
-    if num_tokens == C:
-        store_tile(d_w, [row, column], s_w)
-    else:
-        o_r = gl.arange(0, C, gl.SliceLayout(1, ROWS))
-        o_d = gl.arange(0, D // 2, gl.SliceLayout(0, ROWS))[None, :]
-        p_out = p_w + (row + o_r).to(gl.int64)[:, None] * (H * D) + column + o_d
-        gl.store(p_out, s_w.load(ROWS), mask=(o_r < num_tokens)[:, None])
 
 
 @gluon.jit
@@ -217,7 +207,7 @@ def _group(
         fence_async_shared()
         barrier()
         mbarrier.arrive(empty.index(stage), count=1)
-        _write(d_w, p_w, s_w, row, num_tokens, column, H, C, D, ROWS)
+        write_columns(d_w, p_w, s_w, row, num_tokens, column, H, C, D, ROWS)
         last = next_last
 
     tma.store_wait(0)
@@ -230,7 +220,7 @@ def _group(
 def output_pass_groups_kernel(
     d_x, d_y, d_z, d_w, p_w, p_decay, p_reach, stride_reach,
     p_by_segment, p_states, p_initial, p_final, p_table, H, length, stride_x, stride_z,
-    OVERLAP: gl.constexpr, EARLY: gl.constexpr,
+    OVERLAP: gl.constexpr, EARLY: gl.constexpr, LATE: gl.constexpr,
     DECAY: gl.constexpr, REVERSE: gl.constexpr, SCAN: gl.constexpr,
     C: gl.constexpr, BX: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -242,7 +232,8 @@ def output_pass_groups_kernel(
     segment = segment_of(p_table, gl.program_id(0) // H)
     p_head = p_reach + i_h.to(gl.int64) * stride_reach if DECAY == 2 else p_decay
     tiles, lines, own, bars = _shared_memory(d_x.dtype, STAGES, C, BX)
-    wait_for_launches_before(OVERLAP and not EARLY)
+    wait_for_launches_before(OVERLAP and not EARLY and not LATE)
+    begin_beside(LATE)
     gl.warp_specialize(
         [
             (_group, (0, d_w, p_w, tiles, lines, own, bars, segment, p_decay, p_head, p_by_segment,
@@ -257,3 +248,4 @@ def output_pass_groups_kernel(
         [4, 1],
         [240, 24],
     )  # fmt: skip
+    end_after_launches_before(LATE)

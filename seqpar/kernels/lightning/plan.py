@@ -273,7 +273,7 @@ def runs_by_hand(device: torch.device) -> bool:
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return False
     try:
-        for name in ("output_pair", "output_pass_groups", "output_pass_sums"):
+        for name in ("output_pass_groups", "output_pass_sums"):
             importlib.import_module(f"seqpar.kernels.lightning.{name}")
     except (ImportError, AttributeError) as reason:
         _log.warning("lightning passes run in Triton, which is slower: %s", reason)

@@ -29,7 +29,12 @@ from seqpar.kernels.launch import Launch, Window
 from seqpar.kernels.lightning.decays import Decays, head_decay, load_last, load_row
 from seqpar.kernels.lightning.plan import Cut
 from seqpar.kernels.lightning.tuning import Config, padded
-from seqpar.kernels.overlap import can_overlap, wait_for_launches_before
+from seqpar.kernels.overlap import (
+    begin_beside,
+    can_overlap,
+    end_after_launches_before,
+    wait_for_launches_before,
+)
 
 __all__ = [
     "can_be_flat",
@@ -38,6 +43,7 @@ __all__ = [
     "load_segment",
     "load_tile",
     "precision",
+    "room_for_states",
     "segment_states",
 ]
 
@@ -117,18 +123,20 @@ def _add_tail(
 @triton.jit(do_not_specialize=["M"])  # the number of segments: new with every batch
 def segment_states_kernel(
     d_y, d_z, p_decay, d_reach, p_reach, p_by_segment, p_states, p_table, M, H, K, V,
-    stride_reach, OVERLAP: tl.constexpr,
+    stride_reach, OVERLAP: tl.constexpr, LATE: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, FLAT: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """states[m] = U of segment m, for the listed segments.
 
     Grid: (listed segments * H, value tiles). Example, C = 2, fixed decay 1/2, three tokens with
-    y = z = 1: U = 1/4 + 1/2 + 1 forward in time, 1/2 + 1/4 + 1/8 backward.
+    y = z = 1: U = 1/4 + 1/2 + 1 forward in time, 1/2 + 1/4 + 1/8 backward. LATE: it waits for the
+    launches before at its end (overlap.py).
     """
     i_v, i_h = tl.program_id(1), tl.program_id(0) % H
     i_m, start, stop, _, _, _, _, _ = load_segment(p_table, tl.program_id(0) // H)
-    wait_for_launches_before(OVERLAP)
+    wait_for_launches_before(OVERLAP and not LATE)
+    begin_beside(LATE)
     num_full = (stop - start) // C
     row_tail = start + num_full * C
     first_slot = start // C + i_m
@@ -176,6 +184,7 @@ def segment_states_kernel(
     o_v = i_v * BV + tl.arange(0, BV)[None, :]
     p_U = p_states + (i_m * H + i_h).to(tl.int64) * K * V + o_k * V + o_v
     tl.store(p_U, b_U, mask=(o_k < K) & (o_v < V))
+    end_after_launches_before(LATE)
 
 
 @triton.jit
@@ -227,6 +236,12 @@ def can_be_flat(*tensors: Tensor) -> bool:
     return all(x.stride(2) == x.shape[3] == padded(x.shape[3]) for x in tensors)
 
 
+def room_for_states(y: Tensor, z: Tensor, cut: Cut) -> Tensor:
+    """[M, H, K, V] float32, as it was found."""
+    shape = (cut.segments.count, y.shape[2], y.shape[3], z.shape[3])
+    return torch.empty(shape, dtype=torch.float32, device=y.device)
+
+
 def segment_states(
     y: Tensor,
     z: Tensor,
@@ -236,16 +251,21 @@ def segment_states(
     *,
     reverse: bool,
     every: bool,
+    room: Tensor | None = None,
+    beside: bool = False,
 ) -> Tensor:
-    """[M, H, K, V] float32: what each segment adds. Unless `every`, only where another needs it."""
-    shape = (cut.segments.count, y.shape[2], y.shape[3], z.shape[3])
-    states = torch.empty(shape, dtype=torch.float32, device=y.device)
+    """[M, H, K, V] float32: what each segment adds. Unless `every`, only where another needs it.
+
+    `room`: memory for it. `beside`: the launch before has nothing in common with this one, and
+    `room` was taken before it, so that both may run side by side.
+    """
+    states = room_for_states(y, z, cut) if room is None else room
     if not every and cut.segments.num_cut == 0:
         return states
-    key = ("states", reverse, every, y.stride(), z.stride())
+    key = ("states", reverse, every, beside, y.stride(), z.stride())
     launch = cut.launches.get(key)
     if launch is None:
-        launch = _states_launch(y, z, decays, cut, config, reverse, every)
+        launch = _states_launch(y, z, decays, cut, config, reverse, every, beside)
         cut.launches[key] = launch
     given = (y, z, decays.per_head, decays.reach, decays.reach, decays.by_segment, states)
     launch(*[x for x in given if x is not None])
@@ -253,8 +273,9 @@ def segment_states(
 
 
 def _states_launch(
-    y: Tensor, z: Tensor, decays: Decays, cut: Cut, config: Config, reverse: bool, every: bool
-) -> Launch:
+    y: Tensor, z: Tensor, decays: Decays, cut: Cut, config: Config,
+    reverse: bool, every: bool, beside: bool,
+) -> Launch:  # fmt: skip
     segments, flat = cut.segments, can_be_flat(y, z)
     heads, key_dim, value_dim = y.shape[2], y.shape[3], z.shape[3]
     tile_k, tile_v = padded(key_dim), config.value_tile
@@ -265,6 +286,7 @@ def _states_launch(
         "p_table": listed, "M": segments.count, "H": heads, "K": key_dim, "V": value_dim,
         "DECAY": decays.kind, "REVERSE": reverse, "FLAT": flat, "C": config.chunk,
         "BK": tile_k, "BV": tile_v, "STAGES": config.num_stages, "PRECISION": precision(y.dtype),
+        "LATE": beside and can_overlap(y.device),
     }  # fmt: skip
     windows = {
         "d_y": Window(config.chunk, tile_k, flat=flat),
