@@ -1,16 +1,18 @@
-"""What the ring pays for at 65,536 tokens: its own work, its traffic, or links that are awake.
+"""What links that are awake cost the ring at 65,536 tokens, and what letting them sleep gives back.
 
     torchrun --nproc-per-node 2 -m benchmarks.bench_links --output benchmarks/results/h200-x2
 
 Two GPUs that read each other's memory. Rows in turns, forward and backward, each with both GPUs'
-power and clock: one GPU; the ring; its tiles alone, nothing sent; the tiles while 4 KiB at a time
-go over the links (next to no bytes, but the links never sleep); the tiles beside the ring's
-traffic, which nobody waits for. Writes links.json into the output folder.
+power and clock: one GPU; the ring, whose last gradients travel under the last heads of the own
+block, so that links sleep between two calls; the same with those gradients sent before that block;
+the ring's tiles alone, nothing sent; the tiles while 4 KiB at a time go over the links (next to no
+bytes, but the links never sleep). Writes links.json into the output folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import tempfile
 import threading
@@ -19,10 +21,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.attention import SDPBackend
 
@@ -31,12 +33,13 @@ from benchmarks.device_power import PowerLog
 from benchmarks.rank_timing import Recorder, Row, Sample
 from seqpar.layout import SequenceLayout
 from seqpar.mesh import init_mesh
+from seqpar.ops import ring_late
 from seqpar.peers.sharing import engines_of
 
 NUM_TOKENS = 65536
 TINY_BYTES, PAUSE_S = 4096, 2e-4
-ONE, RING, TILES = "one GPU", "ring", "tiles alone"
-AWAKE, BESIDE = "tiles alone, links awake", "tiles, the ring's traffic beside"
+ONE, RING, EARLY = "one GPU", "ring", "ring, last gradients early"
+TILES, AWAKE = "tiles alone", "tiles alone, links awake"
 
 Call = Callable[[], None]
 
@@ -81,16 +84,10 @@ class Links:
         torch.cuda.synchronize()
         engines = engines_of(group)
         assert engines is not None, "the GPUs share no memory"
-        self._inbox = engines._regions[1 - self.rank][engines._flag_bytes :]
-        self._source = torch.zeros_like(self._inbox)
-        self._stream, self._tiny_stream = torch.cuda.Stream(), torch.cuda.Stream()
+        self._far = engines._regions[1 - self.rank][-TINY_BYTES:]
+        self._near = torch.zeros_like(self._far)
+        self._stream = torch.cuda.Stream()
         self.awake, self._over = threading.Event(), threading.Event()
-
-    def beside(self, num_bytes: int) -> None:
-        """Send so much from here on, under whatever follows."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            self._inbox[:num_bytes].copy_(self._source[:num_bytes], non_blocking=True)
 
     @contextmanager
     def awake_on_demand(self) -> Iterator[None]:
@@ -105,29 +102,22 @@ class Links:
 
     def _keep_awake(self) -> None:
         torch.cuda.set_device(self.rank)
-        far, near = self._inbox[-TINY_BYTES:], self._source[-TINY_BYTES:]
         while not self._over.is_set():
             if self.awake.wait(0.05):
-                with torch.cuda.stream(self._tiny_stream):
-                    far.copy_(near, non_blocking=True)
+                with torch.cuda.stream(self._stream):
+                    self._far.copy_(self._near, non_blocking=True)
                 time.sleep(PAUSE_S)
 
 
 def calls(group: ProcessGroup, links: Links) -> dict[str, Call]:
     """Forward and backward of each row."""
-    rank = group.rank()
     layout = SequenceLayout.zigzag((0, NUM_TOKENS), 2)
-    attend, local = tiles_alone(layout, rank), links.ring.tensors
-    block = 2 * local[1].numel() * local[1].element_size()  # keys and values of one rank
-    forth, back = (block, block // 2) if rank == 1 else (block // 2, block)  # causal: half is seen
+    ring = links.ring.calls()[1]
+    tiles = Row(TILES, tiles_alone(layout, group.rank()), links.ring.tensors).calls()[1]
 
-    def beside_traffic(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        links.beside(forth)
-        out = attend(q, k, v)
-        links.beside(back)  # gradients of what came forth
-        return out
-
-    tiles = Row(TILES, attend, local).calls()[1]
+    def ring_early() -> None:
+        with mock.patch.object(ring_late, "LEAST_S", math.inf):
+            ring()
 
     def with_links_awake() -> None:
         links.awake.set()
@@ -135,10 +125,10 @@ def calls(group: ProcessGroup, links: Links) -> dict[str, Call]:
 
     return {
         ONE: Row(ONE, sdpa(SDPBackend.CUDNN_ATTENTION), draw(NUM_TOKENS)).calls()[1],
-        RING: links.ring.calls()[1],
+        RING: ring,
+        EARLY: ring_early,
         TILES: tiles,
         AWAKE: with_links_awake,
-        BESIDE: Row(BESIDE, beside_traffic, local).calls()[1],
     }
 
 

@@ -82,12 +82,12 @@ def ring_backward(
         if not following.is_own:
             returning.post(x.k, group)
         block = _block(arriving)  # wait, rotate
-    early = heads_before_last_message(x, own.tiles, returning.num_elements)
-    if early:
-        attend_backward(grads, x.of_heads(0, early), own.tiles, scale=scale)
+    first = heads_before_last_message(x, own.tiles, returning.num_elements)
+    if first:
+        attend_backward(grads, x.of_heads(0, first), own.tiles, scale=scale)
     returning.post(x.k, group, is_last=True)
-    late = x.of_heads(early, x.k.shape[2])
-    attend_backward(grads, late, own.tiles, scale=scale, head_start=early)
+    rest = x.of_heads(first, x.k.shape[2])
+    attend_backward(grads, rest, own.tiles, scale=scale, first_head=first)
     dq = grads.dq.result()  # complete, whenever the last gradients arrive
     return dq, *returning.end(grads)
 

@@ -26,7 +26,7 @@ FLOPS_PER_S = 550e12
 """cuDNN attention in bfloat16 on one H200, forward and backward together."""
 
 BYTES_PER_S = 350e9
-"""NCCL between two H200s over NVLink, large messages."""
+"""Between two H200s over NVLink, by NCCL or copy engines, large messages."""
 
 
 @dataclass(frozen=True)

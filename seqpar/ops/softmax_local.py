@@ -104,12 +104,12 @@ def attend_backward(
     *,
     scale: float,
     backend: Backend | None = None,
-    head_start: int = 0,
+    first_head: int = 0,
 ) -> None:
     """Add the tiles' part of the gradients to `grads`.
 
     Args:
-        head_start: the first key/value head of `x` among those of `grads`.
+        first_head: the first key/value head of `x` among those of `grads`.
     """
     if not tiles or not x.q.numel():
         return
@@ -117,12 +117,12 @@ def attend_backward(
     key_dim, value_dim = x.q.shape[-1], x.v.shape[-1]
     dout, q, k, v, out = _padded(backend.head_dim_multiple, *x[:-1])
     by_row, by_key = backend.backward(Operands(dout, q, k, v, out, x.lse), tiles, scale=scale)
-    query_head_start = head_start * (x.q.shape[2] // x.k.shape[2])
+    first_query_head = first_head * (x.q.shape[2] // x.k.shape[2])
     for row, dq in by_row:
-        grads.dq.add(dq[..., :key_dim], start=row, head_start=query_head_start)
+        grads.dq.add(dq[..., :key_dim], start=row, head_start=first_query_head)
     for key, dk, dv in by_key:
-        grads.dk.add(dk[..., :key_dim], start=key, head_start=head_start)
-        grads.dv.add(dv[..., :value_dim], start=key, head_start=head_start)
+        grads.dk.add(dk[..., :key_dim], start=key, head_start=first_head)
+        grads.dv.add(dv[..., :value_dim], start=key, head_start=first_head)
 
 
 def choose_backend(q: Tensor, v: Tensor) -> Backend:

@@ -132,6 +132,7 @@ class RowSum:
                 self._result = self._combined(self._like.dtype)
             else:
                 self._result = self._wide.to(self._like.dtype)
+            self._layers, self._wide = (_Layer(), _Layer()), None  # their memory is free again
         return self._result
 
     def _combined(self, dtype: torch.dtype) -> Tensor:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from seqpar.layout import SequenceLayout, Span
+from seqpar.ops import ring_late
 from seqpar.ops.softmax import softmax_attention
+from seqpar.ops.softmax_choice import FLOPS_PER_S
 from tests.ops.softmax_reference import reference, visible
 from tests.tolerances import assert_close
 
@@ -20,7 +25,10 @@ NAMES = ("out", "dq", "dk", "dv")
 
 @dataclass(frozen=True)
 class Case:
-    """One call of softmax_attention, whole-stream view; `kinds` of layout by name."""
+    """One call of softmax_attention, whole-stream view.
+
+    `late`: the ring's own blocks are worked on in two parts, the last message between them.
+    """
 
     layout: SequenceLayout
     strategy: str = "ring"
@@ -34,13 +42,15 @@ class Case:
     key_layout: SequenceLayout | None = None
     dtype: torch.dtype = torch.float32
     options: dict[str, Any] = field(default_factory=dict)
+    late: bool = False
 
     def __str__(self) -> str:
         spans = "|".join(str(self.layout.tokens_on(r)) for r in range(self.layout.world_size))
         mask = f"{'causal' if self.causal else 'both'} window={self.window}"
         heads = f"H{self.heads}G{self.kv_heads}K{self.key_dim}V{self.value_dim}B{self.batch}"
         docs = self.layout.num_documents
-        return f"{self.strategy} {heads} {mask} docs={docs} tokens={spans} {self.options}"
+        late = " late" * self.late
+        return f"{self.strategy}{late} {heads} {mask} docs={docs} tokens={spans} {self.options}"
 
     def streams(self, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v, dout of the whole stream, the same on every rank."""
@@ -59,6 +69,13 @@ class Case:
         return q, k, v, dout
 
 
+@contextmanager
+def device_of(case: Case) -> Iterator[None]:
+    """If the case is late, as on a device so slow that every own block is long."""
+    with mock.patch.object(ring_late, "FLOPS_PER_S", 1.0 if case.late else FLOPS_PER_S):
+        yield
+
+
 def run_case(rank: int, case: Case, seed: int = 0) -> tuple[Tensor, ...]:
     """out, dq, dk, dv of this rank."""
     world = case.layout.world_size
@@ -69,20 +86,22 @@ def run_case(rank: int, case: Case, seed: int = 0) -> tuple[Tensor, ...]:
     k, v = (key_layout.shard(x, rank) for x in (k, v))
     for x in (q, k, v):
         x.requires_grad_()
-    out = softmax_attention(
-        q,
-        k,
-        v,
-        layout=case.layout,
-        group=group,
-        strategy=case.strategy,
-        causal=case.causal,
-        window=case.window,
-        key_layout=case.key_layout,
-        **case.options,
-    )
+    with device_of(case):
+        out = softmax_attention(
+            q,
+            k,
+            v,
+            layout=case.layout,
+            group=group,
+            strategy=case.strategy,
+            causal=case.causal,
+            window=case.window,
+            key_layout=case.key_layout,
+            **case.options,
+        )
+        grads = torch.autograd.grad(out, (q, k, v), dout)
     assert out.dtype == case.dtype
-    return (out.detach(), *torch.autograd.grad(out, (q, k, v), dout))
+    return (out.detach(), *grads)
 
 
 def run_cases(rank: int, cases: list[Case]) -> list[tuple[Tensor, ...]]:

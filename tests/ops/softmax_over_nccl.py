@@ -18,7 +18,7 @@ from seqpar.balance import balanced_layout
 from seqpar.layout import SequenceLayout
 from seqpar.mesh import GroupPool, init_mesh
 from seqpar.ops.softmax import softmax_attention
-from tests.ops.softmax_cases import Case
+from tests.ops.softmax_cases import Case, device_of
 from tests.ops.softmax_reference import reference, visible
 from tests.tolerances import RELATIVE, relative_error
 
@@ -58,9 +58,11 @@ def _cases(world_size: int) -> Iterator[Case]:
                 yield Case(layout, strategy, causal=causal, window=window, **sizes)
     # Long enough for cuDNN's kernels in every block.
     long = SequenceLayout.zigzag((0, 4096 * world_size), world_size)
-    for dtype in (torch.bfloat16, torch.float16):
-        yield Case(long, **{**sizes, "heads": 32, "kv_heads": 8, "dtype": dtype})
+    for dtype, late in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, True)):
+        yield Case(long, **{**sizes, "heads": 32, "kv_heads": 8, "dtype": dtype}, late=late)
     short = SequenceLayout.zigzag(bounds, world_size)
+    for causal, window in masks:
+        yield Case(short, "ring", causal=causal, window=window, late=True, **sizes)
     yield Case(short, "ulysses", **{**sizes, "dtype": torch.float16})
 
 
@@ -84,11 +86,12 @@ def _results(
     q, k, v, dout = (case.layout.shard(x, dist.get_rank(group)) for x in streams)
     for x in (q, k, v):
         x.requires_grad_()
-    out = softmax_attention(
-        q, k, v, layout=case.layout, group=group, strategy=case.strategy, causal=case.causal,
-        window=case.window,
-    )  # fmt: skip
-    return (out, *torch.autograd.grad(out, (q, k, v), dout))
+    with device_of(case):
+        out = softmax_attention(
+            q, k, v, layout=case.layout, group=group, strategy=case.strategy, causal=case.causal,
+            window=case.window,
+        )  # fmt: skip
+        return (out, *torch.autograd.grad(out, (q, k, v), dout))
 
 
 def _expected(case: Case, streams: list[torch.Tensor]) -> list[torch.Tensor]:

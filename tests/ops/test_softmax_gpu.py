@@ -167,12 +167,13 @@ def test_cudnn_takes_gradients_of_any_strides() -> None:
             assert_close(x, ref, what=what)
 
 
-@pytest.mark.parametrize("name", ["cudnn", "flash"])
+@pytest.mark.parametrize("name", ["cudnn", "flash", "efficient fp32"])
 def test_heads_a_few_at_a_time(name: str) -> None:
     """Parts of the heads, cut out of the same tensors and not copied, give the gradients of all."""
-    q, dout = (torch.randn(1, 2048, 8, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    k, v = (torch.randn(1, 2048, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    tiles, backend = [Tile(0, 2048, 0, 2048, None, 0)], BACKENDS[name][0]
+    backend, dtype = BACKENDS[name]
+    q, dout = (torch.randn(1, 2048, 8, 64, device="cuda", dtype=dtype) for _ in range(2))
+    k, v = (torch.randn(1, 2048, 4, 64, device="cuda", dtype=dtype) for _ in range(2))
+    tiles = [Tile(0, 2048, 0, 2048, None, 0)]
     out, *expected = _results(backend, q, k, v, dout, tiles, 0.125)
     merged = PartialOutput(q, 64)
     attend(merged, q, k, v, tiles, scale=0.125, backend=backend)
@@ -180,7 +181,7 @@ def test_heads_a_few_at_a_time(name: str) -> None:
     for start, stop in ((0, 3), (3, 4)):
         attend_backward(
             grads, operands.of_heads(start, stop), tiles, scale=0.125, backend=backend,
-            head_start=start,
+            first_head=start,
         )  # fmt: skip
     found = [grads.dq.result(), grads.dk.result(), grads.dv.result()]
     for what, x, ref in zip(("dq", "dk", "dv"), found, expected, strict=True):

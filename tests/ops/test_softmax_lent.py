@@ -6,6 +6,7 @@ in the same way, and their memory is spoilt as soon as it has been given back.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from seqpar import comm
 from seqpar.layout import SequenceLayout, Span
-from seqpar.ops import ring_late
 from tests.ops.softmax_cases import Case, assert_exact, layouts, run_case
 from tests.ranks import run_ranks
 
@@ -54,17 +54,16 @@ def _eight_tokens(index: int) -> Span:
     return Span(8 * index, 8 * (index + 1))
 
 
-def _run(rank: int, cases: list[Case], flops_per_s: float) -> tuple[list[tuple[Tensor, ...]], int]:
+def _run(rank: int, cases: list[Case]) -> tuple[list[tuple[Tensor, ...]], int]:
     engines = _LendsByGloo()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ring_late, "FLOPS_PER_S", flops_per_s)
         patch.setattr(comm, "engines_of", lambda group: engines)
         return [run_case(rank, case) for case in cases], engines.num_lent
 
 
-@pytest.mark.parametrize("flops_per_s", [1e12, 1.0], ids=["whole", "own block in two parts"])
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_results_hold_nothing_that_was_lent(world_size: int, flops_per_s: float) -> None:
+def test_results_hold_nothing_that_was_lent(world_size: int, late: bool) -> None:
     cases = [Case(layout, value_dim=6) for layout in layouts((0, 3, 40, 41, 77), world_size)]
     # Other ranks see all keys of a rank, whose own gradients come in two parts: the sum of all must
     # not be made in what they send.
@@ -74,7 +73,8 @@ def test_results_hold_nothing_that_was_lent(world_size: int, flops_per_s: float)
         tuple((_eight_tokens(rank), _eight_tokens(world_size + rank)) for rank in ranks),
     )
     cases += [Case(shared, causal=False), Case(shared, causal=False, dtype=torch.bfloat16)]
-    results = run_ranks(world_size, _run, cases, flops_per_s)
+    cases = [replace(case, late=late) for case in cases]
+    results = run_ranks(world_size, _run, cases)
     assert all(num_lent for _, num_lent in results)
     for i, case in enumerate(cases):
         assert_exact(case, [result[i] for result, _ in results])

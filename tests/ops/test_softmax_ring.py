@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,14 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqpar import comm
 from seqpar.layout import SequenceLayout
-from seqpar.ops import ring, ring_late
+from seqpar.ops import ring
 from seqpar.ops.ring import ring_backward, ring_forward
 from seqpar.ops.ring_late import heads_before_last_message
 from seqpar.ops.ring_schedule import most_keys_sent, ring_schedule
 from seqpar.ops.softmax_operands import Operands
 from seqpar.ops.softmax_tiles import Mask, Tile
 from seqpar.ops.token_ranges import num_tokens
-from tests.ops.softmax_cases import Case, assert_exact, layouts, run_case, run_cases
+from tests.ops.softmax_cases import Case, assert_exact, device_of, layouts, run_case, run_cases
 from tests.ranks import run_ranks
 
 DOCUMENTS = (0, 3, 40, 41, 77)
@@ -43,39 +45,41 @@ def _cases(world_size: int) -> list[Case]:
     return made
 
 
-@pytest.mark.parametrize("world_size", range(2, 9))
-def test_ring_equals_one_device(world_size: int) -> None:
-    cases = _cases(world_size)
+@pytest.mark.parametrize(
+    ("world_size", "late"),
+    [*((size, False) for size in range(2, 9)), (2, True), (3, True), (8, True)],
+)
+def test_ring_equals_one_device(world_size: int, late: bool) -> None:
+    cases = [replace(case, late=late) for case in _cases(world_size)]
     results = run_ranks(world_size, run_cases, cases)
     for i, case in enumerate(cases):
         assert_exact(case, [result[i] for result in results])
 
 
-def _run_late(rank: int, cases: list[Case]) -> list[tuple[torch.Tensor, ...]]:
-    """As on a device so slow that every own block is long."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ring_late, "FLOPS_PER_S", 1.0)
-        return run_cases(rank, cases)
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 8])
-def test_gradients_that_travel_under_the_last_heads(world_size: int) -> None:
-    cases = _cases(world_size)
-    results = run_ranks(world_size, _run_late, cases)
-    for i, case in enumerate(cases):
-        assert_exact(case, [result[i] for result in results])
-
-
-def test_only_a_long_own_block_is_worked_on_in_two_parts() -> None:
-    """65,536 tokens on two H200s: 4 of 32 heads are left for the message; of 16,384 none are."""
-
-    def heads_first(num_tokens: int) -> int:
-        x = torch.empty(1, num_tokens, 32, 128, dtype=torch.bfloat16, device="meta")
-        operands = Operands(x, x, x, x, x, x[..., 0])
-        tiles = (Tile(0, num_tokens, 0, num_tokens, None, 0),)
-        return heads_before_last_message(operands, tiles, 2 * x.numel())
-
-    assert [heads_first(num_tokens) for num_tokens in (8192, 32768)] == [0, 28]
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "documents", "heads_first"),
+    [
+        (32, 32, (0, 32768), 28),  # 65,536 tokens on two H200s
+        (32, 8, (0, 32768), 7),  # a quarter of the message
+        (32, 1, (0, 32768), 0),  # nothing to cut
+        (4, 4, (0, 32768), 0),  # an own block of 5 ms
+        (32, 32, (0, 8192), 0),  # of 2.5 ms
+        (32, 32, (0, 32768, 65536), 28),
+        (32, 32, (0, 32768, 36864), 0),  # a short document
+        (32, 32, tuple(range(0, 65537, 4096)), 0),
+        (32, 32, (0, 0), 0),
+    ],
+    ids=str,
+)
+def test_which_own_blocks_are_worked_on_in_two_parts(
+    heads: int, kv_heads: int, documents: tuple[int, ...], heads_first: int
+) -> None:
+    q, k = (torch.empty(1, documents[-1], h, 128, device="meta") for h in (heads, kv_heads))
+    x = Operands(q, q, k, k, q, q[..., 0])
+    tiles = [Tile(a, b, a, b, None, 0) for a, b in itertools.pairwise(documents)]
+    elements = k.numel()  # k and v in 16 bits are as many bytes as k in 32
+    assert heads_before_last_message(x, tiles, elements) == heads_first
+    assert heads_before_last_message(x, tiles, 0) == 0
 
 
 @pytest.mark.parametrize("case", _cases(1), ids=str)
@@ -125,13 +129,20 @@ def test_only_what_the_mask_lets_through_is_sent() -> None:
     assert sent == [block * (2 * (3 - rank) - kept[rank] + rank) for rank in range(4)]
 
 
-def test_documents_on_one_rank_send_nothing() -> None:
-    case = Case(SequenceLayout.contiguous((0, 16, 32, 40, 48), 3), options={"check": False})
+def test_a_late_message_is_the_same_message() -> None:
+    case = Case(SequenceLayout.zigzag((0, 64), 3), options={"check": False})
+    assert run_ranks(3, _traffic, case) == run_ranks(3, _traffic, replace(case, late=True))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_documents_on_one_rank_send_nothing(late: bool) -> None:
+    layout = SequenceLayout.contiguous((0, 16, 32, 40, 48), 3)
+    case = Case(layout, options={"check": False}, late=late)
     assert run_ranks(3, _traffic, case) == [(0, 0)] * 3
     assert most_keys_sent(case.layout, case.layout, Mask()) == 0
 
 
-def _order(rank: int, case: Case, flops_per_s: float) -> list[str]:
+def _order(rank: int, case: Case) -> list[str]:
     """What the ring does, in order: an exchange is posted, or a block's attention is computed."""
     done: list[str] = []
 
@@ -143,7 +154,6 @@ def _order(rank: int, case: Case, flops_per_s: float) -> list[str]:
         return noting
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ring_late, "FLOPS_PER_S", flops_per_s)
         patch.setattr(comm, "exchange", noted("post", comm.exchange))
         patch.setattr(ring, "attend", noted("forward", ring.attend))
         patch.setattr(ring, "attend_backward", noted("backward", ring.attend_backward))
@@ -156,9 +166,9 @@ def test_a_transfer_is_posted_before_the_attention_it_hides_under() -> None:
     forward = ["post", "forward", "post", "forward", "forward"]
     # Backward: the next block and, after a block's attention, its gradients to their owner.
     backward = ["post", "backward", "post", "backward", "post", "backward"]
-    assert run_ranks(3, _order, case, 1e12) == [[*forward, *backward]] * 3
+    assert run_ranks(3, _order, case) == [[*forward, *backward]] * 3
     backward[-2:] = ["backward", "post", "backward"]  # the own block is long: two parts of it
-    assert run_ranks(3, _order, case, 1.0) == [[*forward, *backward]] * 3
+    assert run_ranks(3, _order, replace(case, late=True)) == [[*forward, *backward]] * 3
 
 
 class _PeakBytes(TorchDispatchMode):
@@ -194,7 +204,8 @@ def _peak_bytes(rank: int, case: Case) -> tuple[int, int]:
         out, lse, kept = ring_forward(q, k, v, schedule, dist.group.WORLD, 0.3)
     with _PeakBytes(q, k, v, dout, out, lse, *kept) as backward:
         operands = Operands(dout, q, k, v, out, lse)
-        ring_backward(operands, kept, schedule, dist.group.WORLD, 0.3)
+        with device_of(case):
+            ring_backward(operands, kept, schedule, dist.group.WORLD, 0.3)
     return forward.peak, backward.peak
 
 
@@ -210,12 +221,13 @@ BACKWARD_TENSORS = 4 + 4 + 7
     [(5, 1, (0, 480)), (8, 1, (0, 768)), (5, 2, (0, 480)), (5, 1, (0, 200, 290, 480))],
     ids=["5", "8", "a batch of two", "packed"],
 )
+@pytest.mark.parametrize("late", [False, True])
 def test_memory_of_a_rank_is_its_own_tokens_and_two_blocks(
-    world_size: int, batch: int, bounds: tuple[int, ...]
+    world_size: int, batch: int, bounds: tuple[int, ...], late: bool
 ) -> None:
     """In tensors of a rank's tokens, whatever the ranks: a third block would add two of them."""
     layout = SequenceLayout.zigzag(bounds, world_size)
-    case = Case(layout, batch=batch, heads=4, kv_heads=4, key_dim=16, value_dim=16)
+    case = Case(layout, batch=batch, heads=4, kv_heads=4, key_dim=16, value_dim=16, late=late)
     tensor = batch * 96 * 4 * 16 * 4  # bytes of one rank's q
     peaks = run_ranks(world_size, _peak_bytes, case)
     forward, backward = (max(each) for each in zip(*peaks, strict=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -45,16 +47,18 @@ def _cases(world_size: int) -> list[Case]:
 def _cross_cases(world_size: int) -> list[Case]:
     keys = (0, 20, 22, 30, 53)
     return [
-        Case(layout, strategy, causal=False, key_layout=key_layout, heads=8)
+        Case(layout, strategy, causal=False, key_layout=key_layout, heads=8, late=late)
         for layout in layouts(DOCUMENTS, world_size)[:2]
         for key_layout in layouts(keys, world_size)[:3]
         for strategy in ("ring", "ulysses", "usp", "gather", "auto")
+        for late in (False, *[True] * (strategy == "ring"))
     ]
 
 
 @pytest.mark.parametrize("world_size", range(2, 9))
 def test_strategies_equal_one_device(world_size: int) -> None:
-    cases = _cases(world_size) + _few_cases(world_size)
+    few = _few_cases(world_size)
+    cases = [*_cases(world_size), *few, *(replace(case, late=True) for case in few)]
     results = run_ranks(world_size, run_cases, cases)
     for i, case in enumerate(cases):
         assert_exact(case, [result[i] for result in results])
