@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from seqpar.errors import KernelInputError
+from seqpar.kernels.on_device import on_device
 from seqpar.kernels.tensors import check_dense, check_tensors
 
 __all__ = ["merge_lse"]
@@ -41,7 +42,8 @@ def merge_lse(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> tup
         if out.is_cuda:
             from seqpar.kernels.merge_lse_triton import merge_lse_triton
 
-            return merge_lse_triton(out, lse, new_out, new_lse)
+            with on_device(out.device):
+                return merge_lse_triton(out, lse, new_out, new_lse)
         return _merge_lse_torch(out, lse, new_out, new_lse)
 
 

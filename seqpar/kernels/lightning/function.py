@@ -61,7 +61,7 @@ class Summary:
         per_token = self.log_decay is not None and self.log_decay.ndim == 3
         with torch.no_grad():
             if per_token and self.local_states is not None:
-                return dispatch.log_transition(self.local_states)
+                return dispatch.log_transition(self.plan, self.local_states)
             return _log_transition(self.plan, self.log_decay)
 
 
