@@ -4,9 +4,6 @@ sequences; tensors on any device.
 
 from __future__ import annotations
 
-import os
-from typing import Any
-
 import pytest
 import torch
 
@@ -21,33 +18,16 @@ from seqpar.kernels.lightning import (
     query_grad,
     query_grad_summary,
 )
-from seqpar.kernels.lightning.plan import Plan
 from seqpar.layout import SequenceLayout
 from seqpar.ops.state import state_attention
-
-
-def _on_triton(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The device where kernels run in Triton: interpreted, if there is no GPU."""
-    if torch.cuda.is_available():
-        return "cuda"
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("Triton needs a GPU, or TRITON_INTERPRET=1 before it is imported")
-    made = Plan.__init__
-
-    def on_triton(self: Plan, problem: Any) -> None:
-        made(self, problem)
-        self.on_triton = True
-
-    monkeypatch.setattr(Plan, "__init__", on_triton)
-    return "cpu"
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (20, 36)], ids=["whole", "padded"])
 @pytest.mark.parametrize("decays", [True, False], ids=["fixed", "none"])
 def test_pieces_ahead_give_the_same_bits(
-    decays: bool, dims: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    decays: bool, dims: tuple[int, int], triton_device: str
 ) -> None:
-    device = _on_triton(monkeypatch)
+    device = triton_device
     torch.manual_seed(0)
     tokens = 1100 if device == "cuda" else 300  # either is cut into several segments
     q, k = (torch.randn(1, tokens, 2, dims[0], device=device) for _ in range(2))
@@ -74,9 +54,9 @@ def test_pieces_ahead_give_the_same_bits(
         assert torch.equal(found, other)
 
 
-def test_training_after_a_first_call_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    device, layout = _on_triton(monkeypatch), SequenceLayout.contiguous((0, 47), 1)
-    x = torch.randn(1, 47, 2, 16, device=device)
+def test_training_after_a_first_call_in_inference_mode(triton_device: str) -> None:
+    layout = SequenceLayout.contiguous((0, 47), 1)
+    x = torch.randn(1, 47, 2, 16, device=triton_device)
 
     def attend_to(x: torch.Tensor) -> torch.Tensor:
         return state_attention(x, x, x, log_decay=None, layout=layout, group=None)[0]
@@ -91,11 +71,13 @@ def test_training_after_a_first_call_in_inference_mode(monkeypatch: pytest.Monke
     assert leaf.grad.isfinite().all()
 
 
-def test_very_many_sequences_fit_into_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_very_many_sequences_fit_into_a_grid(
+    triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A grid has 65,535 programs along its second and third dim; launches are not carried out."""
     grids: list[tuple[int, ...]] = []
     monkeypatch.setattr(Launch, "__call__", lambda self, *_: grids.append(self._grid))
-    device = _on_triton(monkeypatch)
+    device = triton_device
     x = torch.zeros(1, 70_000, 2, 16, device=device)
     each = torch.arange(70_001, dtype=torch.int32)
     for log_decay in (-torch.ones(2, device=device), -torch.ones(1, 70_000, 2, device=device)):
