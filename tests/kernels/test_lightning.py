@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -315,3 +317,15 @@ def test_no_tokens_decay_nothing() -> None:
     k = torch.zeros(2, 0, 2, 4)
     summary = key_value_summary(k, k, log_decay=torch.tensor([-torch.inf, -1.0]))
     assert not summary.log_transition.any()
+
+
+def test_the_example_of_the_page_runs() -> None:
+    page = Path(__file__).parents[2] / "docs" / "lightning.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    inputs = make_inputs(decay="token")
+    del inputs["initial_state"]
+    made = dict(inputs)
+    exec(block, made)
+    o, state = lightning_attention(**inputs, return_final_state=True)
+    assert torch.equal(made["o"], o)
+    assert torch.equal(made["state"], state)
