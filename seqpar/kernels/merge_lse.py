@@ -39,7 +39,7 @@ def merge_lse(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> tup
     """
     _check(out=out, lse=lse, new_out=new_out, new_lse=new_lse)
     with torch.no_grad():
-        if out.is_cuda:
+        if out.is_cuda and out.numel() > 0:
             from seqpar.kernels.merge_lse_triton import merge_lse_triton
 
             with on_device(out.device):
