@@ -190,3 +190,17 @@ def test_nan_in_one_document_stays_there(decay: str, run: Run, triton_device: st
             of = (row,) if by_state else (slice(None), row)
             assert torch.equal(found[name][of], before[of]), name
         assert found[name].isnan().any()
+
+
+@pytest.mark.parametrize("run", [whole, in_halves])
+def test_the_decays_gradient_cancels_in_half_precision(run: Run, triton_device: str) -> None:
+    """States multiplied as one number of half precision, not two, gave three times this error."""
+    inputs = make_inputs(
+        decay="token", batch=1, tokens=800, heads=1, key_dim=16, value_dim=16,
+        dtype=torch.float16, strongest=-0.1,
+    )  # fmt: skip
+    do, dexit = random_like(inputs["v"], inputs["initial_state"])
+    reference = expected(inputs, None, do, dexit)["dlog_decay"]
+    here = {name: x.to(triton_device) for name, x in inputs.items()}
+    found = run(here, None, do.to(triton_device), dexit.to(triton_device))
+    assert relative_error(found["dlog_decay"], reference) < 3e-4
