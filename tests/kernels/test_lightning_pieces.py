@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from seqpar.kernels.lightning import (
     attend,
     attend_backward,
+    forward,
     key_value_summary,
     lightning_attention,
     query_grad_summary,
@@ -24,7 +25,8 @@ from seqpar.kernels.lightning.reference import recurrent_attention
 from tests.kernels.test_lightning import DECAYS, leaves, make_inputs, packed
 from tests.tolerances import assert_close, relative_error
 
-LENGTHS = (1, 33, 170, 64)
+LENGTHS = (1, 33, 300, 64)
+"""With one head the third is cut, interpreted or not."""
 Results = dict[str, Tensor]
 Run = Callable[..., Results]
 
@@ -87,6 +89,17 @@ def test_public_functions_in_triton(
     check(run, triton_device, decay, dims, torch.float32, documents=documents)
 
 
+@pytest.mark.parametrize("run", [whole, in_halves])
+@pytest.mark.parametrize("documents", [True, False])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_sequences_in_many_segments(
+    decay: str, documents: bool, run: Run, triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What enters segments is summed by a launch of its own there; here from two segments on."""
+    monkeypatch.setattr(forward, "_MOST_IN_LINE", 1)
+    check(run, triton_device, decay, (16, 64), torch.float32, documents=documents)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("run", [whole, in_halves])
 @pytest.mark.parametrize(
@@ -111,10 +124,12 @@ def check(
     *, documents: bool,
 ) -> None:  # fmt: skip
     inputs = make_inputs(
-        decay=decay, batch=1 if documents else 2, tokens=sum(LENGTHS), heads=2, key_dim=dims[0],
-        value_dim=dims[1], sequences=len(LENGTHS) if documents else None, dtype=dtype,
-        strongest=-0.02,
+        decay=decay, batch=1 if documents else 2, tokens=sum(LENGTHS), heads=1 if documents else 2,
+        key_dim=dims[0], value_dim=dims[1], sequences=len(LENGTHS) if documents else None,
+        dtype=dtype, strongest=-0.02,
     )  # fmt: skip
+    if decay == "fixed":
+        inputs["log_decay"] -= 0.01
     cu_seqlens = packed(LENGTHS) if documents else None
     do, dexit = random_like(inputs["v"], inputs["initial_state"])
     references = expected(inputs, cu_seqlens, do, dexit)
@@ -150,17 +165,22 @@ def test_resets_in_triton(share: float, run: Run, triton_device: str) -> None:
 
 @pytest.mark.parametrize("decay", ["fixed", "token"])
 def test_what_segments_leave_out_is_decayed_away(decay: str, triton_device: str) -> None:
-    """Decays that take some hundred tokens to get there, in segments longer than that."""
+    """Decays that take some hundred tokens to get there, in segments longer than that; those per
+    token strong in one half of each segment and weak in the other.
+    """
     inputs = make_inputs(
         decay=decay, batch=1, tokens=1500, heads=2, key_dim=8, value_dim=8, dtype=torch.float32,
-        strongest=-0.04,
     )  # fmt: skip
-    inputs["log_decay"] += -0.04 if decay == "fixed" else -0.02
+    inputs["log_decay"] = torch.tensor([-0.04, -0.08])
+    if decay == "token":
+        is_strong = torch.arange(1500) % 500 < 250
+        strength = torch.where(is_strong, -0.5, -0.01)
+        inputs["log_decay"] = torch.stack([strength, strength.flip(0)], -1)[None]
     do, dexit = random_like(inputs["v"], inputs["initial_state"])
     references = expected(inputs, None, do, dexit)
     here = {name: x.to(triton_device) for name, x in inputs.items()}
     found = in_halves(here, None, do.to(triton_device), dexit.to(triton_device))
-    for name in ("o", "exit", "dq", "dk", "dv"):
+    for name in ("o", "exit", "dq", "dk", "dv", "dinitial_state"):
         assert relative_error(found[name], references[name]) < 2e-6, name
 
 
