@@ -96,7 +96,23 @@ def measure(entries: list[Entry], inputs: tuple[Tensor, ...], tb_per_s: float) -
         if (batch, tokens, heads) == SMALL and "backward" in found and entry.rounds > 1:
             row |= host_times(entry.run, inputs, decay_of(entry.kind, *SMALL))
         rows.append(row)
+    compare(entries, rows)
     return rows
+
+
+def compare(entries: list[Entry], rows: list[Row]) -> None:
+    """Write into our rows how many times as long each peer takes with the same inputs."""
+    for entry, row in zip(entries, rows, strict=True):
+        if entry.name != "seqpar":
+            continue
+        for other, peer in zip(entries, rows, strict=True):
+            if other.name != "seqpar" and (other.kind, bool(other.more)) == (
+                entry.kind,
+                bool(entry.more),
+            ):
+                ways = [way for way in ("forward", "backward") if f"{way}_ms" in peer]
+                times = {way: peer[f"{way}_ms"] / row[f"{way}_ms"] for way in ways}
+                row.setdefault("times", {})[other.name] = times
 
 
 def calls_of(entry: Entry, inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], Any]]:
@@ -165,6 +181,8 @@ def describe(row: Row) -> str:
                 ):  # fmt: skip
         if key in row:
             text += f"  {key} {row[key]:.3f}"
+    for name, times in row.get("times", {}).items():
+        text += f"  {name} takes " + " / ".join(f"{x:.2f}" for x in times.values()) + " times"
     for name, error in row.get("errors", {}).items():
         text += f"  {name} {error:.2e}"
     return text

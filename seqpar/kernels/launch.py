@@ -28,6 +28,9 @@ __all__ = ["Launch", "Window"]
 
 _log = logging.getLogger(__name__)
 
+_MOST_PROGRAMS = 65535
+"""Along the second and third dim of a grid; the first may have 2^31 - 1."""
+
 
 class Window:
     """How a kernel sees a tensor [B, T, H, D] through a descriptor: blocks of rows of one head.
@@ -89,6 +92,7 @@ class Launch:
         num_warps: int = 4,
         overlap: bool | None = None,
     ) -> None:
+        assert max(grid[1:], default=1) <= _MOST_PROGRAMS, f"{grid}: put what grows first"
         self._kernel, self._grid = kernel, grid
         self._fixed, self._windows = fixed, windows or {}
         self._options: dict[str, Any] = {"num_warps": num_warps}

@@ -31,13 +31,15 @@ def merge_lse_kernel(
     o_block = o_r[:, None] * V + o_v[None, :]
     b_lse = tl.load(p_lse + o_r, mask=m_r, other=0.0)
     b_new_lse = tl.load(p_new_lse + o_r, mask=m_r, other=0.0)
-    b_top = tl.maximum(b_lse, b_new_lse)
+    b_top = tl.maximum(b_lse, b_new_lse, propagate_nan=tl.PropagateNan.ALL)
     b_base = tl.where(b_top == -float("inf"), 0.0, b_top)
     b_weight, b_new_weight = tl.exp(b_lse - b_base), tl.exp(b_new_lse - b_base)
     b_total = b_weight + b_new_weight
     b_scale = tl.where(b_total > 0.0, 1.0 / tl.where(b_total > 0.0, b_total, 1.0), 0.0)
-    b_out = tl.load(p_out + o_block, mask=m_block, other=0.0)
-    b_new_out = tl.load(p_new_out + o_block, mask=m_block, other=0.0).to(tl.float32)
+    m_out = m_block & (b_lse != -float("inf"))[:, None]
+    m_new_out = m_block & (b_new_lse != -float("inf"))[:, None]
+    b_out = tl.load(p_out + o_block, mask=m_out, other=0.0)
+    b_new_out = tl.load(p_new_out + o_block, mask=m_new_out, other=0.0).to(tl.float32)
     b_merged = b_out * (b_weight * b_scale)[:, None] + b_new_out * (b_new_weight * b_scale)[:, None]
     tl.store(p_merged_out + o_block, b_merged, mask=m_block)
     b_log = tl.log(tl.where(b_total > 0.0, b_total, 1.0))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,23 +288,28 @@ def test_bad_input_is_refused(what: str) -> None:
 def test_pieces_of_other_inputs_are_refused() -> None:
     q, k, v = (torch.zeros(1, 8, 2, 4) for _ in range(3))
     decay = torch.tensor([-0.1, -0.2])
+    bounds = torch.tensor([0, 8], dtype=torch.int32)
+    half = [x.bfloat16() for x in (q, k, v)]
     others = {
-        "tokens is 6, theirs is 8": key_value_summary(k[:, :6], v[:, :6], log_decay=decay),
-        "decay_dims is 0, theirs is 1": key_value_summary(k, v),
-        "dtype is torch.bfloat16": key_value_summary(k.bfloat16(), v.bfloat16(), log_decay=decay),
-        "bounds is": key_value_summary(
-            k, v, log_decay=decay, cu_seqlens=torch.tensor([0, 8], dtype=torch.int32)
-        ),
+        "tokens is 6, theirs is 8": ([x[:, :6] for x in (q, k, v)], {"log_decay": decay}),
+        "decay_dims is 0, theirs is 1": ([q, k, v], {}),
+        "dtype is torch.bfloat16": (half, {"log_decay": decay}),
+        "bounds is": ([q, k, v], {"log_decay": decay, "cu_seqlens": bounds}),
     }
     good = key_value_summary(k, v, log_decay=decay)
-    for words, summary in others.items():
+    good_grad = query_grad_summary(q, v, log_decay=decay)
+    for words, (other, options) in others.items():
+        summary = key_value_summary(*other[1:], **options)
+        grad_summary = query_grad_summary(other[0], other[2], **options)
         with pytest.raises(KernelInputError, match=words):
             attend(q, k, v, summary, log_decay=decay)
         with pytest.raises(KernelInputError, match=words):
             query_grad(q, k, v, v, summary, log_decay=decay)
         with pytest.raises(KernelInputError, match=words):
-            attend_backward(q, k, v, v, good, summary, log_decay=decay)
-    with pytest.raises(KernelInputError, match="a state has shape"):
+            attend_backward(q, k, v, v, summary, good_grad, log_decay=decay)
+        with pytest.raises(KernelInputError, match=words):
+            attend_backward(q, k, v, v, good, grad_summary, log_decay=decay)
+    with pytest.raises(KernelInputError, match="entry_state has shape"):
         query_grad(q, k, v, v, good, log_decay=decay, entry_state=torch.zeros(1, 2, 4, 5))
 
 
@@ -310,3 +317,15 @@ def test_no_tokens_decay_nothing() -> None:
     k = torch.zeros(2, 0, 2, 4)
     summary = key_value_summary(k, k, log_decay=torch.tensor([-torch.inf, -1.0]))
     assert not summary.log_transition.any()
+
+
+def test_the_example_of_the_page_runs() -> None:
+    page = Path(__file__).parents[2] / "docs" / "lightning.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    inputs = make_inputs(decay="token")
+    del inputs["initial_state"]
+    made = dict(inputs)
+    exec(block, made)
+    o, state = lightning_attention(**inputs, return_final_state=True)
+    assert torch.equal(made["o"], o)
+    assert torch.equal(made["state"], state)

@@ -61,3 +61,27 @@ def test_bad_input_is_refused() -> None:
         merge_lse(out.bfloat16(), lse, out, lse)
     with pytest.raises(KernelInputError, match="needs"):
         merge_lse(out, lse, out, lse[:, :1])
+    with pytest.raises(KernelInputError, match="new_out in a floating dtype"):
+        merge_lse(out, lse, out.int(), lse)
+
+
+@pytest.mark.parametrize("merge", [merge_lse, merge_lse_triton])
+def test_what_a_row_that_saw_no_key_holds_does_not_matter(merge: Merge) -> None:
+    out, new_out = torch.ones(1, 3, 1, 4), 2 * torch.ones(1, 3, 1, 4)
+    lse = torch.tensor([[[0.5], [-torch.inf], [-torch.inf]]])
+    new_lse = torch.tensor([[[-torch.inf], [0.25], [-torch.inf]]])
+    out[lse == -torch.inf] = torch.nan
+    new_out[new_lse == -torch.inf] = torch.inf
+    merged, merged_lse = merge(*(x.to(DEVICE) for x in (out, lse, new_out, new_lse)))
+    assert merged[0, :, 0].tolist() == [[1.0] * 4, [2.0] * 4, [0.0] * 4]
+    assert merged_lse.flatten().tolist() == [0.5, 0.25, -torch.inf]
+
+
+@pytest.mark.parametrize("merge", [merge_lse, merge_lse_triton])
+def test_a_nan_stays_one(merge: Merge) -> None:
+    out, lse = torch.ones(1, 2, 1, 4), torch.zeros(1, 2, 1)
+    broken = torch.tensor([[[torch.nan], [0.0]]])
+    for given in ((out, broken, out, lse), (out, lse, out, broken)):
+        merged, merged_lse = merge(*(x.to(DEVICE) for x in given))
+        assert merged_lse.isnan().flatten().tolist() == [True, False]
+        assert merged.isnan().flatten(2)[0].all(1).tolist() == [True, False]

@@ -103,20 +103,20 @@ def load_last(p_reach, slot, i_h, stride_reach, C: tl.constexpr, DECAY: tl.const
     return last
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])  # new with every batch
 def chunk_decays_kernel(
-    p_decay, p_reach, p_bounds, H, stride_reach, C: tl.constexpr, BH: tl.constexpr
+    p_decay, p_reach, p_bounds, chunks, H, stride_reach, C: tl.constexpr, BH: tl.constexpr
 ):
     """The three rows of one chunk (`load_row`); sums stay level behind the end of a segment.
 
-    Grid: (chunks of the longest segment, M, head tiles).
+    Grid: (M * chunks of the longest segment, head tiles).
     """
-    i_c, i_m = tl.program_id(0), tl.program_id(1)
+    i_c, i_m = tl.program_id(0) % chunks, tl.program_id(0) // chunks
     start, stop = tl.load(p_bounds + i_m), tl.load(p_bounds + i_m + 1)
     row = start + i_c * C
     if row < stop:
         o_c = tl.arange(0, C)
-        o_h = tl.program_id(2) * BH + tl.arange(0, BH)
+        o_h = tl.program_id(1) * BH + tl.arange(0, BH)
         m_block = (row + o_c < stop)[:, None] & (o_h < H)[None, :]
         p_block = p_decay + (row + o_c).to(tl.int64)[:, None] * H + o_h[None, :]
         b_decay = tl.load(p_block, mask=m_block, other=0.0).to(tl.float32)
@@ -212,8 +212,8 @@ def _launches(cut: Cut, heads: int, stride_reach: int, chunk: int) -> tuple[Laun
     return (
         Launch(
             chunk_decays_kernel,
-            (chunks, segments.count, triton.cdiv(heads, 16)),
-            fixed={**shared, "BH": 16},
+            (segments.count * chunks, triton.cdiv(heads, 16)),
+            fixed={**shared, "chunks": chunks, "BH": 16},
         ),
         Launch(
             segment_decays_kernel,

@@ -14,6 +14,7 @@ from torch import Tensor
 from seqpar.kernels.as_given import as_given
 from seqpar.kernels.lightning import chunked
 from seqpar.kernels.lightning.plan import Plan
+from seqpar.kernels.on_device import on_device
 
 if TYPE_CHECKING:
     from seqpar.kernels.lightning.forward import SegmentStates
@@ -39,7 +40,10 @@ def forward(
     if plan.on_triton:
         from seqpar.kernels.lightning.forward import forward_triton
 
-        return forward_triton(plan, q, k, v, log_decay, initial_state, return_final=return_final)
+        with on_device(plan.problem.device):
+            return forward_triton(
+                plan, q, k, v, log_decay, initial_state, return_final=return_final
+            )
     with as_given(q.device):
         o, final = chunked.attend_chunked(
             q, k, v, log_decay=log_decay, cu_seqlens=cu_seqlens, entry_state=initial_state
@@ -64,17 +68,19 @@ def summary(
     if plan.on_triton:
         from seqpar.kernels.lightning.forward import summary_triton
 
-        return summary_triton(plan, y, z, log_decay, reverse=reverse, leaving=leaving)
+        with on_device(plan.problem.device):
+            return summary_triton(plan, y, z, log_decay, reverse=reverse, leaving=leaving)
     state_of = chunked.query_grad_state_chunked if reverse else chunked.key_value_state_chunked
     with as_given(y.device):
         return state_of(y, z, log_decay=log_decay, cu_seqlens=cu_seqlens), None
 
 
-def log_transition(states: LocalStates) -> Tensor:
+def log_transition(plan: Plan, states: LocalStates) -> Tensor:
     """[S, H] float32: the total log decay of each sequence, where decays are per token."""
     from seqpar.kernels.lightning.decays import sequence_decays
 
-    return sequence_decays(states.decays, states.cut)
+    with on_device(plan.problem.device):
+        return sequence_decays(states.decays, states.cut)
 
 
 def attend(
@@ -91,7 +97,8 @@ def attend(
     if plan.on_triton and states is not None:
         from seqpar.kernels.lightning.forward import attend_triton
 
-        return attend_triton(plan, q, k, v, states, entry_state)
+        with on_device(plan.problem.device):
+            return attend_triton(plan, q, k, v, states, entry_state)
     with as_given(q.device):
         return chunked.attend_chunked(
             q, k, v, log_decay=log_decay, cu_seqlens=cu_seqlens, entry_state=entry_state
@@ -108,7 +115,8 @@ def query_grad(
     if plan.on_triton and states is not None:
         from seqpar.kernels.lightning.backward import query_grad_triton
 
-        return query_grad_triton(plan, inputs, entry_state, states)
+        with on_device(plan.problem.device):
+            return query_grad_triton(plan, inputs, entry_state, states)
     return None
 
 
@@ -133,18 +141,19 @@ def backward(
     if plan.on_triton:
         from seqpar.kernels.lightning.backward import backward_triton
 
-        return backward_triton(
-            plan,
-            inputs,
-            log_decay,
-            entry_state,
-            exit_state_grad,
-            states=states,
-            grad_states=grad_states,
-            decay_grad=decay_grad,
-            entry_grad=entry_grad,
-            query_grad=query_grad,
-        )
+        with on_device(plan.problem.device):
+            return backward_triton(
+                plan,
+                inputs,
+                log_decay,
+                entry_state,
+                exit_state_grad,
+                states=states,
+                grad_states=grad_states,
+                decay_grad=decay_grad,
+                entry_grad=entry_grad,
+                query_grad=query_grad,
+            )
     with as_given(inputs[0].device):
         return chunked.attend_backward_chunked(
             *inputs,
@@ -162,6 +171,7 @@ def step(
     if plan.on_triton:
         from seqpar.kernels.lightning.step import step_triton
 
-        return step_triton(plan, q, k, v, state, log_decay)
+        with on_device(plan.problem.device):
+            return step_triton(plan, q, k, v, state, log_decay)
     with as_given(q.device):
         return chunked.step_recurrent(q, k, v, state, log_decay)

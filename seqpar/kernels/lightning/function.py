@@ -22,6 +22,7 @@ from seqpar.kernels.lightning import dispatch
 from seqpar.kernels.lightning.dispatch import LocalStates
 from seqpar.kernels.lightning.inputs import LOWEST_LOG_DECAY, state_dtype
 from seqpar.kernels.lightning.plan import Plan, plan_of
+from seqpar.kernels.tensors import check_like
 
 __all__ = [
     "Summary",
@@ -51,6 +52,8 @@ class Summary:
     log_decay: Tensor | None = field(default=None, repr=False)
     local_states: LocalStates | None = field(default=None, repr=False)
     """What `attend` and `attend_backward` can use again; private to the kernels."""
+    reverse: bool = False
+    """Whether it is of queries and gradients of outputs, backward in time."""
 
     @cached_property
     def log_transition(self) -> Tensor:
@@ -58,7 +61,7 @@ class Summary:
         per_token = self.log_decay is not None and self.log_decay.ndim == 3
         with torch.no_grad():
             if per_token and self.local_states is not None:
-                return dispatch.log_transition(self.local_states)
+                return dispatch.log_transition(self.plan, self.local_states)
             return _log_transition(self.plan, self.log_decay)
 
 
@@ -99,7 +102,7 @@ def lightning_attention(
     per token.
     """
     plan = plan_of(k, v, queries=q, log_decay=log_decay, cu_seqlens=cu_seqlens)
-    plan.check_state(initial_state)
+    plan.check_state("initial_state", initial_state)
     tensors = (q, k, v, log_decay, initial_state)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return _LightningAttention.apply(  # type: ignore[no-any-return, no-untyped-call]
@@ -205,8 +208,8 @@ def attend(
     log_decay and cu_seqlens.
     """
     plan = plan_of(k, v, queries=q, log_decay=log_decay, cu_seqlens=cu_seqlens)
-    _check_summary(summary, plan)
-    plan.check_state(entry_state)
+    _check_summary("summary", summary, plan)
+    plan.check_state("entry_state", entry_state)
     with torch.no_grad():
         return dispatch.attend(
             plan, q, k, v, log_decay, cu_seqlens, entry_state, summary.local_states
@@ -226,12 +229,12 @@ def query_grad_summary(
     Args: q [B, T, H, K] and do [B, T, H, V]; the rest as for `key_value_summary`, with
     `attend_backward` in place of `attend`.
     """
-    plan = plan_of(q, do, log_decay=log_decay, cu_seqlens=cu_seqlens)
+    plan = plan_of(q, do, names=("q", "do"), log_decay=log_decay, cu_seqlens=cu_seqlens)
     with torch.no_grad():
         grad, local = dispatch.summary(
             plan, q, do, log_decay, cu_seqlens, reverse=True, leaving=leaving
         )
-    return Summary(grad, plan, log_decay, local)
+    return Summary(grad, plan, log_decay, local, reverse=True)
 
 
 def query_grad(
@@ -252,8 +255,8 @@ def query_grad(
         What `attend_backward` takes as `query_grad`; None where it comes with the rest at no less.
     """
     plan = plan_of(k, v, queries=q, output_grads=do, log_decay=log_decay, cu_seqlens=None)
-    _check_summary(summary, plan)
-    plan.check_state(entry_state)
+    _check_summary("summary", summary, plan)
+    plan.check_state("entry_state", entry_state)
     with torch.no_grad():
         return dispatch.query_grad(plan, (q, k, v, do), entry_state, summary.local_states)
 
@@ -284,10 +287,13 @@ def attend_backward(
         dq, dk, dv in the inputs' dtype; dlog_decay [B, T, H] float32, or None unless per token.
     """
     plan = plan_of(k, v, queries=q, output_grads=do, log_decay=log_decay, cu_seqlens=cu_seqlens)
-    for item in (summary, grad_summary):
-        _check_summary(item, plan)
-    plan.check_state(entry_state)
-    plan.check_state(exit_state_grad)
+    _check_summary("summary", summary, plan)
+    _check_summary("grad_summary", grad_summary, plan, reverse=True)
+    plan.check_state("entry_state", entry_state)
+    plan.check_state("exit_state_grad", exit_state_grad)
+    if query_grad is not None:
+        shape = (*plan.problem[:3], plan.key_dim)
+        check_like("query_grad", query_grad, shape, plan.problem.dtype, plan.problem.device)
     with torch.no_grad():
         dq, dk, dv, dlog_decay, _ = dispatch.backward(
             plan,
@@ -319,20 +325,25 @@ def lightning_step(
         o [B, T, H, V] in v's dtype and the new state [B, H, K, V] float32.
     """
     plan = plan_of(k, v, queries=q, log_decay=log_decay, cu_seqlens=None)
-    plan.check_state(state)
+    if state is None:
+        raise KernelInputError("state is None; pass [B, H, K, V] float32, zeros to begin with")
+    plan.check_state("state", state)
     with torch.no_grad():
         return dispatch.step(plan, q, k, v, state, log_decay)
 
 
-def _check_summary(summary: Summary, plan: Plan) -> None:
+def _check_summary(name: str, summary: Summary, plan: Plan, *, reverse: bool = False) -> None:
     """Its states of segments are of its own tokens and cut: others would read past their end."""
+    maker = "query_grad_summary" if reverse else "key_value_summary"
+    if not isinstance(summary, Summary) or summary.reverse != reverse:
+        raise KernelInputError(f"{name} must be what {maker} gave for these inputs")
     made_of, wanted = summary.plan.problem, plan.problem
     if summary.plan is plan or made_of == wanted:
         return
-    name = next(n for n in wanted._fields if getattr(made_of, n) != getattr(wanted, n))
+    field_name = next(n for n in wanted._fields if getattr(made_of, n) != getattr(wanted, n))
     raise KernelInputError(
-        f"the summary is not of these inputs: its {name} is {getattr(made_of, name)}, theirs is "
-        f"{getattr(wanted, name)}; make it from the same tensors and cu_seqlens"
+        f"{name} is not of these inputs: its {field_name} is {getattr(made_of, field_name)}, "
+        f"theirs is {getattr(wanted, field_name)}; make it from the same tensors and cu_seqlens"
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from enum import Enum
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -17,11 +18,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from seqpar.errors import KernelInputError
-from seqpar.kernels.lightning.inputs import Spec, check_decays, check_inputs
+from seqpar.kernels.lightning.inputs import (
+    Spec,
+    bounds_of,
+    check_decays,
+    check_inputs,
+)
 from seqpar.kernels.lightning.segments import Segments, cut
 from seqpar.kernels.lightning.tuning import Config, configuration, for_states
 from seqpar.kernels.recorder import lasting
+from seqpar.kernels.tensors import check_like, check_tensors
 
 __all__ = ["Cut", "Plan", "Problem", "dense", "plan_of", "runs_by_hand"]
 
@@ -44,47 +50,74 @@ class Problem(NamedTuple):
     """Bounds of packed documents; None: every row is a sequence."""
 
 
+class _Missing(Enum):
+    """What a call does not take, which is not what it was given as None."""
+
+    MISSING = 0
+
+
+_MISSING = _Missing.MISSING
+
+
 def plan_of(
     keys: Tensor,
     values: Tensor,
     *,
-    queries: Tensor | None = None,
-    output_grads: Tensor | None = None,
+    names: tuple[str, str] = ("k", "v"),
+    queries: Tensor | _Missing = _MISSING,
+    output_grads: Tensor | _Missing = _MISSING,
     log_decay: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Plan:
-    """The plan of a call, after refusing what does not fit.
+    """The plan of a call, after refusing what does not fit; `names` are those of keys and values.
 
     Raises:
         KernelInputError: what does not fit, its value, and what would.
     """
-    decay = bounds = None
-    if log_decay is not None:
-        fixed_learns = log_decay.requires_grad and log_decay.ndim == 1
-        decay = (log_decay.shape, log_decay.dtype, log_decay.device, fixed_learns)
-    if cu_seqlens is not None:
-        bounds = (cu_seqlens.ndim, cu_seqlens.dtype, tuple(cu_seqlens.flatten().tolist()))
-    plan = _checked(
-        (keys.shape, keys.dtype, keys.device),
-        (values.shape, values.dtype, values.device),
-        None if queries is None else (queries.shape, queries.dtype, queries.device),
-        None
-        if output_grads is None
-        else (output_grads.shape, output_grads.dtype, output_grads.device),
-        decay,
-        bounds,
-    )
+    try:
+        specs = (
+            _spec(keys),
+            _spec(values),
+            None if queries is _MISSING else _spec(queries),
+            None if output_grads is _MISSING else _spec(output_grads),
+            None if log_decay is None else _decay_spec(log_decay),
+        )
+    except (AttributeError, RuntimeError):
+        given = {"q": queries, "do": output_grads, names[0]: keys, names[1]: values}
+        given |= {} if log_decay is None else {"log_decay": log_decay}
+        check_tensors(**{name: x for name, x in given.items() if x is not _MISSING})
+        raise
+    plan = _checked(names, *specs, None if cu_seqlens is None else bounds_of(cu_seqlens))
     if log_decay is not None and log_decay.is_cpu and not plan.on_triton:
         check_decays(log_decay)
     return plan
 
 
+def _spec(x: Tensor) -> tuple[Any, ...]:
+    """The fields of a `Spec`."""
+    return x.shape, x.dtype, x.device, x.layout
+
+
+def _decay_spec(log_decay: Tensor) -> tuple[Any, ...]:
+    fixed_learns = log_decay.requires_grad and log_decay.ndim == 1
+    return (*_spec(log_decay), fixed_learns)
+
+
 @lru_cache(maxsize=1024)
-def _checked(keys: Any, values: Any, queries: Any, grads: Any, decay: Any, bounds: Any) -> Plan:
+def _checked(
+    names: tuple[str, str],
+    keys: Any,
+    values: Any,
+    queries: Any,
+    grads: Any,
+    decay: Any,
+    bounds: Any,
+) -> Plan:
     keys, values = Spec(*keys), Spec(*values)
     check_inputs(
         keys,
         values,
+        names=names,
         queries=None if queries is None else Spec(*queries),
         output_grads=None if grads is None else Spec(*grads),
         log_decay=None if decay is None else Spec(*decay),
@@ -122,6 +155,7 @@ class Plan:
         self.bounds = problem.bounds or (0, *rows)
         self.num_sequences = problem.batch if problem.bounds is None else len(problem.bounds) - 1
         self.state_shape = (self.num_sequences, problem.heads, problem.key_dim, problem.value_dim)
+        self._state_spec = (self.state_shape, torch.float32, problem.device, torch.strided)
         self.on_triton = problem.device.type == "cuda" and problem.dtype != torch.float64
         self.on_triton &= min(problem.batch, problem.tokens, problem.heads) > 0
         self.step_launch: Any = None
@@ -175,19 +209,16 @@ class Plan:
             self.lengths, output_size=self.problem.batch * self.problem.tokens
         )
 
-    def check_state(self, state: Tensor | None) -> None:
-        """Refuse an entry state or a gradient of an exit state that is not [S, H, K, V]."""
+    def check_state(self, name: str, state: Tensor | None) -> None:
+        """Refuse an entry state or a gradient of an exit state that is not [S, H, K, V] float32;
+        float64 serves too, as it does for the inputs.
+        """
         if state is None:
             return
-        if state.shape != self.state_shape:
-            raise KernelInputError(
-                f"a state has shape {tuple(state.shape)}, but these inputs need [S, H, K, V] = "
-                f"{self.state_shape}"
-            )
-        if state.device != self.problem.device:
-            raise KernelInputError(
-                f"a state is on {state.device}, the keys are on {self.problem.device}"
-            )
+        check_tensors(**{name: state})
+        if _spec(state) != self._state_spec:
+            dtype = torch.float64 if state.dtype == torch.float64 else torch.float32
+            check_like(name, state, self.state_shape, dtype, self.problem.device)
 
     def _segments(self) -> Segments:
         lanes = self.problem.heads * -(-self.value_dim // self.config.value_tile)

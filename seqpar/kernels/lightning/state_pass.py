@@ -189,16 +189,17 @@ def segment_states_kernel(
 
 @triton.jit
 def enter_segments_kernel(
-    p_states, p_entries, p_initial, p_final, p_decay, p_by_segment, p_bounds, p_first, H, KV,
+    p_states, p_entries, p_initial, p_final, p_decay, p_by_segment, p_bounds, p_first, H, KV, TILES,
     OVERLAP: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """entries[m] = the state that enters segment m when `initial`, or zero, enters its sequence.
 
     final[s] is what leaves the last segment (backward in time: the first). Either may be left out,
-    and `entries` may be `states` itself. Grid: (tiles of K * V, H, S).
+    and `entries` may be `states` itself. Grid: (S * H * tiles of K * V,).
     """
-    i_h, i_s = tl.program_id(1), tl.program_id(2)
-    o_kv = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i_state, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    i_h, i_s = i_state % H, i_state // H
+    o_kv = i_tile * BLOCK + tl.arange(0, BLOCK)
     m_kv = o_kv < KV
     first, end = tl.load(p_first + i_s), tl.load(p_first + i_s + 1)
     wait_for_launches_before(OVERLAP)
@@ -336,9 +337,10 @@ def _enter_launch(
     size, block = key_dim * value_dim, 1024
     fixed: dict[str, Any] = {
         "p_bounds": cut.segments.bounds, "p_first": cut.segments.first, "H": heads, "KV": size,
+        "TILES": triton.cdiv(size, block),
         "DECAY": kind, "REVERSE": reverse, "BLOCK": block,
     }  # fmt: skip
     fixed |= {name: None for name, x in optional.items() if x is None}
     fixed["p_by_segment" if kind == 1 else "p_decay"] = None
-    grid = (triton.cdiv(size, block), heads, cut.segments.num_sequences)
+    grid = (cut.segments.num_sequences * heads * triton.cdiv(size, block),)
     return Launch(enter_segments_kernel, grid, fixed=fixed, overlap=can_overlap(states.device))

@@ -26,19 +26,20 @@ __all__ = ["step_triton"]
 
 @triton.jit
 def step_kernel(
-    p_q, p_k, p_v, p_decay, p_state, p_out, p_new, T, H, K, V,
+    p_q, p_k, p_v, p_decay, p_state, p_out, p_new, T, H, K, V, TILES,
     DECAY: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """S_t = exp(g_t) S_(t-1) + k_tᵀ v_t, o_t = q_t S_t, in float32. Grid: (value tiles, B * H).
+    """S_t = exp(g_t) S_(t-1) + k_tᵀ v_t, o_t = q_t S_t, in float32. Grid: (B * H * value tiles,).
 
     Example, decay 1/2, k = q = 1, v = 2, state 4: S = 2 + 2, o = 4.
     """
-    i_h, i_b = tl.program_id(1) % H, tl.program_id(1) // H
+    i_state, i_v = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    i_h, i_b = i_state % H, i_state // H
     o_k = tl.arange(0, BK)
-    o_v = tl.program_id(0) * BV + tl.arange(0, BV)
+    o_v = i_v * BV + tl.arange(0, BV)
     m_k, m_v = o_k < K, o_v < V
     m_S = m_k[:, None] & m_v[None, :]
-    o_S = tl.program_id(1).to(tl.int64) * K * V + o_k[:, None] * V + o_v[None, :]
+    o_S = i_state.to(tl.int64) * K * V + o_k[:, None] * V + o_v[None, :]
     b_S = tl.load(p_state + o_S, mask=m_S, other=0.0)
     decay = 1.0
     if DECAY == 1:
@@ -87,11 +88,12 @@ def _step_launch(plan: Plan) -> Launch:
     batch, tokens, heads, key_dim, value_dim = plan.problem[:5]
     decay = {0: 0, 1: 1, 3: 2}[plan.problem.decay_dims]
     tile = min(padded(value_dim), _columns(batch * heads))
+    tiles = triton.cdiv(value_dim, tile)
     fixed: dict[str, Any] = {
-        "T": tokens, "H": heads, "K": key_dim, "V": value_dim, "DECAY": decay,
+        "T": tokens, "H": heads, "K": key_dim, "V": value_dim, "TILES": tiles, "DECAY": decay,
         "BK": padded(key_dim), "BV": tile,
     }  # fmt: skip
     if decay == 0:
         fixed["p_decay"] = None
-    grid = (triton.cdiv(value_dim, tile), batch * heads)
+    grid = (batch * heads * tiles,)
     return Launch(step_kernel, grid, fixed=fixed, num_warps=2 if tile == 16 else 4)
