@@ -1,4 +1,4 @@
-"""Every collective that seqpar issues, each named for what it does.
+"""Every collective of operators, losses and data, each named for what it does.
 
 Plain functions with the group explicit. Ranks are group ranks, never global ones. The forms that
 end in `_async`, and `exchange`, return a `Pending`: what was asked is under way, the tensors are
@@ -59,6 +59,7 @@ __all__ = [
     "agree",
     "all_gather",
     "all_gather_async",
+    "all_gather_objects",
     "all_reduce_sum",
     "all_to_all",
     "all_to_all_async",
@@ -244,6 +245,15 @@ def broadcast_object(value: T | None, group: ProcessGroup | None, *, source: int
     return result
 
 
+def all_gather_objects(value: T, group: ProcessGroup | None) -> list[T]:
+    """Every rank's picklable object in rank order. Several messages, waited for on the host."""
+    if group is None:
+        return [value]
+    values = [value] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def agree(
     problem: str | None,
     group: ProcessGroup | None,
@@ -271,8 +281,7 @@ def agree(
     flags = all_gather(mine, group).tolist()
     if not any(bad for bad, _ in flags) and len({digest for _, digest in flags}) == 1:
         return
-    messages: list[tuple[str | None, str]] = [(None, "")] * group.size()
-    dist.all_gather_object(messages, (problem, repr(same)), group=group)
+    messages = all_gather_objects((problem, repr(same)), group)
     raise error(_disagreement(messages, group_rank(group)))
 
 
