@@ -14,7 +14,7 @@ from torch import Tensor
 
 from seqpar import comm
 from seqpar.layout import SequenceLayout
-from seqpar.ops.state import explain_exchange, state_attention
+from seqpar.ops.state import state_attention
 from seqpar.ops.state_exchange import EXCHANGES
 from tests.ops.cases import HEADS, KEY_DIM, VALUE_DIM, layouts, make_stream
 from tests.ranks import run_ranks
@@ -224,19 +224,3 @@ def test_what_is_reported_as_saved_is_not_received(moved: dict[Call, list[Moved]
                 saved[call.exchange] += found.saved[way]
     assert saved["all_gather"] > 0
     assert saved["log_step"] > 0
-
-
-def _auto(rank: int, layout: SequenceLayout) -> tuple[set[str], str]:
-    stream = make_stream(layout.cu_seqlens, "none", dtype=torch.float32)
-    q, k, v = (layout.shard(x, rank) for x in stream.tensors)
-    how = {"log_decay": None, "layout": layout, "group": dist.group.WORLD}
-    with comm.count_traffic() as traffic:
-        state_attention(q, k, v, **how, check=False)
-    return set(traffic.operations), explain_exchange(q, k, v, **how).exchange
-
-
-@pytest.mark.parametrize("make", [SequenceLayout.contiguous, SequenceLayout.zigzag])
-def test_auto_uses_what_explain_says(make: type[SequenceLayout]) -> None:
-    operation = {"all_gather": "all_gather", "all_to_all": "all_to_all"}
-    for used, said in run_ranks(3, _auto, make((0, 61), 3)):
-        assert used <= {operation.get(said, "exchange")}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seqpar.errors import LayoutError
 from seqpar.layout import SequenceLayout
-from seqpar.ops.state import explain_exchange, state_attention
+from seqpar.ops.state import state_attention
 from seqpar.ops.state_exchange import EXCHANGES
 from seqpar.ops.state_job import StateJob
 from seqpar.ops.state_lightning import LightningMixer
@@ -119,13 +119,3 @@ def test_what_does_not_fit_is_refused_on_all_ranks_alike() -> None:
         assert "not given the same" in messages[1]
         assert "over 3 ranks, but the group has 2" in messages[2]
         assert "no exchange 'pigeon'" in messages[3]
-
-
-def test_the_choice_can_be_printed() -> None:
-    layout = SequenceLayout.contiguous((0, 8), 1)
-    stream = make_stream((0, 8), "fixed", dtype=torch.float32)
-    choice = explain_exchange(
-        *stream.tensors, log_decay=stream.log_decay, layout=layout, group=None
-    )
-    assert choice.exchange == "all_gather"
-    assert all(name in str(choice) for name in NAMES)

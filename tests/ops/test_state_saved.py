@@ -15,11 +15,16 @@ from torch.utils.checkpoint import checkpoint
 from seqpar.layout import SequenceLayout
 from seqpar.ops.state import state_attention
 from seqpar.ops.state_call import call_plan
+from seqpar.ops.state_exchange import EXCHANGES
+from seqpar.ops.state_job import StateJob
 from seqpar.ops.state_lightning import LightningMixer
+from seqpar.ops.state_local import RankPart
 from seqpar.ops.state_mixer import Inputs, Summary
 from seqpar.ops.state_saved import put_tensors, take_tensors
+from seqpar.ops.state_steps import forward_steps
 from seqpar.ranks import run_on_ranks
 from tests.ops.state_recomputed import Recomputed
+from tests.simulator import simulate
 
 LAYOUT = SequenceLayout.contiguous((0, 5, 64), 1)
 
@@ -80,6 +85,21 @@ def test_checkpointing_frees_the_states(monkeypatch: pytest.MonkeyPatch) -> None
     found = torch.autograd.grad(o, leaves, do)
     expected = torch.autograd.grad(plain, leaves, do)
     assert all(torch.equal(x, ref) for x, ref in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("exchange", sorted(EXCHANGES))
+def test_a_state_that_entered_does_not_hold_those_that_did_not(exchange: str) -> None:
+    """Kept until backward, a view would keep every rank's states."""
+    layout, ranks = SequenceLayout.contiguous((0, 64), 4), range(4)
+    tokens = [torch.randn(1, 16, 3, 7) for _ in range(3)]
+    parts = [RankPart.of(LightningMixer(), layout, rank, tuple(tokens)) for rank in ranks]
+    jobs = [StateJob(part, exchange, False) for part in parts]
+    done = simulate([forward_steps(job, tuple(tokens), None) for job in jobs])
+    for rank in ranks:
+        entries = done[rank].kept.entries.values()
+        assert len(entries) == (rank > 0)
+        for entry in entries:
+            assert entry.untyped_storage().nbytes() == entry.nbytes
 
 
 def _recomputed(rank: int) -> bool:
