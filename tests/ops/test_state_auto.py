@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seqpar import comm
+from seqpar.errors import LayoutError
 from seqpar.layout import SequenceLayout
 from seqpar.ops.state import explain_exchange, state_attention
 from seqpar.ops.state_call import MIN_OVERLAP_MS, call_plan
@@ -21,25 +22,26 @@ from tests.ops.cases import HEADS, KEY_DIM, VALUE_DIM, make_stream
 from tests.ranks import run_ranks
 
 BATCH = 2
+FIVE = SequenceLayout.contiguous((0, 61), 5)
 STATE_BYTES = BATCH * HEADS * KEY_DIM * VALUE_DIM * 4
 SLOW = Link("a slow link", 300.0, 400.0, 100.0, 1.0)
 QUICK = Link("a quick link", 1.0, 1.0, 1.0, 1000.0)
 
 
 def _explained(
-    layout: SequenceLayout, decay: Tensor | str | None = None, **options: Any
+    layout: SequenceLayout, decay: Tensor | None = None, *, per_token: bool = False, **options: Any
 ) -> ExchangeChoice:
-    kind = decay if isinstance(decay, str) else "none"
+    kind = "per token" if per_token else "none"
     stream = make_stream(layout.cu_seqlens, kind, batch=BATCH, dtype=torch.float32)
-    q, k, v = (layout.shard(x, 0) for x in stream.tensors[:3])
-    log_decay = stream.log_decay if isinstance(decay, str) else decay
+    q, k, v, *decays = (layout.shard(x, 0) for x in stream.tensors)
+    log_decay = decays[0] if decays else decay
     return explain_exchange(q, k, v, log_decay=log_decay, layout=layout, group=None, **options)
 
 
 @pytest.mark.parametrize(
     ("layout", "reach", "links"),
     [
-        (SequenceLayout.contiguous((0, 61), 5), 4, 1),
+        (FIVE, 4, 1),
         (SequenceLayout.contiguous((0, 30, 61), 5), 2, 1),
         (SequenceLayout.contiguous((0, 13, 25, 37, 49, 61), 5), 1, 1),
         (SequenceLayout.contiguous((0, 12, 24, 36, 48, 60), 5), 0, 1),
@@ -63,14 +65,14 @@ def test_the_model_is_asked_of_these_decays() -> None:
     assert _explained(layout).problem.far_share == 1.0
     assert _explained(layout, decay).problem.far_share == pytest.approx(2 / 3)
     assert _explained(layout, decay, truncate=False).problem.far_share == 1.0
-    by_token = _explained(layout, "per token").problem
+    by_token = _explained(layout, per_token=True).problem
     assert by_token.far_share == 1.0
     assert by_token.state_bytes == STATE_BYTES + BATCH * HEADS * 4
     assert by_token.token_bytes == 4 * HEADS * (2 * KEY_DIM + 2 * VALUE_DIM + 1)
 
 
 def test_the_choice_can_be_printed() -> None:
-    choice = _explained(SequenceLayout.contiguous((0, 61), 5), link=SLOW)
+    choice = _explained(FIVE, link=SLOW)
     assert choice.exchange == min(choice.estimates_ms, key=choice.estimates_ms.__getitem__)
     head, *rows = str(choice).splitlines()
     assert head.startswith(f"{choice.exchange}: 5 ranks over a slow link")
@@ -78,6 +80,9 @@ def test_the_choice_can_be_printed() -> None:
         [name, f"{ms:.3f}", "ms"] for name, ms in choice.estimates_ms.items()
     ]
     assert {*EXCHANGES, "all_to_all"} == set(choice.estimates_ms)
+    short = torch.zeros(1, 3, HEADS, KEY_DIM)
+    with pytest.raises(LayoutError, match="gives this rank 12 tokens"):
+        explain_exchange(short, short, short, log_decay=None, layout=FIVE, group=None)
 
 
 @pytest.mark.parametrize("overlap", [None, True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from seqpar.ops.state_job import StateJob
 from seqpar.ops.state_lightning import LightningMixer
 from seqpar.ops.state_local import RankPart
 from seqpar.ops.state_steps import backward_steps, forward_steps
+from seqpar.ops.steps import Steps, Swap
 from tests.ops.cases import Stream, layouts, make_stream
 from tests.ranks import run_ranks
 from tests.simulator import simulate
@@ -91,6 +93,34 @@ def test_no_token_sees_a_later_one(exchange: str) -> None:
             assert not torch.equal(after[:, position + 1], before[:, position + 1])
 
 
+def _watched(steps: Steps[Any], swaps: list[tuple[int, int]]) -> Steps[Any]:
+    """The same steps; notes how many messages each request sends and receives."""
+    delivered = None
+    while True:
+        try:
+            request = steps.send(delivered)
+        except StopIteration as stop:
+            return stop.value
+        assert isinstance(request, Swap)
+        swaps.append((len(request.sends), len(request.recvs)))
+        delivered = yield request
+
+
+def test_a_slice_is_sent_on_while_the_next_one_arrives() -> None:
+    layout, ranks = SequenceLayout.contiguous((0, 24), 4), range(4)
+    stream = make_stream((0, 24), "fixed")
+    rounds: dict[str, list[list[tuple[int, int]]]] = {}
+    for exchange in ("chain", "pipelined_chain"):
+        mixer, seen = LightningMixer(stream.log_decay), rounds.setdefault(exchange, [])
+        inputs = [tuple(layout.shard(x, r) for x in stream.tensors) for r in ranks]
+        jobs = [StateJob(RankPart.of(mixer, layout, r, inputs[r]), exchange, False) for r in ranks]
+        seen.extend([] for _ in ranks)
+        simulate([_watched(forward_steps(jobs[r], inputs[r], None), seen[r]) for r in ranks])
+    assert rounds["chain"] == [[(1, 0)], [(0, 1), (1, 0)], [(0, 1), (1, 0)], [(0, 1)]]
+    both = [(0, 1), (1, 1), (1, 1), (1, 1), (1, 0)]  # KEY_DIM slices
+    assert rounds["pipelined_chain"] == [[(1, 0)] * 4, both, both, [(0, 1)] * 4]
+
+
 # -- refusals ---------------------------------------------------------------------------------
 
 
@@ -107,6 +137,8 @@ def _refused(rank: int) -> list[str]:
         messages.append(str(caught.value))
 
     attend(q[:, : 4 - rank], layout, "auto")
+    attend(q if rank else q.expand(2, -1, -1, -1), layout, "auto")
+    attend(q if rank else q[0, 0], layout, "auto")
     attend(q, layout if rank else other, "auto")
     attend(q, SequenceLayout.contiguous((0, 8), 3), "auto")
     attend(q, layout, "pigeon")
@@ -116,6 +148,8 @@ def _refused(rank: int) -> list[str]:
 def test_what_does_not_fit_is_refused_on_all_ranks_alike() -> None:
     for messages in run_ranks(2, _refused):
         assert "rank 1 has shape (1, 3" in messages[0]
-        assert "not given the same" in messages[1]
-        assert "over 3 ranks, but the group has 2" in messages[2]
-        assert "no exchange 'pigeon'" in messages[3]
+        assert "input 0 has 2 rows: expand" in messages[1]
+        assert "must be [B, T, ...]" in messages[2]
+        assert "not given the same" in messages[3]
+        assert "over 3 ranks, but the group has 2" in messages[4]
+        assert "no exchange 'pigeon'" in messages[5]
