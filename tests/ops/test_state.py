@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seqpar import comm
-from seqpar.layout import SequenceLayout
+from seqpar.layout import SequenceLayout, Span
 from seqpar.mesh import GroupPool
 from seqpar.ops.state import state_attention
 from seqpar.ops.state_exchange import EXCHANGES
@@ -103,6 +105,40 @@ def test_what_has_decayed_is_left_out_exactly(decay: tuple[float, ...], exchange
             check(found, expected, f"{decay}, {kind}, W={world_size}")
             if world_size == 7 and exchange in ("all_gather", "log_step"):
                 assert traffic[exchange].saved_bytes > 0
+
+
+@pytest.mark.parametrize("exchange", NAMES)
+def test_a_head_that_outlives_one_link_and_not_the_next_is_sent_on(exchange: str) -> None:
+    bounds, rank_of = (0, 300), (0, 1, 2, 0, 1)
+    spans: list[list[Span]] = [[], [], []]
+    for rank, cut in zip(rank_of, itertools.pairwise((0, 97, 100, 200, 204, 300)), strict=True):
+        spans[rank].append(Span(*cut))
+    layout = SequenceLayout(bounds, tuple(map(tuple, spans)))
+    stream = make_stream(bounds, "none", dtype=torch.float32)
+    stream = replace(stream, log_decay=torch.tensor([-0.2, -0.5, -6.0]))
+    expected = truth(stream, bounds)
+    for whole in (False, True) if exchange == "all_gather" else (False,):
+        check(simulated(stream, layout, exchange, truncate=True, whole=whole), expected, exchange)
+
+
+def test_a_rank_whose_state_nobody_takes_does_not_make_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward it begins with what needs no other rank; those that give, give first."""
+    done: list[str] = []
+
+    def noted(name: str) -> Callable[..., Any]:
+        call = getattr(LightningMixer, name)
+
+        def noting(self: LightningMixer, *args: Any) -> Any:
+            done.append(name)
+            return call(self, *args)
+
+        return noting
+
+    for name in ("summarize", "summarize_grad", "begin_backward"):
+        monkeypatch.setattr(LightningMixer, name, noted(name))
+    bounds = (0, 41)
+    _lean(make_stream(bounds, "fixed"), SequenceLayout.contiguous(bounds, 4))
+    assert done == ["summarize"] * 3 + ["begin_backward"] + ["summarize_grad"] * 3
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tests.ops.cases import HEADS, make_stream, truth
 from tests.ops.state_simulated import check, simulated
 
 NAMES = [*sorted(EXCHANGES), "all_to_all"]
-FIXED = (0.0, -1e-9, -1e-4, -0.05, -0.4, -3.0, -8.0, -20.0, -60.0)
+FIXED = (0.0, -1e-9, -1e-4, -0.05, -0.4, -1.0, -3.0, -8.0, -20.0, -60.0)
 PER_TOKEN = (0.0, 1e-7, 0.1, 3.0, 20.0)
 """From what never forgets to what sees each token alone."""
 
@@ -59,6 +59,9 @@ def _check_case(seed: int) -> None:
     exchange = rng.choice(NAMES)
     whole = exchange == "all_gather" and rng.random() < 0.5
     ways = {"truncate": truncate, "whole": whole, "overlap": rng.random() < 0.5}
+    ways["asks_finals"] = rng.random() < 0.5
+    if not ways["asks_finals"]:
+        stream = replace(stream, dfinals=torch.zeros_like(stream.dfinals))
     found = simulated(stream, layout, exchange, **ways)
     check(found, truth(stream, layout.cu_seqlens), f"seed {seed}: {exchange}, {ways}, {layout}")
 
