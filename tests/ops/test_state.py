@@ -25,6 +25,7 @@ from tests.ops.cases import BOUNDS, DECAYS, Stream, Truth, layouts, make_stream,
 from tests.ops.state_simulated import check, simulated
 from tests.ranks import run_ranks
 from tests.simulator import simulate
+from tests.tolerances import assert_close
 
 NAMES = [*sorted(EXCHANGES), "all_to_all"]
 
@@ -75,6 +76,21 @@ def test_every_layout_gives_the_one_device_result(name: str, decay: str, exchang
             for kind, layout in layouts(bounds, world_size).items():
                 found = simulated(stream, layout, exchange)
                 check(found, expected, f"{name}, {decay}, {kind}, W={world_size}, B={batch}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("exchange", NAMES)
+def test_states_of_half_precision_tokens_are_float32(exchange: str, dtype: torch.dtype) -> None:
+    bounds = BOUNDS["packed"]
+    stream = make_stream(bounds, "fixed", dtype=dtype)
+    expected = truth(stream, bounds)
+    for layout in layouts(bounds, 4).values():
+        found = simulated(stream, layout, exchange)
+        assert found.o.dtype == dtype
+        assert found.finals is not None
+        assert expected.finals is not None
+        assert_close(found.finals, expected.finals, what="finals", dtype=torch.float32, dim=0)
+        check(found, expected, f"{exchange}, {dtype}", dtype)
 
 
 LONG = (0, 230, 231, 400)
