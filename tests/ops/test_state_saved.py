@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from seqpar.layout import SequenceLayout
+from seqpar.ops import state_lightning
 from seqpar.ops.state import state_attention
 from seqpar.ops.state_call import call_plan
 from seqpar.ops.state_exchange import EXCHANGES
@@ -130,3 +131,16 @@ def test_a_call_that_is_alike_makes_no_new_plan() -> None:
     assert _calls(LAYOUT, log_decay=2 * decay) == 1
     assert _calls(LAYOUT, log_decay=None) == 1
     assert _calls(SequenceLayout.contiguous((0, 6, 64), 1), log_decay=None) == 1
+
+
+def test_a_decay_is_read_once_for_each_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[Tensor] = []
+    floats = state_lightning._floats
+    monkeypatch.setattr(state_lightning, "_floats", lambda x: reads.append(x) or floats(x))
+    decay = torch.tensor([-0.25, -200.0])
+    for _ in range(2):
+        assert state_lightning.fixed_on_host(decay) == (-0.25, -100.0)
+    decay.mul_(2)
+    for _ in range(2):
+        assert state_lightning.fixed_on_host(decay) == (-0.5, -100.0)
+    assert len(reads) == 2
