@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from state_check import check
+from state_exchanges import time_state_exchanges, time_token_exchanges
 from state_lasp import lasp_forms
 from state_timing import Setup, Times, forward_backward, graphed, take_turns
 from torch import Tensor
@@ -38,10 +39,6 @@ from seqpar.layout import SequenceLayout
 from seqpar.mesh import GroupPool, init_mesh
 from seqpar.ops.state import explain_exchange, state_attention
 from seqpar.ops.state_exchange import EXCHANGES
-from seqpar.ops.state_lightning import LightningMixer
-from seqpar.ops.state_local import RankPart
-from seqpar.ops.state_mixer import Summary
-from seqpar.ops.steps import run_steps
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--decays", nargs="+", default=["slopes", "no decay"])
     parser.add_argument("--forms", nargs="+", help="only these forms, and the local kernel")
     parser.add_argument("--check-only", action="store_true", help="time nothing")
+    parser.add_argument("--exchanges-only", action="store_true", help="time no layer")
     parser.add_argument("--time-limit", type=float, default=1e9, help="s; begin nothing after it")
     parser.add_argument("--quick", action="store_true", help="check and time less")
     parser.add_argument("--over-nccl", action="store_true", help="let no peer read memory")
@@ -104,6 +102,9 @@ def _parts(
         rows = time_layer(setup, tokens, name, decays[name], options.lasp, None)
         return {"peers": results.get("peers", []) + rows}
 
+    exchanges: Part = ("exchanges", partial(_exchanges, setup, options.heads))
+    if options.exchanges_only:
+        return [exchanges]
     parts: list[Part] = []
     cases = list(itertools.product(options.decays, options.tokens))
     for name, tokens in cases:
@@ -112,12 +113,17 @@ def _parts(
     parts.append(("check", lambda: {"errors": quick()}))
     for name, tokens in cases if options.lasp else ():
         parts.append((f"peers, {name}, {tokens} tokens", partial(peers, name, tokens)))
-    parts.append(
-        ("exchanges", lambda: {"exchange_ms": time_exchanges(setup, [options.heads, 512])})
-    )
+    parts.append(exchanges)
     if not options.quick:
         parts.append(("check all", lambda: {"errors": check(setup, every, every_exchange)}))
     return parts
+
+
+def _exchanges(setup: Setup, heads: int) -> dict[str, Any]:
+    return {
+        "exchange_ms": time_state_exchanges(setup, [heads, 512]),
+        "token_exchange_ms": time_token_exchanges(setup, [256, 1024, 8192, 65536]),
+    }
 
 
 def _time_is_up(setup: Setup, until: float) -> bool:
@@ -162,45 +168,6 @@ def _hardware(setup: Setup) -> dict[str, Any]:
         "torch": torch.__version__,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
     }
-
-
-# -- the exchanges alone ----------------------------------------------------------------------
-
-
-def time_exchanges(setup: Setup, every_heads: list[int]) -> list[dict[str, Any]]:
-    """Each exchange of one state a rank, nothing beside it; in a graph where there are any."""
-    rows = []
-    for heads in every_heads:
-        layout = SequenceLayout.contiguous((0, 64 * setup.world_size), setup.world_size)
-        tokens = torch.zeros(1, 64, heads, setup.dim, device=setup.device, dtype=setup.dtype)
-        part = RankPart.of(LightningMixer(), layout, setup.rank, (tokens,) * 3)
-        state = torch.randn(1, heads, setup.dim, setup.dim, device=setup.device)
-        forms = {
-            name: _exchange_form(part, (tokens,) * 3, Summary(state, None), name, setup.nccl_group)
-            for name in sorted(EXCHANGES)
-        }
-        if comm.shares_memory(setup.group):
-            forms["all_gather, peers"] = _exchange_form(
-                part, (tokens,) * 3, Summary(state, None), "all_gather", setup.group
-            )
-        eager = {name: t.ms for name, t in take_turns(setup, forms).items()}
-        graphs = graphed(setup, forms)
-        device = {name: t.ms for name, t in take_turns(setup, graphs).items()}
-        rows.append({"state_bytes": state.numel() * 4, **eager, **device, "eager_ms": eager})
-        setup.say(
-            f"exchange of {state.numel() / 2**18:6.1f} MiB a rank, ms (in a graph): "
-            + ", ".join(f"{x} {eager[x]:.3f} ({device.get(x, 0):.3f})" for x in forms)
-        )
-    return rows
-
-
-def _exchange_form(
-    part: RankPart, inputs: tuple[Tensor, ...], summary: Any, name: str, group: Any
-) -> Callable[[], None]:
-    def run() -> None:
-        run_steps(EXCHANGES[name](part.forward_scan(inputs, summary, None)), group)
-
-    return run
 
 
 # -- one layer, forward and backward ----------------------------------------------------------

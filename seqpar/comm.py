@@ -1,4 +1,4 @@
-"""Every collective that seqpar issues, each named for what it does.
+"""Every collective of operators, losses and data, each named for what it does.
 
 Plain functions with the group explicit. Ranks are group ranks, never global ones. The forms that
 end in `_async`, and `exchange`, return a `Pending`: what was asked is under way, the tensors are
@@ -10,6 +10,7 @@ What backends lack is known here alone: gloo moves CPU tensors only (CUDA tensor
 the host), and sums 16-bit floats in float32; `all_gather_into_tensor` was renamed
 `all_gather_single` in torch 2.12. Tensors travel as bytes, so any dtype goes over any backend.
 
+This is the one door: collectives are here, messages between two ranks in `seqpar.messages`.
 `with count_traffic() as traffic:` adds up calls and payload bytes of this rank, by operation; see
 `seqpar.traffic`. What goes past the backend, over memory that ranks of one host share, is decided
 in `seqpar.peers.sharing`.
@@ -21,7 +22,7 @@ import pickle
 import weakref
 import zlib
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,15 +31,16 @@ from torch.distributed import ProcessGroup
 
 from seqpar.errors import LayoutError, SeqparError
 from seqpar.kernels.recorder import current_recorder
-from seqpar.message_bytes import bytes_of, from_bytes, landing_bytes, outgoing_bytes
+from seqpar.message_bytes import bytes_of, from_bytes, outgoing_bytes
+from seqpar.messages import exchange, exchange_lent, swap
 from seqpar.peers.sharing import (
-    engines_of,
     make_room,
     memory_of,
     share_memory,
     shared_bytes,
     shares_memory,
 )
+from seqpar.pending import Pending
 from seqpar.process_groups import backend_of, group_rank, group_size, on_host
 from seqpar.traffic import (
     Operation,
@@ -57,6 +59,7 @@ __all__ = [
     "agree",
     "all_gather",
     "all_gather_async",
+    "all_gather_objects",
     "all_reduce_sum",
     "all_to_all",
     "all_to_all_async",
@@ -79,55 +82,10 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-U = TypeVar("U")
 _OBJECT_BYTES = 65536
-_HEAD_START_CYCLES = 20_000
 _GATHER: Callable[..., Any] = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 )
-
-
-class Pending(Generic[T]):
-    """Communication under way. `wait()` gives the result, the same one each time.
-
-    Where the result `is_lent` it lies in memory that later messages write: `read` it instead.
-    """
-
-    def __init__(
-        self,
-        works: Sequence[Any],
-        finish: Callable[[], T],
-        *,
-        keep: Any = None,
-        give_back: Callable[[], None] | None = None,
-    ) -> None:
-        self._works: Sequence[Any] = works
-        self._give_back, self.is_lent = give_back, give_back is not None
-        self._finish: Callable[[], T] | None = finish
-        self._keep = keep  # what is being sent must live until it has been sent
-        self._result: T | None = None
-
-    def wait(self) -> T:
-        """Wait (on CUDA: make the current stream wait) and return the result."""
-        if self._finish is not None:
-            for work in self._works:
-                work.wait()
-            self._result = self._finish()
-            self._works, self._finish, self._keep = (), None, None
-        return self._result  # type: ignore[return-value]
-
-    def read(self, use: Callable[[T], U]) -> U:
-        """`use(result)`, once, before the group's next exchange is posted.
-
-        What it queues on the current stream may read the result, nothing after it may.
-        """
-        used = use(self.wait())
-        if self._give_back is not None:
-            self._give_back()
-        return used
-
-
-# -- collectives ------------------------------------------------------------------------------
 
 
 def all_gather(
@@ -238,147 +196,6 @@ def all_to_all_async(
     return Pending((work,), finish, keep=message)
 
 
-def exchange(
-    sends: Sequence[tuple[int, Tensor]],
-    recvs: Sequence[tuple[int, Tensor]],
-    group: ProcessGroup | None,
-    *,
-    beside_work: bool = False,
-    head_start: bool = False,
-) -> Pending[list[Tensor]]:
-    """Post every send and receive at once; the received tensors, in the order of `recvs`.
-
-    Args:
-        sends: (group rank to send to, tensor). May be on this rank itself.
-        recvs: (group rank to receive from, contiguous tensor that is filled in place).
-        beside_work: the current stream computes meanwhile. Copy engines carry what fits the room
-            that `make_room` has made, if it has, and leave multiprocessors to the work.
-        head_start: over NCCL, pause the current stream for 10 us. A kernel that fills the device
-            and is ready when the messages are takes all room first, and they travel after it
-            instead of beside it.
-
-    Messages between two ranks arrive in the order they were listed. Empty ones are not sent, so
-    both sides must know the sizes. With nothing to send or receive no call is made. Over NCCL all
-    ranks of the group must have used it before, as those of `init_mesh` and `GroupPool` have.
-    """
-    rank = group_rank(group)
-    own = [tensor for peer, tensor in sends if peer == rank]
-    messages = [(p, outgoing_bytes(x, group)) for p, x in sends if p != rank and x.numel()]
-    landings = []
-    for peer, tensor in recvs:
-        if peer == rank:
-            tensor.copy_(own.pop(0))
-        elif tensor.numel():
-            landings.append((peer, landing_bytes(tensor, group), tensor))
-    assert not own, "a message to this rank itself that it does not receive"
-
-    def finish() -> list[Tensor]:
-        for _, landing, tensor in landings:
-            if landing.data_ptr() != tensor.data_ptr():
-                tensor.copy_(landing.view(tensor.dtype).view(tensor.shape))
-        return [tensor for _, tensor in recvs]
-
-    arriving = [(peer, landing) for peer, landing, _ in landings]
-    if not messages and not arriving:
-        return Pending((), finish)
-    sent_bytes, received_bytes = (sum(x.numel() for _, x in side) for side in (messages, arriving))
-    count("exchange", sent_bytes, received_bytes)
-    works, keep = [], messages
-    if beside_work and (engines := engines_of(group)) is not None:
-        work, messages, arriving = engines.post(messages, arriving)
-        works.append(work)
-    works += _post(messages, arriving, group, head_start=head_start)
-    return Pending(works, finish, keep=keep)
-
-
-def exchange_lent(
-    sends: Sequence[tuple[int, Tensor]],
-    recvs: Sequence[tuple[int, torch.Size]],
-    like: Tensor,
-    group: ProcessGroup | None,
-) -> Pending[list[Tensor]]:
-    """`exchange` beside work; what arrives may be lent, and is to be read by `Pending.read`.
-
-    It saves copying it out of where copy engines have put it.
-
-    Args:
-        recvs: (group rank to receive from, shape); dtype and device are `like`'s.
-    """
-    itemsize, rank = like.element_size(), group_rank(group)
-    sizes = [(peer, shape.numel() * itemsize) for peer, shape in recvs if shape.numel()]
-    messages = [(peer, outgoing_bytes(x, group)) for peer, x in sends if x.numel()]
-    engines = engines_of(group) if messages or sizes else None
-    to_itself = any(peer == rank for peer, _ in [*sends, *recvs])
-    loan = None if engines is None or to_itself else engines.lend(messages, sizes)
-    if loan is None:
-        landings = [(peer, like.new_empty(shape)) for peer, shape in recvs]
-        return exchange(sends, landings, group, beside_work=True)
-    count("exchange", sum(x.numel() for _, x in messages), sum(size for _, size in sizes))
-
-    def lent() -> list[Tensor]:
-        arrived = iter(loan.messages)
-        return [
-            from_bytes(next(arrived), shape, like) if shape.numel() else like.new_empty(shape)
-            for _, shape in recvs
-        ]
-
-    return Pending((loan,), lent, keep=messages, give_back=loan.give_back)
-
-
-def _post(
-    sends: Sequence[tuple[int, Tensor]],
-    recvs: Sequence[tuple[int, Tensor]],
-    group: ProcessGroup | None,
-    *,
-    head_start: bool,
-) -> list[Any]:
-    """Start messages over the group's backend, flat bytes between this rank and others."""
-    ops = [dist.P2POp(dist.isend, x, group=group, group_peer=peer) for peer, x in sends]
-    ops += [dist.P2POp(dist.irecv, x, group=group, group_peer=peer) for peer, x in recvs]
-    works = dist.batch_isend_irecv(ops) if ops else []
-    if works and head_start and not on_host(group):
-        torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
-    return works
-
-
-def swap(
-    sends: Sequence[tuple[int, Tensor]],
-    recvs: Sequence[tuple[int, Tensor]],
-    group: ProcessGroup | None,
-) -> None:
-    """`exchange`, waited for at once; a recorder in force writes it down, to be repeated."""
-    recorder, rank = current_recorder(), group_rank(group)
-    moved = [*sends, *recvs]
-    staged = any(x.is_cuda for _, x in moved) and on_host(group)
-    if recorder is None or staged or any(r == rank or not x.numel() for r, x in moved):
-        exchange(sends, recvs, group).wait()
-        return
-    if group is None or not moved:
-        return
-    outgoing = [outgoing_bytes(x, group) for _, x in sends]
-    landings = [landing_bytes(x, group) for _, x in recvs]
-    count("exchange", sum(x.numel() for x in outgoing), sum(x.numel() for x in landings))
-    peers = [r for r, _ in sends], [r for r, _ in recvs]
-    recorder.do(_swapping(group, *peers), *outgoing, *landings)
-
-
-def _swapping(group: ProcessGroup, targets: list[int], sources: list[int]) -> Callable[..., None]:
-    """Messages out of and into memory that is there; whoever keeps this does not keep the group."""
-    reference = weakref.ref(group)
-    ways = [(dist.isend, peer) for peer in targets] + [(dist.irecv, peer) for peer in sources]
-
-    def run(*tensors: Tensor) -> None:
-        group = reference()
-        ops = [
-            dist.P2POp(way, x, group=group, group_peer=peer)
-            for (way, peer), x in zip(ways, tensors, strict=True)
-        ]
-        for work in dist.batch_isend_irecv(ops):
-            work.wait()
-
-    return run
-
-
 def all_reduce_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """The sum of every rank's tensor, a new tensor of x's dtype on every rank."""
     total = x.detach().clone()
@@ -428,6 +245,15 @@ def broadcast_object(value: T | None, group: ProcessGroup | None, *, source: int
     return result
 
 
+def all_gather_objects(value: T, group: ProcessGroup | None) -> list[T]:
+    """Every rank's picklable object in rank order. Several messages, waited for on the host."""
+    if group is None:
+        return [value]
+    values = [value] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def agree(
     problem: str | None,
     group: ProcessGroup | None,
@@ -455,8 +281,7 @@ def agree(
     flags = all_gather(mine, group).tolist()
     if not any(bad for bad, _ in flags) and len({digest for _, digest in flags}) == 1:
         return
-    messages: list[tuple[str | None, str]] = [(None, "")] * group.size()
-    dist.all_gather_object(messages, (problem, repr(same)), group=group)
+    messages = all_gather_objects((problem, repr(same)), group)
     raise error(_disagreement(messages, group_rank(group)))
 
 

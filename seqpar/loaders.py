@@ -14,11 +14,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from seqpar.batch import Batch, Group, LayoutChoice, PackedStream, group_of, pack, shard
-from seqpar.comm import broadcast_object, group_rank, group_size
+from seqpar.comm import all_gather_objects, broadcast_object, group_rank, group_size
 from seqpar.layout import IGNORE_INDEX
 from seqpar.loss import groups_of
 from seqpar.rows import collate_documents, stream_of
@@ -96,9 +95,7 @@ class SequenceParallelLoader:
     def _anywhere(self, here: bool) -> bool:
         """Whether it is so on any rank of the mesh."""
         for group in self.everywhere:
-            answers = [False] * group.size()
-            dist.all_gather_object(answers, here, group=group)
-            here = any(answers)
+            here = any(all_gather_objects(here, group))
         return here
 
 

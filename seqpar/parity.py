@@ -12,7 +12,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from seqpar.batch import Batch, PackedStream
-from seqpar.comm import all_reduce_sum, group_rank
+from seqpar.comm import all_gather_objects, all_reduce_sum, group_rank
 from seqpar.errors import DataError, ParityError
 from seqpar.layout import IGNORE_INDEX
 from seqpar.loss import token_loss
@@ -263,16 +262,13 @@ def _all_streams(batch: Batch, groups: Sequence[ProcessGroup]) -> list[PackedStr
     for group in groups:
         if own is not None and set(dist.get_process_group_ranks(group)) == own:
             continue
-        gathered: list[Any] = [None] * group.size()
-        dist.all_gather_object(gathered, streams, group=group)
-        streams = list(itertools.chain.from_iterable(gathered))
+        streams = list(itertools.chain.from_iterable(all_gather_objects(streams, group)))
     return streams
 
 
 def _agreed(found: Divergence | None, groups: Sequence[ProcessGroup]) -> Divergence | None:
     """One answer for all ranks: the lowest rank's that has one."""
     for group in groups:
-        answers: list[Divergence | None] = [None] * group.size()
-        dist.all_gather_object(answers, found, group=group)
+        answers = all_gather_objects(found, group)
         found = next((answer for answer in answers if answer is not None), None)
     return found

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from seqpar.adapters.hf_models import hugging_face_model
 from seqpar.batch import Batch, unshard
+from seqpar.comm import all_gather_objects
 from seqpar.parity_reference import documents_of, run_document, whole_stream
 
 __all__ = ["Divergence", "first_divergence"]
@@ -71,11 +71,7 @@ def first_divergence(
 
 def _common_names(names: set[str], batch: Batch) -> set[str]:
     """The modules that every rank of the group has recorded."""
-    if batch.group is None:
-        return names
-    gathered: list[set[str]] = [set()] * batch.group.size()
-    dist.all_gather_object(gathered, names, group=batch.group)
-    return set.intersection(*gathered)
+    return set.intersection(*all_gather_objects(names, batch.group))
 
 
 def _recorded(model: nn.Module, num_tokens: int, run: Callable[[], Any]) -> dict[str, Tensor]:

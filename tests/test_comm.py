@@ -129,6 +129,7 @@ def _reduce_and_broadcast(rank: int) -> None:
         with comm.count_traffic() as traffic:
             assert comm.broadcast_object(value if rank == 2 else None, group, source=2) == value
         assert traffic.calls == (1 if isinstance(value, dict) else 2)
+    assert comm.all_gather_objects({rank}, group) == [{r} for r in range(W)]
 
 
 def test_reduce_and_broadcast() -> None:
@@ -206,6 +207,7 @@ def test_alone_nothing_is_sent() -> None:
         assert torch.equal(comm.all_reduce_sum(x, None), x)
         assert torch.equal(comm.broadcast(x, None), x)
         assert comm.broadcast_object("y", None) == "y"
+        assert comm.all_gather_objects("y", None) == ["y"]
     assert traffic.calls == 0
     assert comm.group_size(None) == 1
     assert comm.group_rank(None) == 0

@@ -32,7 +32,8 @@ def left_halo(
     """The `width` tokens left of each of this rank's spans; zero where a document begins later.
 
     Differentiable: backward sends the gradients to the tokens' owners and adds them there. Bytes
-    received, each way: of one token, times the halo tokens that other ranks hold.
+    received: of one token, times the tokens of this rank's halos that other ranks hold; backward,
+    times the tokens of other ranks' halos that this rank holds, each as often as it was sent.
 
     Args:
         x: [B, T, ...], this rank's shard.

@@ -25,7 +25,7 @@ from seqpar.kernels.lightning.plan import dense
 from seqpar.kernels.recorded_call import RecordedCall
 from seqpar.layout import SequenceLayout
 from seqpar.ops.state_auto import choose_for, default_link
-from seqpar.ops.state_call import CallPlan, call_plan
+from seqpar.ops.state_call import CallPlan, call_plan, misfit
 from seqpar.ops.state_check import agree_on_call
 from seqpar.ops.state_job import Kept, StateJob
 from seqpar.ops.state_lightning import LightningMixer, fixed_on_host
@@ -220,9 +220,16 @@ def explain_exchange(
 ) -> ExchangeChoice:
     """What `state_attention` with `exchange="auto"` uses for these arguments, and why; print it.
 
-    Communicates nothing. Arguments are those of `state_attention`.
+    Communicates nothing, so with group=None and a `link` it also plans for ranks that are not here:
+    the arguments are then rank 0's. They are those of `state_attention`.
+
+    Raises:
+        LayoutError: shapes that do not fit the layout.
     """
     mixer, inputs = _lightning(q, k, v, log_decay, truncate)
+    rank = comm.group_rank(group)
+    if (problem := misfit([x.shape for x in inputs], layout.tokens_on(rank), rank)) is not None:
+        raise LayoutError(problem)
     rows = tuple((x.shape, x.dtype) for x in inputs)
     return choose_for(mixer.kind(inputs), layout, rows, link or default_link(group))
 

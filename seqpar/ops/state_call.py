@@ -17,7 +17,7 @@ from seqpar.ops.state_mixer import StateKind
 from seqpar.ops.state_plan import RankPlan, rank_plan
 from seqpar.planners.exchange import Link
 
-__all__ = ["CallPlan", "call_plan"]
+__all__ = ["CallPlan", "call_plan", "misfit"]
 
 MIN_OVERLAP_MS = 0.2
 """Adding states afterwards takes launches of its own, and what computes beside an exchange is held
@@ -96,13 +96,8 @@ def _problem(
         return f"no exchange {exchange!r}: use auto, all_to_all, {', '.join(EXCHANGES)}"
     if exchange == "all_to_all" and not kind.heads_apart:
         return "this mixer does not compute heads apart: use an exchange of states"
-    tokens = layout.tokens_on(rank)
-    for index, shape in enumerate(shapes):
-        if len(shape) < 3 or shape[:2] != (shapes[0][0], tokens):
-            return (
-                f"input {index} on rank {rank} has shape {tuple(shape)}, but the layout gives "
-                f"this rank {tokens} tokens on dim 1 of [B, T, ...]: shard it with this layout"
-            )
+    if (problem := misfit(shapes, layout.tokens_on(rank), rank)) is not None:
+        return problem
     for head, g in enumerate(kind.host_log_decay or ()):
         if not g <= 0:
             return (
@@ -115,4 +110,20 @@ def _problem(
             f"initial_state has shape {tuple(initial_shape)}; it must be {states[0]}, "
             f"or that for each of {shapes[0][0]} rows"
         )
+    return None
+
+
+def misfit(shapes: list[torch.Size], tokens: int, rank: int) -> str | None:
+    """What is wrong with the shapes of a rank's inputs, which shall be [B, tokens, ...]."""
+    for index, shape in enumerate(shapes):
+        has = f"input {index} on rank {rank} has shape {tuple(shape)}, but"
+        if len(shape) < 3:
+            return f"{has} it must be [B, T, ...], of three dims or more"
+        if shape[1] != tokens:
+            return (
+                f"{has} the layout gives this rank {tokens} tokens on dim 1 of [B, T, ...]: shard "
+                "it with this layout"
+            )
+        if shape[0] != shapes[0][0]:
+            return f"{has} input 0 has {shapes[0][0]} rows: expand it to as many"
     return None

@@ -41,7 +41,8 @@ def log_step_states(scan: Scan) -> Steps[Entries]:
                     sends.append((links[index + distance].rank, message))
             if plan.reaches(index - distance, index):
                 heads = plan.heads_between(index - distance, index)
-                _report_saved(plan, heads)
+                if links[index - distance].rank != plan.rank:
+                    _report_saved(plan, heads)
                 if heads is None or heads:
                     message = _plan_of(plan, heads).new_message()
                     recvs.append((links[index - distance].rank, message))

@@ -25,7 +25,7 @@ from seqpar.ops.state_mixer import Inputs, Mixer
 from seqpar.ops.state_scan import Entries
 from seqpar.ops.steps import AllReduceSum, AllToAll, Steps
 
-__all__ = ["backward_by_heads", "forward_by_heads"]
+__all__ = ["Heads", "backward_by_heads", "forward_by_heads"]
 
 
 def forward_by_heads(job: StateJob, inputs: Inputs, initial_state: Tensor | None) -> Steps[Forward]:
@@ -34,7 +34,7 @@ def forward_by_heads(job: StateJob, inputs: Inputs, initial_state: Tensor | None
     Bytes received by rank r: from each other rank p, B * T_p * H_r elements of every input (for
     lightning 2K + V, and a float32 if the decay is per token), and B * T_r * H_p * V of the output.
     """
-    heads = _Heads(job.part.plan.layout, job.part.plan.rank, inputs[0].shape[2])
+    heads = Heads(job.part.plan.layout, job.part.plan.rank, inputs[0].shape[2])
     gathered = yield from heads.to_heads(inputs)
     whole = _whole_part(job.part.mixer, heads, gathered)
     entries: Entries = {}
@@ -61,7 +61,7 @@ def backward_by_heads(
 
     Bytes are those of forward with inputs and outputs exchanged.
     """
-    heads = _Heads(job.part.plan.layout, job.part.plan.rank, do.shape[2])
+    heads = Heads(job.part.plan.layout, job.part.plan.rank, do.shape[2])
     whole = _whole_part(job.part.mixer, heads, kept.inputs)
     (do_whole,) = yield from heads.to_heads((do,))
     grads: tuple[Tensor | None, ...] = (None,) * len(kept.inputs)
@@ -78,7 +78,7 @@ def backward_by_heads(
     return (yield from heads.to_tokens(filled)), dinitial
 
 
-def _whole_part(mixer: Mixer, heads: _Heads, gathered: Inputs) -> RankPart:
+def _whole_part(mixer: Mixer, heads: Heads, gathered: Inputs) -> RankPart:
     """The mixer of this rank's heads, over the whole stream on one device."""
     return RankPart.of(mixer.of_heads(heads.mine), _on_one_rank(heads.layout), 0, gathered)
 
@@ -89,7 +89,7 @@ def _on_one_rank(layout: SequenceLayout) -> SequenceLayout:
 
 
 @dataclass(frozen=True)
-class _Heads:
+class Heads:
     """Who has which heads, and the two all_to_alls between tokens and heads."""
 
     layout: SequenceLayout

@@ -50,7 +50,8 @@ class StateKind:
     output_shape: tuple[int, ...]
     """The shape of one token's output, for example (H, V); its dtype is the first input's."""
     transition_dims: int | None
-    """How many leading dims of the state's shape G has: 1 scalar, 2 vector, None identity."""
+    """How many leading dims of the state's shape G has: None identity, 1 scalar, 2 vector, and 3 of
+    3 a number for each element."""
     knows_transitions: bool = False
     """G is `log_decay_per_token` times the number of tokens: then it need not be sent."""
     host_log_decay: tuple[float, ...] | None = None

@@ -57,11 +57,12 @@ class Link:
         return num_bytes / (self.gigabytes_per_s * 1e6)
 
 
-NVLINK_H200 = Link("NVLink, 2 H200 (NV18)", 12.0, 25.0, 3.0, 264.0, message_host_us=50.0)
-"""Two H200s, NCCL 2.28.9, torch 2.11, in CUDA graphs: all-gathers of 2 to 256 MiB within a quarter;
-messages of 2 MiB exactly, of 32 MiB by a quarter too long. η is assumed."""
+NVLINK_H200 = Link("NVLink (NV18, as of 2 H200s)", 12.0, 25.0, 3.0, 264.0, message_host_us=50.0)
+"""Two H200s, NCCL 2.28.9, torch 2.11, in CUDA graphs: all-gathers of 2 to 256 MiB within a quarter,
+over four of 2 and 32 MiB within a tenth; messages of 2 MiB within a sixth, of 32 MiB within a third
+(docs/state.md). η is assumed."""
 
-PEERS_H200 = Link("memory of peers, 2 H200 (NV18)", 12.0, 8.5, 2.0, 264.0, 100.0, True)
+PEERS_H200 = Link("memory of peers (NV18, as of 2 H200s)", 12.0, 8.5, 2.0, 264.0, 100.0, True)
 """The same with `comm.share_memory`: an all-gather of 2 MiB by one launch took 16.5 us."""
 
 INFINIBAND_NDR = Link("InfiniBand NDR, 400 Gb/s a GPU", 25.0, 40.0, 8.0, 45.0, message_host_us=50.0)

@@ -1,13 +1,15 @@
 """Draw the exchange model: time against ranks and against tokens per rank, measured points on it.
 
-python -m seqpar.planners.exchange_plot docs/state-exchange.svg --measured state.json
+python -m seqpar.planners.exchange_plot docs/state-exchange.svg \\
+    --measured benchmarks/results/h200-x2/state.json benchmarks/results/h200-x4/state.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +41,16 @@ LAYER = ExchangeProblem(
 
 COLOURS = dict(
     zip(NAMES, ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple"), strict=True)
-)
+) | {PEERS: "tab:blue"}
 
 
-def plot_exchanges(path: Path, *, measured: Path | None = None) -> None:
-    """Write the four panels, NVLink and InfiniBand by ranks and by tokens, to an image file.
+def plot_exchanges(path: Path, *, measured: Sequence[Path] = ()) -> None:
+    """Write six panels, NVLink above and InfiniBand below, by ranks and by tokens, to an image.
 
     Args:
         path: where; the suffix says the format (svg, png, pdf).
-        measured: `state.json` of benchmarks/bench_state.py; its exchange times become points.
+        measured: files `state.json` of benchmarks/bench_state.py, one for each number of ranks;
+            their exchange times become points. In an svg, points and lines say their values as ids.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -56,42 +59,76 @@ def plot_exchanges(path: Path, *, measured: Path | None = None) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingExtraError("matplotlib", "plot", "drawing the exchange model") from None
-    figure = Figure(figsize=(10, 7.5), layout="constrained")
-    panels = figure.subplots(2, 2, sharey=True)
-    points = [] if measured is None else json.loads(measured.read_text())["exchange_ms"]
-    for row, (link, world_size) in enumerate(((NVLINK_H200, 8), (INFINIBAND_NDR, 64))):
-        _by_ranks(panels[row][0], link, points if row == 0 else [])
-        _by_tokens(panels[row][1], link, world_size)
+    figure = Figure(figsize=(14, 7.5), layout="constrained")
+    panels = figure.subplots(2, 3, sharey=True)
+    points = [point for file in measured for point in _points(json.loads(file.read_text()))]
+    for row, (link, few, many) in enumerate(((NVLINK_H200, 2, 8), (INFINIBAND_NDR, 8, 64))):
+        seen = points if link is NVLINK_H200 else []
+        _by_ranks(panels[row][0], link, [point for point in seen if point.tokens == LAYER.tokens])
+        for panel, ranks in ((panels[row][1], few), (panels[row][2], many)):
+            _by_tokens(panel, link, ranks, [point for point in seen if point.ranks == ranks])
     panels[0][0].legend(fontsize=8)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def _by_ranks(panel: Any, link: Link, points: list[dict[str, Any]]) -> None:
+@dataclass(frozen=True)
+class _Point:
+    """One exchange, measured over NVLink."""
+
+    name: str
+    ranks: int
+    tokens: int
+    ms: float
+
+
+def _points(results: dict[str, Any]) -> list[_Point]:
+    """Of a state.json: states of the drawn layer's size, and tokens by their number."""
+    ranks = results["world_size"]
+    states = [row for row in results["exchange_ms"] if row["state_bytes"] == LAYER.state_bytes]
+    rows = [(LAYER.tokens, row) for row in states]
+    rows += [(row["tokens"], row) for row in results.get("token_exchange_ms", [])]
+    return [
+        _Point(name, ranks, tokens, row[name])
+        for tokens, row in rows
+        for name in (*NAMES, PEERS)
+        if name in row
+    ]
+
+
+def _by_ranks(panel: Any, link: Link, points: list[_Point]) -> None:
     ranks = [2**power for power in range(1, 11)]
+    layers = [replace(LAYER, world_size=w, reach=w - 1) for w in ranks]
     for name in NAMES:
-        times = [exchange_ms(name, replace(LAYER, world_size=w, reach=w - 1), link) for w in ranks]
-        panel.plot(ranks, times, label=name, color=COLOURS[name])
+        _line(panel, name, ranks, [exchange_ms(name, layer, link) for layer in layers], link)
     if link is NVLINK_H200:
-        layers = [replace(LAYER, world_size=w, reach=w - 1) for w in ranks[:3]]
-        times = [exchange_ms("all_gather", layer, PEERS_H200) for layer in layers]
-        panel.plot(ranks[:3], times, "--", label=PEERS, color=COLOURS["all_gather"])
+        times = [exchange_ms("all_gather", layer, PEERS_H200) for layer in layers[:3]]
+        _line(panel, PEERS, ranks[:3], times, PEERS_H200)
     for point in points:
-        if point["state_bytes"] == LAYER.state_bytes:
-            for name in NAMES:
-                if name in point:
-                    panel.plot([2], [point[name]], "o", color=COLOURS[name])
-            if PEERS in point:
-                panel.plot([2], [point[PEERS]], "s", mfc="none", color=COLOURS["all_gather"])
+        _dot(panel, point, point.ranks)
     _dress(panel, f"{link.name}: 2 MiB of state, 8,192 tokens a rank", "ranks")
 
 
-def _by_tokens(panel: Any, link: Link, world_size: int) -> None:
+def _by_tokens(panel: Any, link: Link, world_size: int, points: list[_Point]) -> None:
     tokens = [2**power for power in range(7, 19)]
+    layer = replace(LAYER, world_size=world_size, reach=world_size - 1)
     for name in NAMES:
-        layer = replace(LAYER, world_size=world_size, reach=world_size - 1)
         times = [exchange_ms(name, replace(layer, tokens=t), link) for t in tokens]
-        panel.plot(tokens, times, color=COLOURS[name])
+        _line(panel, name, tokens, times, link)
+    for point in points:
+        _dot(panel, point, point.tokens)
     _dress(panel, f"{link.name}: {world_size} ranks", "tokens a rank")
+
+
+def _line(panel: Any, name: str, xs: list[int], times: list[float], link: Link) -> None:
+    style = "--" if name == PEERS else "-"
+    said = f"model: {name}, {link.name}, at {xs[-1]} {times[-1]:.4f} ms"
+    panel.plot(xs, times, style, label=name, color=COLOURS[name], gid=said)
+
+
+def _dot(panel: Any, point: _Point, x: int) -> None:
+    hollow = {"marker": "s", "mfc": "none"} if point.name == PEERS else {"marker": "o"}
+    said = f"measured: {point.name}, {point.ranks} ranks, {point.tokens} tokens, {point.ms:.4f} ms"
+    panel.plot([x], [point.ms], color=COLOURS[point.name], gid=said, **hollow)
 
 
 def _dress(panel: Any, title: str, xlabel: str) -> None:
@@ -107,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Draw the exchange model.")
     parser.add_argument("path", type=Path)
-    parser.add_argument("--measured", type=Path)
+    parser.add_argument("--measured", type=Path, nargs="+", default=[])
     options = parser.parse_args(arguments)
     plot_exchanges(options.path, measured=options.measured)
 

@@ -95,7 +95,8 @@ class Truth:
     """One device, float64: results and gradients of sum(o * do) + sum(finals * dfinals)."""
 
     o: Tensor
-    finals: Tensor
+    finals: Tensor | None
+    """None: not asked for."""
     grads: tuple[Tensor, ...]
     dinitial: Tensor | None
 

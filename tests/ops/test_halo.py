@@ -66,16 +66,26 @@ def _convolve(
             y = short_convolution(*leaves, layout=layout, group=dist.group.WORLD, check=False)
             forward = traffic.received_bytes
             grads = torch.autograd.grad(y, leaves, layout.shard(dy, rank))
-        tokens = sum(
-            part.num_tokens
-            for span in layout.spans[rank]
-            for owner, part in layout.owners(layout.halo(span, TAPS - 1))
-            if owner != rank
-        )
-        assert forward == tokens * x[:, 0].numel() * x.element_size()
+        token_bytes = x[:, 0].numel() * x.element_size()
+        tokens_in, tokens_back = _tokens_moved(layout, rank)
+        assert forward == tokens_in * token_bytes
+        assert traffic.received_bytes - forward == tokens_back * token_bytes
         assert set(traffic.operations) <= {"exchange"}
         results.append((y.detach(), *grads))
     return results
+
+
+def _tokens_moved(layout: SequenceLayout, rank: int) -> tuple[int, int]:
+    """(halo tokens that come here, own tokens in the halos of other ranks)."""
+    moved = [
+        (owner, taker, part.num_tokens)
+        for taker, spans in enumerate(layout.spans)
+        for span in spans
+        for owner, part in layout.owners(layout.halo(span, TAPS - 1))
+        if owner != taker
+    ]
+    comes = sum(count for _, taker, count in moved if taker == rank)
+    return comes, sum(count for owner, _, count in moved if owner == rank)
 
 
 def test_convolution_over_ranks_equals_one_device() -> None:

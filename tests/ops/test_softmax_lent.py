@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from seqpar import comm
+from seqpar import comm, messages
 from seqpar.layout import SequenceLayout, Span
 from tests.ops.softmax_cases import Case, assert_exact, layouts, run_case
 from tests.ranks import run_ranks
@@ -57,7 +57,7 @@ def _eight_tokens(index: int) -> Span:
 def _run(rank: int, cases: list[Case]) -> tuple[list[tuple[Tensor, ...]], int]:
     engines = _LendsByGloo()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comm, "engines_of", lambda group: engines)
+        patch.setattr(messages, "engines_of", lambda group: engines)
         return [run_case(rank, case) for case in cases], engines.num_lent
 
 

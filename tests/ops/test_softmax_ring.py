@@ -154,7 +154,8 @@ def _order(rank: int, case: Case) -> list[str]:
         return noting
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comm, "exchange", noted("post", comm.exchange))
+        for name in ("exchange", "exchange_lent"):
+            patch.setattr(comm, name, noted("post", getattr(comm, name)))
         patch.setattr(ring, "attend", noted("forward", ring.attend))
         patch.setattr(ring, "attend_backward", noted("backward", ring.attend_backward))
         run_case(rank, case)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seqpar import comm
-from seqpar.layout import SequenceLayout
+from seqpar.layout import SequenceLayout, Span
 from seqpar.mesh import GroupPool
 from seqpar.ops.state import state_attention
 from seqpar.ops.state_exchange import EXCHANGES
@@ -20,6 +22,7 @@ from seqpar.ops.state_lightning import LightningMixer, fixed_on_host
 from seqpar.ops.state_local import RankPart
 from seqpar.ops.state_steps import backward_steps, forward_steps
 from tests.ops.cases import BOUNDS, DECAYS, Stream, Truth, layouts, make_stream, truth
+from tests.ops.state_simulated import check, simulated
 from tests.ranks import run_ranks
 from tests.simulator import simulate
 from tests.tolerances import assert_close
@@ -58,60 +61,7 @@ def test_a_rank_with_one_run_goes_straight_through(bounds: tuple[int, ...], deca
     expected = truth(stream, bounds)
     for world_size in range(1, 9):
         o, grads = _lean(stream, SequenceLayout.contiguous(bounds, world_size))
-        _check(Truth(o, expected.finals, grads, None), expected, f"W={world_size}")
-
-
-def _simulated(
-    stream: Stream,
-    layout: SequenceLayout,
-    exchange: str,
-    *,
-    truncate: bool = False,
-    whole: bool = False,
-) -> Truth:
-    """The plain functions of all ranks in one process, put together to the whole stream."""
-    per_token = stream.log_decay is not None and stream.log_decay.ndim == 3
-    mixer = LightningMixer(None if per_token else stream.log_decay, per_token)
-    if truncate and stream.log_decay is not None:
-        mixer = replace(mixer, on_host=fixed_on_host(stream.log_decay))
-    ranks = range(layout.world_size)
-    inputs = [tuple(layout.shard(x, rank) for x in stream.tensors) for rank in ranks]
-    parts = [RankPart.of(mixer, layout, r, inputs[r], whole=whole) for r in ranks]
-    jobs = [StateJob(part, exchange, True) for part in parts]
-    done = simulate([forward_steps(jobs[r], inputs[r], stream.initial) for r in ranks])
-    dfinals = stream.dfinals.view(stream.q.shape[0], layout.num_documents, 3, 4, 5)
-    zeros = torch.zeros_like(dfinals)
-    back = simulate(
-        [
-            backward_steps(
-                jobs[r], done[r].kept, layout.shard(stream.do, r), dfinals if r == 0 else zeros
-            )
-            for r in ranks
-        ]
-    )
-    for rank in ranks:
-        assert torch.equal(done[rank].final_states, done[0].final_states)
-    grads = tuple(
-        layout.unshard([back[r][0][index] for r in ranks]) for index in range(len(stream.tensors))
-    )
-    initials = [back[r][1] for r in ranks if back[r][1] is not None]
-    dinitial = torch.stack(initials).sum(0) if initials else None
-    o = layout.unshard([done[r].o for r in ranks])
-    return Truth(o, done[0].final_states.flatten(0, 1), grads, dinitial)
-
-
-def _check(found: Truth, expected: Truth, what: str, dtype: torch.dtype | None = None) -> None:
-    assert_close(found.o, expected.o, what=f"{what}: o", dtype=dtype)
-    assert_close(found.finals, expected.finals, what=f"{what}: finals", dtype=dtype, dim=0)
-    for name, grad, ref in zip(
-        ("dq", "dk", "dv", "dlog_decay"), found.grads, expected.grads, strict=False
-    ):
-        assert_close(grad, ref, what=f"{what}: {name}", dtype=dtype)
-    if expected.dinitial is not None:
-        assert found.dinitial is not None
-        assert_close(
-            found.dinitial, expected.dinitial, what=f"{what}: dinitial", dtype=dtype, dim=0
-        )
+        check(Truth(o, expected.finals, grads, None), expected, f"W={world_size}")
 
 
 @pytest.mark.parametrize("exchange", NAMES)
@@ -124,8 +74,23 @@ def test_every_layout_gives_the_one_device_result(name: str, decay: str, exchang
         expected = truth(stream, bounds)
         for world_size in range(1, 9) if exchange == "all_gather" else (2, 3, 5, 8):
             for kind, layout in layouts(bounds, world_size).items():
-                found = _simulated(stream, layout, exchange)
-                _check(found, expected, f"{name}, {decay}, {kind}, W={world_size}, B={batch}")
+                found = simulated(stream, layout, exchange)
+                check(found, expected, f"{name}, {decay}, {kind}, W={world_size}, B={batch}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("exchange", NAMES)
+def test_states_of_half_precision_tokens_are_float32(exchange: str, dtype: torch.dtype) -> None:
+    bounds = BOUNDS["packed"]
+    stream = make_stream(bounds, "fixed", dtype=dtype)
+    expected = truth(stream, bounds)
+    for layout in layouts(bounds, 4).values():
+        found = simulated(stream, layout, exchange)
+        assert found.o.dtype == dtype
+        assert found.finals is not None
+        assert expected.finals is not None
+        assert_close(found.finals, expected.finals, what="finals", dtype=torch.float32, dim=0)
+        check(found, expected, f"{exchange}, {dtype}", dtype)
 
 
 LONG = (0, 230, 231, 400)
@@ -152,10 +117,44 @@ def test_what_has_decayed_is_left_out_exactly(decay: tuple[float, ...], exchange
             plan = RankPart.of(mixer, layout, 1, stream.tensors).plan
             assert plan.adds_later == (max(decay) < -1)
             with comm.count_traffic() as traffic:
-                found = _simulated(stream, layout, exchange, truncate=True)
-            _check(found, expected, f"{decay}, {kind}, W={world_size}")
+                found = simulated(stream, layout, exchange, truncate=True)
+            check(found, expected, f"{decay}, {kind}, W={world_size}")
             if world_size == 7 and exchange in ("all_gather", "log_step"):
                 assert traffic[exchange].saved_bytes > 0
+
+
+@pytest.mark.parametrize("exchange", NAMES)
+def test_a_head_that_outlives_one_link_and_not_the_next_is_sent_on(exchange: str) -> None:
+    bounds, rank_of = (0, 300), (0, 1, 2, 0, 1)
+    spans: list[list[Span]] = [[], [], []]
+    for rank, cut in zip(rank_of, itertools.pairwise((0, 97, 100, 200, 204, 300)), strict=True):
+        spans[rank].append(Span(*cut))
+    layout = SequenceLayout(bounds, tuple(map(tuple, spans)))
+    stream = make_stream(bounds, "none", dtype=torch.float32)
+    stream = replace(stream, log_decay=torch.tensor([-0.2, -0.5, -6.0]))
+    expected = truth(stream, bounds)
+    for whole in (False, True) if exchange == "all_gather" else (False,):
+        check(simulated(stream, layout, exchange, truncate=True, whole=whole), expected, exchange)
+
+
+def test_a_rank_whose_state_nobody_takes_does_not_make_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward it begins with what needs no other rank; those that give, give first."""
+    done: list[str] = []
+
+    def noted(name: str) -> Callable[..., Any]:
+        call = getattr(LightningMixer, name)
+
+        def noting(self: LightningMixer, *args: Any) -> Any:
+            done.append(name)
+            return call(self, *args)
+
+        return noting
+
+    for name in ("summarize", "summarize_grad", "begin_backward"):
+        monkeypatch.setattr(LightningMixer, name, noted(name))
+    bounds = (0, 41)
+    _lean(make_stream(bounds, "fixed"), SequenceLayout.contiguous(bounds, 4))
+    assert done == ["summarize"] * 3 + ["begin_backward"] + ["summarize_grad"] * 3
 
 
 @pytest.mark.parametrize(
@@ -170,8 +169,8 @@ def test_whole_states_come_from_where_a_head_still_matters(
     expected = truth(stream, LONG)
     for world_size in (2, 3, 7):
         for kind, layout in layouts(LONG, world_size).items():
-            found = _simulated(stream, layout, "all_gather", truncate=True, whole=True)
-            _check(found, expected, f"{decay}, {kind}, W={world_size}")
+            found = simulated(stream, layout, "all_gather", truncate=True, whole=True)
+            check(found, expected, f"{decay}, {kind}, W={world_size}")
     one = (0, 7 * 60)
     stream = make_stream(one, "none", dtype=torch.float32)
     stream = replace(
@@ -179,7 +178,7 @@ def test_whole_states_come_from_where_a_head_still_matters(
     )
     expected, layout = truth(stream, one), SequenceLayout.contiguous(one, 7)
     o, grads = _lean(stream, layout, decay)
-    _check(Truth(o, expected.finals, grads, None), expected, f"{decay}: straight through")
+    check(Truth(o, expected.finals, grads, None), expected, f"{decay}: straight through")
     mixer = LightningMixer(stream.log_decay, on_host=decay)
     plan = RankPart.of(mixer, layout, 6, stream.tensors, whole=True).plan.forward_scan
     assert plan.sources == tuple(range(6 - hops, 6))
@@ -246,4 +245,4 @@ def test_process_groups_of_1_to_8_ranks_give_the_one_device_result() -> None:
         if stream.initial is not None:
             dinitial = torch.stack([part[-1] for part in parts]).sum(0)
         o = layout.unshard([part[0] for part in parts])
-        _check(Truth(o, parts[0][1], grads, dinitial), ref, label)
+        check(Truth(o, parts[0][1], grads, dinitial), ref, label)

@@ -35,13 +35,17 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
     "another decay": ({"log_decay": 2 * DECAY}, "a fixed decay, checksum"),
     "nothing left out": ({"truncate": False}, "nothing left out"),
     "final states": ({"return_final_state": True}, "'with final states'"),
+    "an initial state": ({"initial_state": STATE}, "'an initial state'"),
+    "another exchange": ({"exchange": "pipelined_chain"}, "'pipelined_chain'"),
+    "wider tokens": ({"dtype": torch.float64}, "torch.float64"),
 }
 """What one rank alone is given, and what is said."""
 
 
 def _call(rank: int, layout: SequenceLayout, options: dict[str, Any]) -> str:
     """What the rank is told."""
-    stream = make_stream(layout.cu_seqlens, "none", dtype=torch.float32)
+    options = {"dtype": torch.float32, **options}
+    stream = make_stream(layout.cu_seqlens, "none", dtype=options.pop("dtype"))
     q, k, v = (layout.shard(x, rank) for x in stream.tensors)
     with pytest.raises(SeqparError) as caught:
         state_attention(q, k, v, layout=layout, group=dist.group.WORLD, **options)
@@ -52,7 +56,7 @@ def _calls(rank: int) -> list[tuple[str, str, str]]:
     found = []
     for what, (given, words) in (REFUSED | DIFFERENT).items():
         others: dict[str, Any] = {"log_decay": DECAY}
-        if "initial_state" in given:
+        if what in REFUSED and "initial_state" in given:
             others["initial_state"] = STATE
         found.append((what, words, _call(rank, EVEN, others | (given if rank else {}))))
     for what, (given, words) in REFUSED.items():

@@ -24,23 +24,25 @@ from tests.simulator import simulate
 from tests.tolerances import assert_close
 
 H, K, V = 2, 3, 4
+STATE = (H, K, V)
 
 
 @dataclass(frozen=True)
 class GatedMixer(AutogradMixer):
-    """Gated linear attention: a decay for every key dim (vector), or none (identity).
+    """Linear attention whose state decays by a gate: none (identity), one a head (scalar), one a
+    key dim (vector) or one an element.
 
-    S_t = diag(exp(g_t)) S_(t-1) + k_tᵀ v_t, o_t = q_t S_t, token by token.
+    S_t = exp(g_t) S_(t-1) + k_tᵀ v_t, o_t = q_t S_t, token by token.
     """
 
-    gated: bool
+    dims: int | None
 
     def kind(self, inputs: Inputs) -> StateKind:
-        return StateKind((H, K, V), (H, V), transition_dims=2 if self.gated else None)
+        return StateKind(STATE, (H, V), transition_dims=self.dims)
 
     def summarize(self, inputs: Inputs, cu_seqlens: Tensor | None) -> Summary:
         _, states, logs = self._run(inputs, None, cu_seqlens)
-        return Summary(states, logs if self.gated else None)
+        return Summary(states, None if self.dims is None else logs)
 
     def output(
         self, inputs: Inputs, summary: Summary, entry: Tensor | None, cu_seqlens: Tensor | None
@@ -51,17 +53,19 @@ class GatedMixer(AutogradMixer):
         self, inputs: Inputs, entry: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = inputs[:3]
-        gate = inputs[3] if self.gated else torch.zeros_like(k)
+        gate = k.new_zeros(k.shape[:3]) if self.dims is None else inputs[3]
+        trailing = (1,) * (5 - gate.ndim)
         rows, tokens = q.shape[:2]
         bounds = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
         outs, states, logs = [], [], []
         for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            state = q.new_zeros(rows, H, K, V)
+            state = q.new_zeros(rows, *STATE)
             if entry is not None:
                 state = entry if cu_seqlens is None else entry[index : index + 1]
             for t in range(start, stop):
                 update = k[:, t, :, :, None] * v[:, t, :, None]
-                state = gate[:, t].exp()[..., None] * state + update
+                decay = gate[:, t].exp()
+                state = decay.view(*decay.shape, *trailing) * state + update
                 outs.append((q[:, t, :, :, None] * state).sum(-2))
             states.append(state)
             logs.append(gate[:, start:stop].sum(1))
@@ -72,7 +76,7 @@ class GatedMixer(AutogradMixer):
 class MatrixMixer(GatedMixer):
     """The same without gates, by matrix products."""
 
-    gated: bool = False
+    dims: int | None = None
 
     def _run(
         self, inputs: Inputs, entry: Tensor | None, cu_seqlens: Tensor | None
@@ -88,86 +92,103 @@ class MatrixMixer(GatedMixer):
         return torch.cat(outs, 2).transpose(1, 2), torch.cat(states), torch.empty(0)
 
 
-def _stream(n: int, gated: bool, batch: int) -> tuple[Tensor, ...]:
-    shapes = [(batch, n, H, K), (batch, n, H, K), (batch, n, H, V)]
-    tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-    if gated:
-        tensors.append(-torch.rand(batch, n, H, K, dtype=torch.float64))
-    return tuple(tensors)
+@dataclass(frozen=True)
+class Case:
+    """A stream, what enters it, and weights that make a loss of outputs and final states."""
+
+    bounds: tuple[int, ...]
+    stream: tuple[Tensor, ...]
+    initial: Tensor
+    do: Tensor
+    dfinals: Tensor
 
 
-def _truth(
-    mixer: GatedMixer, stream: tuple[Tensor, ...], do: Tensor, bounds: tuple[int, ...]
-) -> tuple[Tensor, ...]:
-    leaves = [x.clone().requires_grad_() for x in stream]
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    outs = [
-        mixer._run(tuple(x[row : row + 1] for x in leaves), None, cu_seqlens)[0]
-        for row in range(do.shape[0])
-    ]
-    o = torch.cat(outs)
-    return (o.detach(), *torch.autograd.grad(o, leaves, do))
+def _case(bounds: tuple[int, ...], dims: int | None, batch: int) -> Case:
+    n, documents = bounds[-1], len(bounds) - 1
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, dtype=torch.float64)
+
+    stream = [normal(n, H, K), normal(n, H, K), normal(n, H, V)]
+    if dims is not None:
+        stream.append(-normal(n, *STATE[:dims]).abs())
+    return Case(bounds, tuple(stream), normal(*STATE), normal(n, H, V), normal(documents, *STATE))
 
 
-@pytest.mark.parametrize("gated", [True, False], ids=["vector", "identity"])
+def _truth(mixer: GatedMixer, case: Case) -> tuple[Tensor, ...]:
+    """o, final states [B, D, *state], gradients of the inputs and of the initial state."""
+    leaves = [x.clone().requires_grad_() for x in (*case.stream, case.initial)]
+    *inputs, initial = leaves
+    cu_seqlens = torch.tensor(case.bounds, dtype=torch.int32)
+    outs, finals = [], []
+    for row in range(case.do.shape[0]):
+        entry = torch.cat([initial[row : row + 1], torch.zeros(len(case.bounds) - 2, *STATE)])
+        o, states, _ = mixer._run(tuple(x[row : row + 1] for x in inputs), entry, cu_seqlens)
+        outs.append(o)
+        finals.append(states[None])
+    o, states = torch.cat(outs), torch.cat(finals)
+    grads = torch.autograd.grad([o, states], leaves, [case.do, case.dfinals])
+    return (o.detach(), states.detach(), *grads)
+
+
+@pytest.mark.parametrize("dims", [None, 1, 2, 3], ids=["identity", "scalar", "vector", "element"])
 @pytest.mark.parametrize("exchange", sorted(EXCHANGES))
-def test_a_foreign_mixer_is_scattered_exactly(exchange: str, gated: bool) -> None:
-    mixer = GatedMixer(gated)
+def test_a_foreign_mixer_is_scattered_exactly(exchange: str, dims: int | None) -> None:
+    mixer, ranks = GatedMixer(dims), range(4)
     for name, batch in (("one document", 2), ("packed", 1)):
-        bounds = BOUNDS[name]
-        stream = _stream(bounds[-1], gated, batch)
-        do = torch.randn(batch, bounds[-1], H, V, dtype=torch.float64)
-        expected = _truth(mixer, stream, do, bounds)
-        for layout in layouts(bounds, 4).values():
-            ranks = range(4)
-            inputs = [tuple(layout.shard(x, r) for x in stream) for r in ranks]
+        case = _case(BOUNDS[name], dims, batch)
+        expected = _truth(mixer, case)
+        for layout in layouts(case.bounds, 4).values():
+            inputs = [tuple(layout.shard(x, r) for x in case.stream) for r in ranks]
             parts = [RankPart.of(mixer, layout, r, inputs[r]) for r in ranks]
-            jobs = [StateJob(part, exchange, False) for part in parts]
-            done = simulate([forward_steps(jobs[r], inputs[r], None) for r in ranks])
+            jobs = [StateJob(part, exchange, True) for part in parts]
+            done = simulate([forward_steps(jobs[r], inputs[r], case.initial) for r in ranks])
+            dos = [layout.shard(case.do, r) for r in ranks]
+            given = [case.dfinals * (r == 3) for r in ranks]
             back = simulate(
-                [backward_steps(jobs[r], done[r].kept, layout.shard(do, r), None) for r in ranks]
+                [backward_steps(jobs[r], done[r].kept, dos[r], given[r]) for r in ranks]
             )
-            found = [layout.unshard([done[r].o for r in ranks])]
-            for index in range(len(stream)):
-                found.append(layout.unshard([back[r][0][index] for r in ranks]))
+            found = [layout.unshard([item.o for item in done]), done[0].final_states]
+            for index in range(len(case.stream)):
+                found.append(layout.unshard([grads[index] for grads, _ in back]))
+            found.append(sum(grad for _, grad in back if grad is not None))
             for x, ref in zip(found, expected, strict=True):
                 assert_close(x, ref, what=f"{name}, {exchange}")
 
 
-def _on_rank(rank: int, stream: tuple[Tensor, ...], do: Tensor) -> tuple[Tensor, ...]:
-    layout = SequenceLayout.zigzag(BOUNDS["packed"], 2)
-    leaves = [layout.shard(x, rank).requires_grad_() for x in stream]
-    o, _ = scatter_mixer(GatedMixer(True), *leaves, layout=layout, group=dist.group.WORLD)
+def _on_rank(rank: int, case: Case) -> tuple[Tensor, ...]:
+    layout = SequenceLayout.zigzag(case.bounds, 2)
+    leaves = [layout.shard(x, rank).requires_grad_() for x in case.stream]
+    initial = case.initial.clone().requires_grad_()
+    how = {"layout": layout, "group": dist.group.WORLD, "initial_state": initial}
+    o, finals = scatter_mixer(GatedMixer(2), *leaves, **how, return_final_state=True)
     with pytest.raises(LayoutError, match="does not compute heads apart"):
-        scatter_mixer(
-            GatedMixer(True),
-            *leaves,
-            layout=layout,
-            group=dist.group.WORLD,
-            exchange="all_to_all",
-        )
-    return (o.detach(), *torch.autograd.grad(o, leaves, layout.shard(do, rank)))
+        scatter_mixer(GatedMixer(2), *leaves, **how, exchange="all_to_all")
+    given = [layout.shard(case.do, rank), case.dfinals.flatten(0, 1) / 2]
+    grads = torch.autograd.grad([o, finals], [*leaves, initial], given)
+    return (o.detach(), finals.detach(), *grads)
 
 
 def test_a_foreign_mixer_over_a_process_group() -> None:
-    bounds = BOUNDS["packed"]
-    stream, do = _stream(bounds[-1], True, 1), torch.randn(1, bounds[-1], H, V).double()
-    expected = _truth(GatedMixer(True), stream, do, bounds)
-    parts = run_ranks(2, _on_rank, stream, do)
-    layout = SequenceLayout.zigzag(bounds, 2)
-    for found, ref in zip(zip(*parts, strict=True), expected, strict=True):
-        assert_close(layout.unshard(list(found)), ref, what="foreign mixer")
+    case = _case(BOUNDS["packed"], 2, 1)
+    o, finals, *grads, dinitial = _truth(GatedMixer(2), case)
+    parts = run_ranks(2, _on_rank, case)
+    layout = SequenceLayout.zigzag(case.bounds, 2)
+    outs, states, *found, initials = zip(*parts, strict=True)
+    for x, ref in zip((outs, *found), (o, *grads), strict=True):
+        assert_close(layout.unshard(list(x)), ref, what="foreign mixer")
+    assert_close(states[1], finals[0], what="final states", dim=0)
+    assert_close(initials[0] + initials[1], dinitial, what="initial state")
 
 
 def test_autocast_does_not_reach_a_foreign_mixer() -> None:
     """In forward it would, and in backward, which computes it again, it would not."""
-    mixer, bounds = MatrixMixer(), BOUNDS["packed"]
-    layout = SequenceLayout.contiguous(bounds, 1)
-    stream, do = _stream(bounds[-1], False, 1), torch.randn(1, bounds[-1], H, V)
+    mixer, case = MatrixMixer(), _case(BOUNDS["packed"], None, 1)
+    layout = SequenceLayout.contiguous(case.bounds, 1)
     found = []
     for enabled in (False, True):
-        leaves = [x.float().requires_grad_() for x in stream]
+        leaves = [x.float().requires_grad_() for x in case.stream]
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             o, _ = scatter_mixer(mixer, *leaves, layout=layout, group=None)
-        found.append([o.detach(), *torch.autograd.grad(o, leaves, do)])
+        found.append([o.detach(), *torch.autograd.grad(o, leaves, case.do.float())])
     assert all(torch.equal(x, ref) for x, ref in zip(*found, strict=True))

@@ -1,25 +1,25 @@
-"""What must not happen: states that leak, bytes that the formulas do not have, ranks that hang."""
+"""What must not happen: states that leak, tokens that see later ones, ranks that hang."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from seqpar import comm
 from seqpar.errors import LayoutError
 from seqpar.layout import SequenceLayout
-from seqpar.ops.state import explain_exchange, state_attention
+from seqpar.ops.state import state_attention
 from seqpar.ops.state_exchange import EXCHANGES
 from seqpar.ops.state_job import StateJob
 from seqpar.ops.state_lightning import LightningMixer
 from seqpar.ops.state_local import RankPart
 from seqpar.ops.state_steps import backward_steps, forward_steps
-from tests.ops.cases import HEADS, KEY_DIM, VALUE_DIM, Stream, layouts, make_stream
+from seqpar.ops.steps import Steps, Swap
+from tests.ops.cases import Stream, layouts, make_stream
 from tests.ranks import run_ranks
 from tests.simulator import simulate
 
@@ -93,78 +93,32 @@ def test_no_token_sees_a_later_one(exchange: str) -> None:
             assert not torch.equal(after[:, position + 1], before[:, position + 1])
 
 
-# -- bytes ------------------------------------------------------------------------------------
-
-STATE_BYTES = 2 * HEADS * KEY_DIM * VALUE_DIM * 4
-TRANSITION_BYTES = 2 * HEADS * 4
-
-
-def _traffic(rank: int, layout: SequenceLayout) -> dict[str, tuple[comm.Traffic, comm.Traffic]]:
-    found = {}
-    for decay in ("fixed", "per token"):
-        stream = make_stream(layout.cu_seqlens, decay, batch=2, dtype=torch.float32)
-        for exchange in NAMES:
-            leaves = [layout.shard(x, rank).requires_grad_() for x in stream.tensors]
-            q, k, v = leaves[:3]
-            log_decay = leaves[3] if decay == "per token" else stream.log_decay
-            with comm.count_traffic() as forward:
-                o, _ = state_attention(
-                    q,
-                    k,
-                    v,
-                    log_decay=log_decay,
-                    layout=layout,
-                    group=dist.group.WORLD,
-                    exchange=exchange,
-                    truncate=False,
-                    check=False,
-                )
-            # Backward counts where its forward did.
-            seen = comm.Traffic({name: replace(op) for name, op in forward.operations.items()})
-            o.sum().backward()
-            found[f"{decay}, {exchange}"] = (seen, forward)
-    return found
+def _watched(steps: Steps[Any], swaps: list[tuple[int, int]]) -> Steps[Any]:
+    """The same steps; notes how many messages each request sends and receives."""
+    delivered = None
+    while True:
+        try:
+            request = steps.send(delivered)
+        except StopIteration as stop:
+            return stop.value
+        assert isinstance(request, Swap)
+        swaps.append((len(request.sends), len(request.recvs)))
+        delivered = yield request
 
 
-def _expected_bytes(layout: SequenceLayout, rank: int, exchange: str, per_token: bool) -> int:
-    """The docstrings' formulas, for one long document, forward."""
-    size = layout.world_size
-    message = STATE_BYTES + (TRANSITION_BYTES if per_token else 0)
-    owners = [link.rank for link in layout.chain]
-    if exchange == "all_gather":
-        return (size - 1) * message * max(owners[:-1].count(r) for r in range(size))
-    if exchange in EXCHANGES:
-        chain = exchange != "log_step"
-        hops = [1] if chain else [1, 2, 4, 8]
-        pairs = [pair for hop in hops for pair in zip(owners, owners[hop:], strict=False)]
-        arriving = sum(target == rank != source for source, target in pairs)
-        return arriving * (STATE_BYTES if chain else message)
-    heads = [HEADS * (r + 1) // size - HEADS * r // size for r in range(size)]
-    inputs = 4 * (2 * KEY_DIM + VALUE_DIM + per_token)
-    others = [r for r in range(size) if r != rank]
-    tokens_in = sum(layout.tokens_on(p) for p in others) * heads[rank]
-    tokens_back = layout.tokens_on(rank) * sum(heads[p] for p in others)
-    return 2 * (tokens_in * inputs + tokens_back * VALUE_DIM * 4)
-
-
-@pytest.mark.parametrize("make", [SequenceLayout.contiguous, SequenceLayout.zigzag])
-def test_counted_bytes_equal_the_formulas(make: Callable[..., SequenceLayout]) -> None:
-    layout = make((0, 61), 5)
-    owners = [link.rank for link in layout.chain]
-    mirrored = dict(zip(owners, reversed(owners), strict=True))
-    results = run_ranks(5, _traffic, layout)
-    for rank, found in enumerate(results):
-        for exchange in NAMES:
-            for decay in ("fixed", "per token"):
-                forward, both = found[f"{decay}, {exchange}"]
-                per_token = decay == "per token"
-                expected = _expected_bytes(layout, rank, exchange, per_token)
-                assert forward.received_bytes == expected, (rank, exchange, decay)
-                backward = both.received_bytes - forward.received_bytes
-                if exchange != "all_to_all":
-                    # The same scan reversed: each rank stands where its mirror image stood.
-                    stood = mirrored[rank]
-                    assert backward == _expected_bytes(layout, stood, exchange, per_token)
+def test_a_slice_is_sent_on_while_the_next_one_arrives() -> None:
+    layout, ranks = SequenceLayout.contiguous((0, 24), 4), range(4)
+    stream = make_stream((0, 24), "fixed")
+    rounds: dict[str, list[list[tuple[int, int]]]] = {}
+    for exchange in ("chain", "pipelined_chain"):
+        mixer, seen = LightningMixer(stream.log_decay), rounds.setdefault(exchange, [])
+        inputs = [tuple(layout.shard(x, r) for x in stream.tensors) for r in ranks]
+        jobs = [StateJob(RankPart.of(mixer, layout, r, inputs[r]), exchange, False) for r in ranks]
+        seen.extend([] for _ in ranks)
+        simulate([_watched(forward_steps(jobs[r], inputs[r], None), seen[r]) for r in ranks])
+    assert rounds["chain"] == [[(1, 0)], [(0, 1), (1, 0)], [(0, 1), (1, 0)], [(0, 1)]]
+    both = [(0, 1), (1, 1), (1, 1), (1, 1), (1, 0)]  # KEY_DIM slices
+    assert rounds["pipelined_chain"] == [[(1, 0)] * 4, both, both, [(0, 1)] * 4]
 
 
 # -- refusals ---------------------------------------------------------------------------------
@@ -183,6 +137,8 @@ def _refused(rank: int) -> list[str]:
         messages.append(str(caught.value))
 
     attend(q[:, : 4 - rank], layout, "auto")
+    attend(q if rank else q.expand(2, -1, -1, -1), layout, "auto")
+    attend(q if rank else q[0, 0], layout, "auto")
     attend(q, layout if rank else other, "auto")
     attend(q, SequenceLayout.contiguous((0, 8), 3), "auto")
     attend(q, layout, "pigeon")
@@ -192,16 +148,8 @@ def _refused(rank: int) -> list[str]:
 def test_what_does_not_fit_is_refused_on_all_ranks_alike() -> None:
     for messages in run_ranks(2, _refused):
         assert "rank 1 has shape (1, 3" in messages[0]
-        assert "not given the same" in messages[1]
-        assert "over 3 ranks, but the group has 2" in messages[2]
-        assert "no exchange 'pigeon'" in messages[3]
-
-
-def test_the_choice_can_be_printed() -> None:
-    layout = SequenceLayout.contiguous((0, 8), 1)
-    stream = make_stream((0, 8), "fixed", dtype=torch.float32)
-    choice = explain_exchange(
-        *stream.tensors, log_decay=stream.log_decay, layout=layout, group=None
-    )
-    assert choice.exchange == "all_gather"
-    assert all(name in str(choice) for name in NAMES)
+        assert "input 0 has 2 rows: expand" in messages[1]
+        assert "must be [B, T, ...]" in messages[2]
+        assert "not given the same" in messages[3]
+        assert "over 3 ranks, but the group has 2" in messages[4]
+        assert "no exchange 'pigeon'" in messages[5]

@@ -13,13 +13,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from seqpar.layout import SequenceLayout
+from seqpar.ops import state_lightning
 from seqpar.ops.state import state_attention
 from seqpar.ops.state_call import call_plan
+from seqpar.ops.state_exchange import EXCHANGES
+from seqpar.ops.state_job import StateJob
 from seqpar.ops.state_lightning import LightningMixer
+from seqpar.ops.state_local import RankPart
 from seqpar.ops.state_mixer import Inputs, Summary
 from seqpar.ops.state_saved import put_tensors, take_tensors
+from seqpar.ops.state_steps import forward_steps
 from seqpar.ranks import run_on_ranks
 from tests.ops.state_recomputed import Recomputed
+from tests.simulator import simulate
 
 LAYOUT = SequenceLayout.contiguous((0, 5, 64), 1)
 
@@ -82,6 +88,21 @@ def test_checkpointing_frees_the_states(monkeypatch: pytest.MonkeyPatch) -> None
     assert all(torch.equal(x, ref) for x, ref in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("exchange", sorted(EXCHANGES))
+def test_a_state_that_entered_does_not_hold_those_that_did_not(exchange: str) -> None:
+    """Kept until backward, a view would keep every rank's states."""
+    layout, ranks = SequenceLayout.contiguous((0, 64), 4), range(4)
+    tokens = [torch.randn(1, 16, 3, 7) for _ in range(3)]
+    parts = [RankPart.of(LightningMixer(), layout, rank, tuple(tokens)) for rank in ranks]
+    jobs = [StateJob(part, exchange, False) for part in parts]
+    done = simulate([forward_steps(job, tuple(tokens), None) for job in jobs])
+    for rank in ranks:
+        entries = done[rank].kept.entries.values()
+        assert len(entries) == (rank > 0)
+        for entry in entries:
+            assert entry.untyped_storage().nbytes() == entry.nbytes
+
+
 def _recomputed(rank: int) -> bool:
     assert dist.group.WORLD is not None
     Recomputed(dist.group.WORLD, "cpu", (96, 2, 16), decays=True).check()
@@ -110,3 +131,16 @@ def test_a_call_that_is_alike_makes_no_new_plan() -> None:
     assert _calls(LAYOUT, log_decay=2 * decay) == 1
     assert _calls(LAYOUT, log_decay=None) == 1
     assert _calls(SequenceLayout.contiguous((0, 6, 64), 1), log_decay=None) == 1
+
+
+def test_a_decay_is_read_once_for_each_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[Tensor] = []
+    floats = state_lightning._floats
+    monkeypatch.setattr(state_lightning, "_floats", lambda x: reads.append(x) or floats(x))
+    decay = torch.tensor([-0.25, -200.0])
+    for _ in range(2):
+        assert state_lightning.fixed_on_host(decay) == (-0.25, -100.0)
+    decay.mul_(2)
+    for _ in range(2):
+        assert state_lightning.fixed_on_host(decay) == (-0.5, -100.0)
+    assert len(reads) == 2
