@@ -61,8 +61,8 @@ def block_sums_kernel(
     p_from_q, p_from_k, p_sums, p_bounds, H, N, stride_sums, OVERLAP: tl.constexpr,
     TILES: tl.constexpr, BLOCK: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """Sums of from_q - from_k over blocks of tokens. Grid: (blocks, M, head tiles)."""
-    i_b, i_m, i_g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Sums of from_q - from_k over blocks of tokens. Grid: (M, blocks, head tiles)."""
+    i_m, i_b, i_g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, stop = tl.load(p_bounds + i_m), tl.load(p_bounds + i_m + 1)
     wait_for_launches_before(OVERLAP)
     if start + i_b * BLOCK < stop:
@@ -83,9 +83,9 @@ def decay_gradient_kernel(
     """out[t, h] = crossing[m, h] + the sum, from t to its segment's end, of from_q - from_k.
 
     from_q, from_k and crossing come in parts, each of some columns of K, to be summed. A program
-    adds up the sums of the blocks behind its own. Grid: (blocks, M, head tiles).
+    adds up the sums of the blocks behind its own. Grid: (M, blocks, head tiles).
     """
-    i_b, i_m, i_g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_m, i_b, i_g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, stop = tl.load(p_bounds + i_m), tl.load(p_bounds + i_m + 1)
     wait_for_launches_before(OVERLAP)
     if start + i_b * BLOCK < stop:
@@ -166,7 +166,7 @@ def _launches(
     last = {**fixed, "M": segments.count, "CROSSINGS": 0 if crossing is None else crossing.shape[0]}
     if crossing is None:
         last["p_crossing"] = None
-    grid = (triton.cdiv(segments.longest, _BLOCK), segments.count, triton.cdiv(heads, _HEADS))
+    grid = (segments.count, triton.cdiv(segments.longest, _BLOCK), triton.cdiv(heads, _HEADS))
     return (
         Launch(block_sums_kernel, grid, fixed=fixed, overlap=can_overlap(device)),
         Launch(decay_gradient_kernel, grid, fixed=last, overlap=can_overlap(device)),
