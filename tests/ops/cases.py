@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from seqpar.kernels.lightning.inputs import state_dtype
 from seqpar.kernels.lightning.reference import quadratic_attention
 from seqpar.layout import SequenceLayout, Span
 
@@ -70,10 +71,10 @@ def make_stream(
     """A random stream; fixed decays range from none to one that forgets in a few tokens."""
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape: int) -> Tensor:
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    n, documents = bounds[-1], len(bounds) - 1
+    n, documents, states = bounds[-1], len(bounds) - 1, state_dtype(dtype)
     log_decay = None
     if decay == "fixed":
         log_decay = torch.tensor([0.0, -0.05, -1.5], dtype=torch.float32)
@@ -84,9 +85,9 @@ def make_stream(
         k=normal(batch, n, HEADS, KEY_DIM),
         v=normal(batch, n, HEADS, VALUE_DIM),
         log_decay=log_decay,
-        initial=normal(batch, HEADS, KEY_DIM, VALUE_DIM) if initial else None,
+        initial=normal(batch, HEADS, KEY_DIM, VALUE_DIM, dtype=states) if initial else None,
         do=normal(batch, n, HEADS, VALUE_DIM),
-        dfinals=normal(batch * documents, HEADS, KEY_DIM, VALUE_DIM),
+        dfinals=normal(batch * documents, HEADS, KEY_DIM, VALUE_DIM, dtype=states),
     )
 
 
