@@ -36,6 +36,7 @@ from torch import Tensor
 
 from benchmarks.gpu_timing import ROOT, copy_tb_per_s, graph_of, hardware, host_us, median_ms
 from benchmarks.lightning_peers import DIM, Function, decay_of, make_inputs, participants
+from benchmarks.lightning_plot import plot
 from seqpar.kernels.lightning.reference import quadratic_attention
 
 LARGE = ((1, 131072, 32), (4, 32768, 32))
@@ -358,31 +359,6 @@ def run_parts(parts: tuple[str, ...], results: Row, path: Path) -> None:
             path.write_text(json.dumps(results, indent=1) + "\n")
             print(f"{time.perf_counter() - start:6.1f} s  {describe(row)}", flush=True)
         torch.cuda.empty_cache()
-
-
-def plot(results: Row, path: Path) -> None:
-    """Time per token and head against length, forward and backward, all participants."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    names = list(dict.fromkeys(row["name"] for row in results["lengths"]))
-    for axis, way, tensors in ((axes[0], "forward", 4), (axes[1], "backward", 7)):
-        for name in names:
-            rows = [row for row in results["lengths"] if row["name"] == name]
-            tokens = [row["shape"][1] for row in rows]
-            per_token = [1e6 * r[f"{way}_ms"] / (r["shape"][1] * r["shape"][2]) for r in rows]
-            axis.plot(tokens, per_token, marker="o", markersize=3, label=name)
-        floor = tensors * DIM * 2 / results["copy_tb_per_s"] / 1e3
-        axis.axhline(floor, color="grey", linestyle=":", label="memory floor")
-        axis.set(xscale="log", yscale="log", title=way, xlabel="tokens (32 heads, D = 128, bf16)")
-    axes[0].set_ylabel("ns per token and head")
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 INSTANT_POWER, SM_CLOCK = 186, 1  # NVML_FI_DEV_POWER_INSTANT, NVML_CLOCK_SM
 EVERY_S, LAG_S = 0.01, 0.06
@@ -32,12 +31,7 @@ class PowerLog:
         self._reader = subprocess.Popen(command)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._reader.terminate()
         self._reader.wait(5)
 

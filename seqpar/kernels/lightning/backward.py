@@ -104,10 +104,11 @@ def backward_triton(
         plan, (k, q, do), dv, grad_states, behind,
         final=dentry, reverse=True, transposed=False, waits=waits,
     )  # fmt: skip
+    # dk runs beside dv; not if dv runs beside dq, whose exit states dk's pass is to read.
+    reads_exits = of_k is not None and of_k.exits is not None
     _pass(
-        plan, (v, do, q), dk, grad_states, behind,
-        reverse=True, transposed=True, learning=of_k,
-        waits="first" if waits == "last" and of_k and of_k.exits is not None else "last",
+        plan, (v, do, q), dk, grad_states, behind, reverse=True, transposed=True, learning=of_k,
+        waits="first" if waits == "last" and reads_exits else "last",
     )  # fmt: skip
     dlog_decay = decay_gradient(of_q, of_k, cut) if of_q and of_k else None
     return _trimmed(plan, dq, dk, dv, dlog_decay, dentry)

@@ -34,7 +34,6 @@ __all__ = [
     "token_decays",
     "widened",
     "write_columns",
-    "write_rows",
 ]
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -242,21 +241,6 @@ def state_entering(
     if p_initial is not None:
         b_S += gl.load(p_initial + o_sequence + o_S) * gl.exp2(distance)
     return b_S
-
-
-@gluon.jit
-def write_rows(
-    d_w, p_w, s_w, row, num_tokens, i_h, H,
-    C: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr,
-):  # fmt: skip
-    """Store a chunk's w: in one bulk copy, or only the rows that are the segment's."""
-    if num_tokens == C:
-        store_tile(d_w, [row, i_h * D], s_w)
-    else:
-        o_r = gl.arange(0, C, gl.SliceLayout(1, ROWS))
-        o_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))[None, :]
-        p_out = p_w + ((row + o_r).to(gl.int64) * H + i_h)[:, None] * D + o_d
-        gl.store(p_out, s_w.load(ROWS), mask=(o_r < num_tokens)[:, None])
 
 
 @gluon.jit
