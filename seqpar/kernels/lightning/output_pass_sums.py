@@ -4,12 +4,15 @@
 """The output pass by hand that takes sums for the gradient of decays per token along.
 
 It computes what `output_pass_kernel` does (see there for roles, legend and formulas), for bfloat16
-and head dims of 128: w, which is dq or dk, and u·w of each token, u being q or k.
+and head dims of 128: w, which is dq or dk, and u·w of each token, u being q or k. Forward in time
+u·w, which is q·dq, is stored; backward in time it is k·dk, which no one else needs: the pass reads
+q·dq and stores the decays' gradient itself (decay_gradient.py has the formula), whose sums over the
+tokens behind run in its own direction.
 
 Three groups of four warps. Two carry half of the state's rows each, which are columns of z, u and
 w; the third makes the pairs P of a chunk while these are at the chunk before, starts the copies,
-works out decays and puts together what the two have summed. These wait for P and for copies, never
-for each other.
+works out decays, puts together what the two have summed and, backward in time, adds that up along
+the segment. These wait for P and for copies, never for each other.
 
 One chunk of a half: the entry product is issued with the state in two numbers; z is decayed and the
 update of the state issued behind it; then zᵀ P. The entry product's part of the sums is taken
@@ -58,6 +61,8 @@ __all__ = ["output_pass_sums_kernel"]
 
 PER_TOKEN = gl.constexpr(2)
 """The kind of decays that learn."""
+IN_WARP = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
+"""Of [C] for C = 64: each warp holds all of it, so that sums along C stay within the warp."""
 
 
 @gluon.jit
@@ -73,6 +78,7 @@ def _shared_memory(dtype: gl.constexpr, STAGES: gl.constexpr, C: gl.constexpr, D
     s_P = gl.allocate_shared_memory(dtype, [C, C], TILE)
     s_w = gl.allocate_shared_memory(dtype, [2, C, D // 2], TILE)
     s_sums = gl.allocate_shared_memory(gl.float32, [2, D // 32, C], LINES)
+    s_crossing = gl.allocate_shared_memory(gl.float32, [2, C], LINE)
     s_reach = gl.allocate_shared_memory(gl.float32, [STAGES, C], LINE)
     s_factor = gl.allocate_shared_memory(gl.float32, [STAGES, C], LINE)
     s_back = room_for_parts(dtype, STAGES, C)
@@ -87,7 +93,7 @@ def _shared_memory(dtype: gl.constexpr, STAGES: gl.constexpr, C: gl.constexpr, D
     fence_async_shared()
     barrier()
     tiles, lines = (s_x, s_y, s_z, s_u), (s_reach, s_factor, s_back, s_ahead)
-    return tiles, lines, s_P, (s_w, s_sums), (full, empty, pairs)
+    return tiles, lines, s_P, (s_w, s_sums, s_crossing), (full, empty, pairs)
 
 
 @gluon.jit
@@ -120,28 +126,81 @@ def _fetch(
 
 
 @gluon.jit
-def _store_sums(
-    s_sums, p_line, start, stop, i, num_chunks, REVERSE: gl.constexpr, C: gl.constexpr
-):  # fmt: skip
-    """u·w of the i-th chunk in time order, from what eight warps have added up."""
-    COLUMNS: gl.constexpr = gl.BlockedLayout([4, 1], [1, 32], [1, 4], [1, 0])
-    row = start + (num_chunks - 1 - i if REVERSE else i) * C
-    o_dots = row + gl.arange(0, C, gl.SliceLayout(0, COLUMNS))
-    b_sums = gl.sum(s_sums.index(0).load(COLUMNS) + s_sums.index(1).load(COLUMNS), 0)
-    gl.store(p_line + o_dots, b_sums, mask=o_dots < stop)
+def _sums_from_end(b_x, b_behind):
+    """[C] in IN_WARP: the sum from each token to the last and `behind`; and the first one again.
+
+    Two tokens a lane. Triton's own scan takes four times as many shuffles.
+    """
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b32 sum, next;
+        .reg .pred p;
+        add.f32 sum, $4, $5;
+        shfl.sync.down.b32 next|p, sum, 1, 31, -1;
+        @p add.f32 sum, sum, next;
+        shfl.sync.down.b32 next|p, sum, 2, 31, -1;
+        @p add.f32 sum, sum, next;
+        shfl.sync.down.b32 next|p, sum, 4, 31, -1;
+        @p add.f32 sum, sum, next;
+        shfl.sync.down.b32 next|p, sum, 8, 31, -1;
+        @p add.f32 sum, sum, next;
+        shfl.sync.down.b32 next|p, sum, 16, 31, -1;
+        @p add.f32 sum, sum, next;
+        add.f32 sum, sum, $6;
+        shfl.sync.down.b32 next|p, sum, 1, 31, -1;
+        @!p mov.b32 next, $6;
+        mov.b32 $0, sum;
+        add.f32 $1, $5, next;
+        shfl.sync.idx.b32 $2, sum, 0, 31, -1;
+        mov.b32 $3, $2;
+        }""",
+        constraints="=&r,=&r,=&r,=&r,r,r,r,r", args=[b_x, b_behind],
+        dtype=(gl.float32, gl.float32), is_pure=False, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _tokens(start, stop, i, num_chunks, REVERSE: gl.constexpr, C: gl.constexpr):
+    """[C]: rows of the i-th chunk in time order, and which of them are the segment's."""
+    o_row = start + (num_chunks - 1 - i if REVERSE else i) * C
+    o_row += gl.arange(0, C, IN_WARP)
+    return o_row, (o_row >= start) & (o_row < stop)
+
+
+@gluon.jit
+def _summed(s_sums):
+    """[C]: u·w of a chunk, from what eight warps have added up."""
+    LINES_IN_WARP: gl.constexpr = gl.BlockedLayout([4, 2], [1, 32], [1, 4], [1, 0])
+    b_sums = s_sums.index(0).load(LINES_IN_WARP) + s_sums.index(1).load(LINES_IN_WARP)
+    return gl.convert_layout(gl.sum(b_sums, 0), IN_WARP, assert_trivial=True)
+
+
+@gluon.jit
+def _store_decay_grad(p_grad, o_row, m_row, b_from_q, b_from_k, b_behind, s_crossing, H):
+    """The decays' gradient of a chunk; returns the sum of the chunk and all behind it."""
+    b_dreach = gl.where(m_row, b_from_q - b_from_k, 0.0)
+    b_grad, b_behind = _sums_from_end(b_dreach, b_behind)
+    b_grad += s_crossing.index(0).load(IN_WARP) + s_crossing.index(1).load(IN_WARP)
+    gl.store(p_grad + o_row.to(gl.int64) * H, b_grad, mask=m_row)
+    return b_behind
 
 
 @gluon.jit
 def _pairs(
-    windows, tiles, lines, s_P, s_sums, bars, segment, p_head, p_line, i_h,
+    windows, tiles, lines, s_P, own, bars, segment, p_head, p_line, p_grad, i_h, H,
     REVERSE: gl.constexpr, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """P of every chunk, given as soon as both halves have left the one before; copies; and sums."""
+    """P of every chunk, given as soon as both halves have left the one before; copies; and sums.
+
+    The sums of a chunk are read before P of the next one is given, since nobody writes them until
+    then, and used after it.
+    """
     L_P: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     TOKENS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     s_x, s_y = tiles[0], tiles[1]
     s_reach = lines[0]
+    _, s_sums, s_crossing = own
     full, empty, pairs = bars
     i_m, start, stop = segment[0], segment[1], segment[2]
     num_chunks = (stop - start + C - 1) // C
@@ -155,10 +214,14 @@ def _pairs(
             windows, tiles, lines, full, decays, i, num_chunks, start, i_h * D,
             REVERSE, C, D, STAGES,
         )  # fmt: skip
+    b_behind = gl.zeros([C], gl.float32, IN_WARP)
     for i in range(0, num_chunks):
         stage = i % STAGES
         i_c = num_chunks - 1 - i if REVERSE else i
         num_tokens = gl.minimum(stop - start - i_c * C, C)
+        o_row, m_row = _tokens(start, stop, i - 1, num_chunks, REVERSE, C)  # none for i = 0
+        if REVERSE:
+            b_from_q = gl.load(p_line + o_row, mask=m_row, other=0.0, cache_modifier=".cg")
         later = gl.minimum(i + STAGES - 1, num_chunks - 1)
         later = num_chunks - 1 - later if REVERSE else later
         decays = token_decays(p_head, first_slot + later, C, 0.0, o_line, PER_TOKEN, C)
@@ -175,8 +238,7 @@ def _pairs(
         b_P = (b_P * b_gap).to(s_P.dtype)
         next_in = i + STAGES - 1  # into the room that the chunk before leaves
         mbarrier.wait(empty.index(next_in % STAGES), ((next_in // STAGES) & 1) ^ 1)
-        if i > 0:  # until P is given, nobody writes sums
-            _store_sums(s_sums, p_line, start, stop, i - 1, num_chunks, REVERSE, C)
+        b_sums = _summed(s_sums)
         s_P.store(b_P)
         fence_async_shared()
         barrier()
@@ -185,16 +247,29 @@ def _pairs(
             windows, tiles, lines, full, decays, next_in, num_chunks, start, i_h * D,
             REVERSE, C, D, STAGES,
         )  # fmt: skip
+        if REVERSE:
+            b_behind = _store_decay_grad(
+                p_grad, o_row, m_row, b_from_q, b_sums, b_behind, s_crossing, H
+            )
+        else:
+            gl.store(p_line + o_row, b_sums, mask=m_row)
     i = num_chunks - 1
+    o_row, m_row = _tokens(start, stop, i, num_chunks, REVERSE, C)
+    if REVERSE:
+        b_from_q = gl.load(p_line + o_row, mask=m_row, other=0.0, cache_modifier=".cg")
     mbarrier.wait(empty.index(i % STAGES), (i // STAGES) & 1)
-    _store_sums(s_sums, p_line, start, stop, i, num_chunks, REVERSE, C)
+    b_sums = _summed(s_sums)
+    if REVERSE:
+        _store_decay_grad(p_grad, o_row, m_row, b_from_q, b_sums, b_behind, s_crossing, H)
+    else:
+        gl.store(p_line + o_row, b_sums, mask=m_row)
 
 
 @gluon.jit
 def _half(
     half, d_w, p_w, tiles, lines, s_P, own, bars, segment, p_head, p_by_segment,
-    p_crossing, p_exits, p_states, p_initial, p_final,
-    i_h, H, M, length, stride_x, stride_z,
+    p_exits, p_states, p_initial, p_final,
+    i_h, H, length, stride_x, stride_z,
     REVERSE: gl.constexpr, SCAN: gl.constexpr,
     C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -226,9 +301,11 @@ def _half(
     )  # fmt: skip
     o_exit = (i_m * H + i_h).to(gl.int64) * (D * D)
     if REVERSE:
+        crossing = 0.0
         if p_exits is not None:
             crossing = gl.sum(gl.sum(b_S * gl.load(p_exits + o_exit + o_S), 1), 0)
-            gl.store(p_crossing + (half * M + i_m) * H + i_h, crossing)
+        b_crossing = gl.full([C], crossing, gl.float32, IN_WARP)
+        own[2].index(half).store(b_crossing)  # read after this half has left its first chunk
 
     i_c = num_chunks - 1 if REVERSE else 0
     left = gl.minimum(stop - start - i_c * C, C)
@@ -291,38 +368,40 @@ def _half(
             gl.store(p_exits + o_exit + o_S, b_S)
 
 
-@gluon.jit(do_not_specialize=["N", "M", "length"])  # new with every batch
+@gluon.jit(do_not_specialize=["N", "length"])  # new with every batch
 def output_pass_sums_kernel(
     d_x, d_y, d_z, d_u, d_w, p_w, p_reach, stride_reach,
-    p_by_segment, p_dots, p_crossing, p_exits, p_states, p_initial,
-    p_final, p_table, H, N, M, length, stride_x, stride_z,
+    p_by_segment, p_dots, p_decay_grad, p_exits, p_states, p_initial,
+    p_final, p_table, H, N, length, stride_x, stride_z,
     OVERLAP: gl.constexpr, LATE: gl.constexpr, REVERSE: gl.constexpr, SCAN: gl.constexpr,
     C: gl.constexpr, BX: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """w and sums of every segment. Grid: (M * H,); the longest segments start first.
 
-    LATE: it waits at its end (overlap.py), where the launch before is another pass from the same
-    states.
+    Windows of x and y are [C, BX], of z, u and w one half's columns, [C, BX // 2]. `dots` [H, N]
+    is written forward in time and read backward in time, where `decay_grad` [N, H] is written.
 
-    Windows of x and y are [C, BX], of z, u and w one half's columns, [C, BX // 2]. `crossing`
-    comes in two parts, one of each half's columns.
+    LATE: it waits at its end (overlap.py), where the launch before is another pass from the same
+    states, which has waited for the pass that wrote what this one reads, `dots` and `exits`,
+    before it let this one in.
     """
     i_h = gl.program_id(0) % H
     segment = segment_of(p_table, gl.program_id(0) // H)
     p_head = p_reach + i_h.to(gl.int64) * stride_reach
+    p_grad = p_decay_grad + i_h if REVERSE else p_dots
     tiles, lines, s_P, own, bars = _shared_memory(d_x.dtype, STAGES, C, BX)
     wait_for_launches_before(OVERLAP and not LATE)
     begin_beside(LATE)
     gl.warp_specialize(
         [
             (_half, (0, d_w, p_w, tiles, lines, s_P, own, bars, segment, p_head, p_by_segment,
-                     p_crossing, p_exits, p_states, p_initial, p_final,
-                     i_h, H, M, length, stride_x, stride_z, REVERSE, SCAN, C, BX, STAGES)),
+                     p_exits, p_states, p_initial, p_final,
+                     i_h, H, length, stride_x, stride_z, REVERSE, SCAN, C, BX, STAGES)),
             (_half, (1, d_w, p_w, tiles, lines, s_P, own, bars, segment, p_head, p_by_segment,
-                     p_crossing, p_exits, p_states, p_initial, p_final,
-                     i_h, H, M, length, stride_x, stride_z, REVERSE, SCAN, C, BX, STAGES)),
-            (_pairs, ((d_x, d_y, d_z, d_u), tiles, lines, s_P, own[1], bars, segment, p_head,
-                      p_dots + i_h.to(gl.int64) * N, i_h, REVERSE, C, BX, STAGES)),
+                     p_exits, p_states, p_initial, p_final,
+                     i_h, H, length, stride_x, stride_z, REVERSE, SCAN, C, BX, STAGES)),
+            (_pairs, ((d_x, d_y, d_z, d_u), tiles, lines, s_P, own, bars, segment, p_head,
+                      p_dots + i_h.to(gl.int64) * N, p_grad, i_h, H, REVERSE, C, BX, STAGES)),
         ],
         [4, 4],
         [208, 88],
