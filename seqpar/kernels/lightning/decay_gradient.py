@@ -16,8 +16,9 @@ Triton's passes give, in tiles of columns that different programs make, two kern
 
 The sum keeps what crosses t and has to cancel the rest, tens of thousands of tokens of it. It does
 because both passes work with the same numbers: pairs of one chunk are rounded alike in both; states
-and what is added to them are multiplied as sums of two numbers, so that what one pass adds to a
-state is, to 2^-16, what the other reads from it. Then errors do not add up along the sequence.
+are multiplied as sums of two numbers, and so is what is added to them or, by hand, it is rounded
+once and alike in both: what one pass adds to a state is, to 2^-16, what the other reads from it.
+Then errors do not add up along the sequence.
 """
 
 from __future__ import annotations

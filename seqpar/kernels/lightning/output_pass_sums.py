@@ -3,20 +3,44 @@
 
 """The output pass by hand that takes sums for the gradient of decays per token along.
 
-It computes what `output_pass_kernel` does (see there for roles, legend and formulas), for bfloat16
-and head dims of 128: w, which is dq or dk, and u·w of each token, u being q or k. Forward in time
-u·w, which is q·dq, is stored; backward in time it is k·dk, which no one else needs: the pass reads
-q·dq and stores the decays' gradient itself (decay_gradient.py has the formula), whose sums over the
-tokens behind run in its own direction.
+It computes what `output_pass_kernel` does (see there for roles and legend), for bfloat16 and head
+dims of 128: w, which is dq or dk, and u·w of each token, u being q or k. Forward in time u·w, which
+is q·dq, is stored; backward in time it is k·dk, which no one else needs: the pass reads q·dq and
+stores the decays' gradient itself (decay_gradient.py has the formula), whose sums over the tokens
+behind run in its own direction.
 
-Three groups of four warps. Two carry half of the state's rows each, which are columns of z, u and
-w; the third makes the pairs P of a chunk while these are at the chunk before, starts the copies,
-works out decays, puts together what the two have summed and, backward in time, adds that up along
-the segment. These wait for P and for copies, never for each other.
+The device runs at its power limit here, so instructions count. All decays of a chunk are therefore
+in P, x and y before the products that carry the state S,
 
-One chunk of a half: the entry product is issued with the state in two numbers; z is decayed and the
-update of the state issued behind it; then zᵀ P. The entry product's part of the sums is taken
-beside the update, the rest at the end, and wᵀ leaves through shared memory in one bulk copy.
+    P = (y xᵀ) times the decays between tokens,    x' = x times the decays since the chunk began,
+    wᵀ = S x'ᵀ + zᵀ P,    S = S times the chunk's decay + zᵀ y',    y' = y times those to its end
+
+(began and end: in the pass's own direction). wᵀ is one accumulator, u·w one product, and z goes
+into both products as it was read. x' and y' are rounded to bfloat16 once, and alike in both passes:
+the x' of dq's is the y' of dk's and the other way round, so what one adds to its state is what the
+other reads from its own, and the rounding leaves the decays' gradient when it is summed. S is
+multiplied as the sum of two bfloat16 numbers.
+
+Four groups of four warps:
+
+- two halves, each with half of S's rows, which are columns of z, u and w;
+- one for P of a chunk, while the halves are at the chunk before;
+- one that serves: copies, decays of chunks, x' and y' in the places of x and y, and the sums.
+
+Barriers, one of each stage but `pairs`; a chunk i passes them in this order:
+
+- `full`: its tensors are there.
+- `read`: P's product has read x and y, which may become x' and y'.
+- `ready`: x' and y' are there; and the sums of chunk i - 2, where the halves will store those of
+  this one, have been read.
+- `pairs`: P is there, in its only room: given after `empty` of chunk i - 1.
+- `empty`: both halves have left the chunk and stored its sums. The group of P waits for it before
+  it stores the next P, the serving one before it fetches chunk i + STAGES and reads the sums.
+
+Floor: a pass reads x, y, z and u and writes w, 5 tensors; backward with the decays' gradient moves
+14. In a segment's last chunk, if part of it is another segment's, y is cleared before P, z before
+the halves use it. What x holds there is multiplied by finite decays and stays in the columns of w,
+and in the sums, of tokens that are not stored.
 """
 
 from __future__ import annotations
@@ -37,6 +61,7 @@ from seqpar.kernels.lightning.hopper_steps import (
     TILE,
     barrier,
     clear_rows,
+    decay_rows,
     last_decay,
     load_tile,
     room_for_parts,
@@ -45,11 +70,15 @@ from seqpar.kernels.lightning.hopper_steps import (
     state_entering,
     store_parts,
     stored_pair_decays,
-    sum_lanes,
-    times_parts,
     token_decays,
     widened,
     write_columns,
+)
+from seqpar.kernels.lightning.hopper_sums import (
+    IN_WARP,
+    give_sums,
+    sum_lanes,
+    tokens_of,
 )
 from seqpar.kernels.overlap import (
     begin_beside,
@@ -61,15 +90,13 @@ __all__ = ["output_pass_sums_kernel"]
 
 PER_TOKEN = gl.constexpr(2)
 """The kind of decays that learn."""
-IN_WARP = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
-"""Of [C] for C = 64: each warp holds all of it, so that sums along C stay within the warp."""
 
 
 @gluon.jit
 def _shared_memory(dtype: gl.constexpr, STAGES: gl.constexpr, C: gl.constexpr, D: gl.constexpr):
     """Room for the chunks in flight of x, y, z and u, for P, w, sums and decays; and barriers.
 
-    z, u, w and sums are apart for each half.
+    z, u, w and sums are apart for each half; sums of two chunks in turn.
     """
     s_x = gl.allocate_shared_memory(dtype, [STAGES, C, D], TILE)
     s_y = gl.allocate_shared_memory(dtype, [STAGES, C, D], TILE)
@@ -77,23 +104,26 @@ def _shared_memory(dtype: gl.constexpr, STAGES: gl.constexpr, C: gl.constexpr, D
     s_u = gl.allocate_shared_memory(dtype, [STAGES * 2, C, D // 2], TILE)
     s_P = gl.allocate_shared_memory(dtype, [C, C], TILE)
     s_w = gl.allocate_shared_memory(dtype, [2, C, D // 2], TILE)
-    s_sums = gl.allocate_shared_memory(gl.float32, [2, D // 32, C], LINES)
+    s_sums = gl.allocate_shared_memory(gl.float32, [2 * 2, D // 32, C], LINES)
     s_crossing = gl.allocate_shared_memory(gl.float32, [2, C], LINE)
     s_reach = gl.allocate_shared_memory(gl.float32, [STAGES, C], LINE)
-    s_factor = gl.allocate_shared_memory(gl.float32, [STAGES, C], LINE)
     s_back = room_for_parts(dtype, STAGES, C)
     s_ahead = room_for_parts(dtype, STAGES, C)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    read = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     pairs = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
+        mbarrier.init(read.index(i), count=1)
+        mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     mbarrier.init(pairs, count=1)
     fence_async_shared()
     barrier()
-    tiles, lines = (s_x, s_y, s_z, s_u), (s_reach, s_factor, s_back, s_ahead)
-    return tiles, lines, s_P, (s_w, s_sums, s_crossing), (full, empty, pairs)
+    tiles, lines = (s_x, s_y, s_z, s_u), (s_reach, s_back, s_ahead)
+    return tiles, lines, s_P, (s_w, s_sums, s_crossing), (full, read, ready, pairs, empty)
 
 
 @gluon.jit
@@ -104,7 +134,7 @@ def _fetch(
     """Start the copies of the i-th chunk in time order, and store its decays, if there is one."""
     d_x, d_y, d_z, d_u = windows
     s_x, s_y, s_z, s_u = tiles
-    s_reach, s_factor, s_back, s_ahead = lines
+    s_reach, s_back, s_ahead = lines
     reach, back, ahead = decays
     stage = i % STAGES
     i_c = num_chunks - 1 - i if REVERSE else i
@@ -112,7 +142,6 @@ def _fetch(
     bar = full.index(stage)
     pred = i < num_chunks
     s_reach.index(stage).store(reach)
-    s_factor.index(stage).store(ahead if REVERSE else back)
     store_parts(s_back, stage, back, d_x.dtype)
     store_parts(s_ahead, stage, ahead, d_x.dtype)
     barrier()
@@ -126,90 +155,29 @@ def _fetch(
 
 
 @gluon.jit
-def _sums_from_end(b_x, b_behind):
-    """[C] in IN_WARP: the sum from each token to the last and `behind`; and the first one again.
-
-    Two tokens a lane. Triton's own scan takes four times as many shuffles.
-    """
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b32 sum, next;
-        .reg .pred p;
-        add.f32 sum, $4, $5;
-        shfl.sync.down.b32 next|p, sum, 1, 31, -1;
-        @p add.f32 sum, sum, next;
-        shfl.sync.down.b32 next|p, sum, 2, 31, -1;
-        @p add.f32 sum, sum, next;
-        shfl.sync.down.b32 next|p, sum, 4, 31, -1;
-        @p add.f32 sum, sum, next;
-        shfl.sync.down.b32 next|p, sum, 8, 31, -1;
-        @p add.f32 sum, sum, next;
-        shfl.sync.down.b32 next|p, sum, 16, 31, -1;
-        @p add.f32 sum, sum, next;
-        add.f32 sum, sum, $6;
-        shfl.sync.down.b32 next|p, sum, 1, 31, -1;
-        @!p mov.b32 next, $6;
-        mov.b32 $0, sum;
-        add.f32 $1, $5, next;
-        shfl.sync.idx.b32 $2, sum, 0, 31, -1;
-        mov.b32 $3, $2;
-        }""",
-        constraints="=&r,=&r,=&r,=&r,r,r,r,r", args=[b_x, b_behind],
-        dtype=(gl.float32, gl.float32), is_pure=False, pack=2,
-    )  # fmt: skip
+def _decays(p_head, first_slot, i, num_chunks, REVERSE: gl.constexpr, C: gl.constexpr):
+    """`token_decays` of the i-th chunk in time order, or of the last if there is none."""
+    TOKENS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    i_c = gl.minimum(i, num_chunks - 1)
+    i_c = num_chunks - 1 - i_c if REVERSE else i_c
+    o_c = gl.arange(0, C, TOKENS)
+    return token_decays(p_head, first_slot + i_c, C, 0.0, o_c, PER_TOKEN, C)
 
 
 @gluon.jit
-def _tokens(start, stop, i, num_chunks, REVERSE: gl.constexpr, C: gl.constexpr):
-    """[C]: rows of the i-th chunk in time order, and which of them are the segment's."""
-    o_row = start + (num_chunks - 1 - i if REVERSE else i) * C
-    o_row += gl.arange(0, C, IN_WARP)
-    return o_row, (o_row >= start) & (o_row < stop)
-
-
-@gluon.jit
-def _summed(s_sums):
-    """[C]: u·w of a chunk, from what eight warps have added up."""
-    LINES_IN_WARP: gl.constexpr = gl.BlockedLayout([4, 2], [1, 32], [1, 4], [1, 0])
-    b_sums = s_sums.index(0).load(LINES_IN_WARP) + s_sums.index(1).load(LINES_IN_WARP)
-    return gl.convert_layout(gl.sum(b_sums, 0), IN_WARP, assert_trivial=True)
-
-
-@gluon.jit
-def _store_decay_grad(p_grad, o_row, m_row, b_from_q, b_from_k, b_behind, s_crossing, H):
-    """The decays' gradient of a chunk; returns the sum of the chunk and all behind it."""
-    b_dreach = gl.where(m_row, b_from_q - b_from_k, 0.0)
-    b_grad, b_behind = _sums_from_end(b_dreach, b_behind)
-    b_grad += s_crossing.index(0).load(IN_WARP) + s_crossing.index(1).load(IN_WARP)
-    gl.store(p_grad + o_row.to(gl.int64) * H, b_grad, mask=m_row)
-    return b_behind
-
-
-@gluon.jit
-def _pairs(
-    windows, tiles, lines, s_P, own, bars, segment, p_head, p_line, p_grad, i_h, H,
+def _serve(
+    windows, tiles, lines, own, bars, segment, p_head, p_line, p_grad, i_h, H,
     REVERSE: gl.constexpr, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """P of every chunk, given as soon as both halves have left the one before; copies; and sums.
-
-    The sums of a chunk are read before P of the next one is given, since nobody writes them until
-    then, and used after it.
-    """
-    L_P: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    TOKENS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    """Copies; x and y decayed in place, once P is made of them; and sums."""
     s_x, s_y = tiles[0], tiles[1]
-    s_reach = lines[0]
-    _, s_sums, s_crossing = own
-    full, empty, pairs = bars
+    _, s_back, s_ahead = lines
+    full, read, ready, _, empty = bars
     i_m, start, stop = segment[0], segment[1], segment[2]
     num_chunks = (stop - start + C - 1) // C
     first_slot = start // C + i_m
-    o_line = gl.arange(0, C, TOKENS)
     for i in gl.static_range(STAGES - 1):
-        i_c = gl.minimum(i, num_chunks - 1)
-        i_c = num_chunks - 1 - i_c if REVERSE else i_c
-        decays = token_decays(p_head, first_slot + i_c, C, 0.0, o_line, PER_TOKEN, C)
+        decays = _decays(p_head, first_slot, i, num_chunks, REVERSE, C)
         _fetch(
             windows, tiles, lines, full, decays, i, num_chunks, start, i_h * D,
             REVERSE, C, D, STAGES,
@@ -217,17 +185,47 @@ def _pairs(
     b_behind = gl.zeros([C], gl.float32, IN_WARP)
     for i in range(0, num_chunks):
         stage = i % STAGES
+        left = tokens_of(p_line, start, stop, i - 1, num_chunks, REVERSE, C)  # none for i = 0
+        next_in = i + STAGES - 1  # into the room that the chunk before leaves
+        decays = _decays(p_head, first_slot, next_in, num_chunks, REVERSE, C)
+        mbarrier.wait(read.index(stage), (i // STAGES) & 1)
+        decay_rows(s_x.index(stage), s_ahead if REVERSE else s_back, stage)
+        decay_rows(s_y.index(stage), s_back if REVERSE else s_ahead, stage)
+        fence_async_shared()
+        barrier()
+        mbarrier.arrive(ready.index(stage), count=1)
+        mbarrier.wait(empty.index(next_in % STAGES), ((next_in // STAGES) & 1) ^ 1)
+        _fetch(
+            windows, tiles, lines, full, decays, next_in, num_chunks, start, i_h * D,
+            REVERSE, C, D, STAGES,
+        )  # fmt: skip
+        b_behind = give_sums(own, p_line, p_grad, left, b_behind, i - 1, H, REVERSE)
+    i = num_chunks - 1
+    left = tokens_of(p_line, start, stop, i, num_chunks, REVERSE, C)
+    mbarrier.wait(empty.index(i % STAGES), (i // STAGES) & 1)
+    give_sums(own, p_line, p_grad, left, b_behind, i, H, REVERSE)
+
+
+@gluon.jit
+def _pairs(
+    tiles, lines, s_P, bars, segment,
+    REVERSE: gl.constexpr, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """P of every chunk, given as soon as both halves have left the one before."""
+    L_P: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    s_x, s_y = tiles[0], tiles[1]
+    s_reach = lines[0]
+    full, read, _, pairs, empty = bars
+    start, stop = segment[1], segment[2]
+    num_chunks = (stop - start + C - 1) // C
+    for i in range(0, num_chunks):
+        stage = i % STAGES
         i_c = num_chunks - 1 - i if REVERSE else i
         num_tokens = gl.minimum(stop - start - i_c * C, C)
-        o_row, m_row = _tokens(start, stop, i - 1, num_chunks, REVERSE, C)  # none for i = 0
-        if REVERSE:
-            b_from_q = gl.load(p_line + o_row, mask=m_row, other=0.0, cache_modifier=".cg")
-        later = gl.minimum(i + STAGES - 1, num_chunks - 1)
-        later = num_chunks - 1 - later if REVERSE else later
-        decays = token_decays(p_head, first_slot + later, C, 0.0, o_line, PER_TOKEN, C)
         b_x, b_y = s_x.index(stage), s_y.index(stage)
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-        if num_tokens < C:  # the halves clear y, too, with the same numbers
+        if num_tokens < C:
             clear_rows(b_y, num_tokens, ROWS, 16)
             fence_async_shared()
             barrier()
@@ -235,39 +233,20 @@ def _pairs(
         b_P = warpgroup_mma(b_y, b_x.permute((1, 0)), b_P, use_acc=False, is_async=True)
         b_gap = stored_pair_decays(s_reach.index(stage), REVERSE, C, L_P)
         b_P = warpgroup_mma_wait(0, deps=[b_P])
+        barrier()
+        mbarrier.arrive(read.index(stage), count=1)
         b_P = (b_P * b_gap).to(s_P.dtype)
-        next_in = i + STAGES - 1  # into the room that the chunk before leaves
-        mbarrier.wait(empty.index(next_in % STAGES), ((next_in // STAGES) & 1) ^ 1)
-        b_sums = _summed(s_sums)
+        before = i + STAGES - 1  # the chunk before has the stage that this one will have
+        mbarrier.wait(empty.index(before % STAGES), ((before // STAGES) & 1) ^ 1)
         s_P.store(b_P)
         fence_async_shared()
         barrier()
         mbarrier.arrive(pairs, count=1)
-        _fetch(
-            windows, tiles, lines, full, decays, next_in, num_chunks, start, i_h * D,
-            REVERSE, C, D, STAGES,
-        )  # fmt: skip
-        if REVERSE:
-            b_behind = _store_decay_grad(
-                p_grad, o_row, m_row, b_from_q, b_sums, b_behind, s_crossing, H
-            )
-        else:
-            gl.store(p_line + o_row, b_sums, mask=m_row)
-    i = num_chunks - 1
-    o_row, m_row = _tokens(start, stop, i, num_chunks, REVERSE, C)
-    if REVERSE:
-        b_from_q = gl.load(p_line + o_row, mask=m_row, other=0.0, cache_modifier=".cg")
-    mbarrier.wait(empty.index(i % STAGES), (i // STAGES) & 1)
-    b_sums = _summed(s_sums)
-    if REVERSE:
-        _store_decay_grad(p_grad, o_row, m_row, b_from_q, b_sums, b_behind, s_crossing, H)
-    else:
-        gl.store(p_line + o_row, b_sums, mask=m_row)
 
 
 @gluon.jit
 def _half(
-    half, d_w, p_w, tiles, lines, s_P, own, bars, segment, p_head, p_by_segment,
+    half, d_w, p_w, tiles, s_P, own, bars, segment, p_head, p_by_segment,
     p_exits, p_states, p_initial, p_final,
     i_h, H, length, stride_x, stride_z,
     REVERSE: gl.constexpr, SCAN: gl.constexpr,
@@ -278,12 +257,10 @@ def _half(
     L_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     L_W: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     A_W: gl.constexpr = gl.DotOperandLayout(0, L_W, 2)
-    A_S: gl.constexpr = gl.DotOperandLayout(0, L_S, 2)
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     s_x, s_y, s_z, s_u = tiles
-    _, s_factor, s_back, s_ahead = lines
-    full, empty, pairs = bars
-    s_w, s_sums = own[0].index(half), own[1].index(half)
+    full, _, ready, pairs, empty = bars
+    s_w, s_sums = own[0].index(half), own[1]
     i_m, start, stop, i_s, before, behind, begin, end = segment
     dtype: gl.constexpr = d_w.dtype
     num_chunks = (stop - start + C - 1) // C
@@ -321,37 +298,27 @@ def _half(
         b_x, b_y, b_z = s_x.index(stage), s_y.index(stage), s_z.index(stage * 2 + half)
         b_front, b_rest = split(gl.convert_layout(b_S, A_W))
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+        mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
         if num_tokens < C:
-            clear_rows(b_y, num_tokens, ROWS, 16)
             clear_rows(b_z, num_tokens, ROWS, 16)
             fence_async_shared()
             barrier()
 
         b_w = gl.zeros([R, C], gl.float32, L_W)
-        b_near = gl.zeros([R, C], gl.float32, L_W)
         b_w = warpgroup_mma(b_front, b_x.permute((1, 0)), b_w, use_acc=False, is_async=True)
         b_w = warpgroup_mma(b_rest, b_x.permute((1, 0)), b_w, is_async=True)
         b_S = b_S * gl.exp2(last)
         tma.store_wait(0)
         barrier()
         mbarrier.wait(pairs, i & 1)
-        b_w, b_S = warpgroup_mma_wait(0, deps=[b_w, b_S])
-
-        b_near = warpgroup_mma(b_z.permute((1, 0)), s_P, b_near, use_acc=False, is_async=True)
-        s_parts = s_back if REVERSE else s_ahead
-        b_decayed = times_parts(b_z.permute((1, 0)).load(A_S), s_parts, stage, A_S)
-        b_S = warpgroup_mma(b_decayed, b_y, b_S, is_async=True)
-        # The other pass adds u, decayed and rounded, to its state: so it counts here as well.
+        b_w = warpgroup_mma(b_z.permute((1, 0)), s_P, b_w, is_async=True)
+        b_S = warpgroup_mma(b_z.permute((1, 0)), b_y, b_S, is_async=True)
         b_u = s_u.index(stage * 2 + half).permute((1, 0)).load(L_W)
-        s_parts = s_ahead if REVERSE else s_back
-        b_dots = b_w * widened(times_parts(b_u, s_parts, stage, L_W))
-        b_factor = s_factor.index(stage).load(gl.SliceLayout(0, L_W))[None, :]
-        b_w = b_w * b_factor
-        b_near = warpgroup_mma_wait(1, deps=[b_near])
-        s_w.permute((1, 0)).store((b_w + b_near).to(dtype))
-        b_dots = gl.fma(b_near, widened(b_u), b_dots)
+        b_w = warpgroup_mma_wait(1, deps=[b_w])
+        s_w.permute((1, 0)).store(b_w.to(dtype))
+        b_dots = b_w * widened(b_u)
         b_dots = gl.sum(b_dots.reshape([R // 16, 2, 8, C]), 1)
-        s_sums.store(sum_lanes(b_dots, R, C))
+        s_sums.index((i & 1) * 2 + half).store(sum_lanes(b_dots, R, C))
         b_S = warpgroup_mma_wait(0, deps=[b_S])
         fence_async_shared()
         barrier()
@@ -394,16 +361,17 @@ def output_pass_sums_kernel(
     begin_beside(LATE)
     gl.warp_specialize(
         [
-            (_half, (0, d_w, p_w, tiles, lines, s_P, own, bars, segment, p_head, p_by_segment,
+            (_half, (0, d_w, p_w, tiles, s_P, own, bars, segment, p_head, p_by_segment,
                      p_exits, p_states, p_initial, p_final,
                      i_h, H, length, stride_x, stride_z, REVERSE, SCAN, C, BX, STAGES)),
-            (_half, (1, d_w, p_w, tiles, lines, s_P, own, bars, segment, p_head, p_by_segment,
+            (_half, (1, d_w, p_w, tiles, s_P, own, bars, segment, p_head, p_by_segment,
                      p_exits, p_states, p_initial, p_final,
                      i_h, H, length, stride_x, stride_z, REVERSE, SCAN, C, BX, STAGES)),
-            (_pairs, ((d_x, d_y, d_z, d_u), tiles, lines, s_P, own, bars, segment, p_head,
+            (_pairs, (tiles, lines, s_P, bars, segment, REVERSE, C, BX, STAGES)),
+            (_serve, ((d_x, d_y, d_z, d_u), tiles, lines, own, bars, segment, p_head,
                       p_dots + i_h.to(gl.int64) * N, p_grad, i_h, H, REVERSE, C, BX, STAGES)),
         ],
-        [4, 4],
-        [208, 88],
+        [4, 4, 4],
+        [192, 72, 56],
     )  # fmt: skip
     end_after_launches_before(LATE)
