@@ -17,6 +17,10 @@ waited, not sooner: when a launch begins, all but the one before it have then en
   memory, may run beside it and wait at its end: whoever waits for the pass has then waited for
   both. It lets the next launch in when it begins, so that one must wait first, or be such that
   neither of the two concerns it before it waits.
+
+So of launches A, B, C in a row with C late, C may read what A wrote exactly if B waits before it
+lets C in: if B is late too, A may still be writing. In backward A is dq, B dv and C dk, which reads
+what dq's pass sums for the decays' gradient, and the states that leave its segments.
 """
 
 from __future__ import annotations

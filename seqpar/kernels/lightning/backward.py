@@ -9,12 +9,13 @@ Legend: B batch, T tokens, H heads, K key dim, V value dim, S sequences, M segme
     dk = output_pass(v, do, q; E) backward
 
 What does not need the launch before it runs beside that one's end (overlap.py): the states E beside
-dq, dk beside dv, and all three where nothing is cut.
+dq, dk beside dv, and all three where nothing is cut and no decay learns.
 
 No state of a chunk is ever written to memory: each pass carries its own.
 
 The gradient of decays per token comes from sums that the passes of dq and dk give besides
-(decay_gradient.py).
+(decay_gradient.py). The pass of dk reads what that of dq wrote of them, and begins as soon as all
+of dv's programs have begun: so these must have waited for dq by then, and dv is never beside it.
 
 Floor: q, k, v and do read once, dq, dk and dv written once, 7 tensors. The three passes move 12,
 so their share of the floor can not exceed 0.58. One launch of dk and dv that reads what they share
@@ -34,8 +35,8 @@ from seqpar.kernels.lightning.launch_output import (
     Entering,
     Learning,
     Waits,
+    is_by_hand,
     output_pass,
-    parts_of_crossing,
 )
 from seqpar.kernels.lightning.plan import Plan
 from seqpar.kernels.lightning.state_pass import room_for_states
@@ -79,10 +80,12 @@ def backward_triton(
     cut, of_q, of_k = states.cut, None, None
     learns = decay_grad and plan.problem.decay_dims == 3
     if learns:
-        tile = plan.transposed_config.value_tile
-        parts = parts_of_crossing(plan.transposed_config, k, v, q, do)
-        passed_on = cut.segments.num_cut > 0 or exit_state_grad is not None
-        of_q, of_k = learn(q, k, plan.value_dim, cut, tile, exits=parts if passed_on else 0)
+        config = plan.transposed_config
+        of_q, of_k = learn(
+            q, k, plan.value_dim, cut, config.value_tile,
+            passed_on=cut.segments.num_cut > 0 or exit_state_grad is not None,
+            by_hand=is_by_hand(config, k, v, q, do),
+        )  # fmt: skip
     # Memory first: what runs beside another launch must not be given what that one still reads.
     dv, dk = _empty(v), _empty(k)
     room = room_for_states(q, do, cut) if grad_states is None and cut.segments.num_cut else None
@@ -92,7 +95,7 @@ def backward_triton(
     follows = dq is None
     if dq is None:  # before the other states, so that the device starts early
         dq = query_grad_triton(plan, (q, k, v, do), entry_state, states, learning=of_q)
-        waits = "first" if cut.segments.num_cut else "last"
+        waits = "first" if cut.segments.num_cut else "for states" if learns else "last"
     if grad_states is None:
         grad_states, _ = summarize(
             plan, q, do, log_decay, reverse=True, final=False, decays=states.decays,
@@ -104,11 +107,10 @@ def backward_triton(
         plan, (k, q, do), dv, grad_states, behind,
         final=dentry, reverse=True, transposed=False, waits=waits,
     )  # fmt: skip
-    # dk runs beside dv; not if dv runs beside dq, whose exit states dk's pass is to read.
-    reads_exits = of_k is not None and of_k.exits is not None
+    assert not (learns and waits == "last"), "what dq's pass sums may not be there for dk's"
     _pass(
-        plan, (v, do, q), dk, grad_states, behind, reverse=True, transposed=True, learning=of_k,
-        waits="first" if waits == "last" and reads_exits else "last",
+        plan, (v, do, q), dk, grad_states, behind,
+        reverse=True, transposed=True, learning=of_k, waits="last",
     )  # fmt: skip
     dlog_decay = decay_gradient(of_q, of_k, cut) if of_q and of_k else None
     return _trimmed(plan, dq, dk, dv, dlog_decay, dentry)

@@ -10,12 +10,15 @@ With G the running sum of log decays, and S the state that leaves a segment, E i
     dL/dG_i = q_i . dq_i - k_i . dk_i,     dL/dg_t = <S, E> + sum_(i >= t) dL/dG_i
 
 over the tokens i of t's segment (Dao and Gu, arXiv 2405.21060, appendix). The passes that make dq
-and dk give q . dq and k . dk before they are rounded, and <S, E>.
+and dk give q . dq and k . dk before they are rounded, and <S, E>. By hand the pass of dk, which
+runs backward in time itself, reads q . dq and gives the gradient (output_pass_sums.py); what
+Triton's passes give, in tiles of columns that different programs make, two kernels here add up.
 
 The sum keeps what crosses t and has to cancel the rest, tens of thousands of tokens of it. It does
 because both passes work with the same numbers: pairs of one chunk are rounded alike in both; states
-and what is added to them are multiplied as sums of two numbers, so that what one pass adds to a
-state is, to 2^-16, what the other reads from it. Then errors do not add up along the sequence.
+are multiplied as sums of two numbers, and so is what is added to them or, by hand, it is rounded
+once and alike in both: what one pass adds to a state is, to 2^-16, what the other reads from it.
+Then errors do not add up along the sequence.
 """
 
 from __future__ import annotations
@@ -77,8 +80,7 @@ def block_sums_kernel(
 @triton.jit(do_not_specialize=["M", "N", "stride_sums"])  # new with every batch
 def decay_gradient_kernel(
     p_from_q, p_from_k, p_crossing, p_sums, p_out, p_bounds, M, H, N, stride_sums,
-    OVERLAP: tl.constexpr, TILES: tl.constexpr, CROSSINGS: tl.constexpr,
-    BLOCK: tl.constexpr, BH: tl.constexpr,
+    OVERLAP: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """out[t, h] = crossing[m, h] + the sum, from t to its segment's end, of from_q - from_k.
 
@@ -92,7 +94,7 @@ def decay_gradient_kernel(
         o_h = i_g * BH + tl.arange(0, BH)
         behind = tl.zeros([BH], tl.float32)
         if p_crossing is not None:
-            for i_k in tl.static_range(CROSSINGS):
+            for i_k in tl.static_range(TILES):
                 behind += tl.load(p_crossing + (i_k * M + i_m) * H + o_h, mask=o_h < H, other=0.0)
         p_first = p_sums + o_h[:, None] * stride_sums + start // BLOCK + i_m
         num_blocks = tl.cdiv(stop - start, BLOCK)
@@ -111,11 +113,10 @@ def decay_gradient_kernel(
 
 
 def learn(
-    q: Tensor, k: Tensor, value_dim: int, cut: Cut, tile: int, *, exits: int
+    q: Tensor, k: Tensor, value_dim: int, cut: Cut, tile: int, *, passed_on: bool, by_hand: bool
 ) -> tuple[Learning, Learning]:
-    """What the passes that make dq and dk are to write.
-
-    `exits`: 0 where no state is passed on, else in how many parts `crossing` comes.
+    """What the passes that make dq and dk are to write; `passed_on`: a gradient reaches a state
+    that leaves a segment.
     """
     batch, tokens, heads, key_dim = q.shape
     tiles, count = triton.cdiv(key_dim, tile), cut.segments.count
@@ -123,22 +124,24 @@ def learn(
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=q.device)
 
-    leaving = empty(count, heads, key_dim, value_dim) if exits else None
-    crossing = empty(exits, count, heads) if exits else None
-    return (
-        Learning(q, empty(tiles, heads, batch * tokens), leaving),
-        Learning(k, empty(tiles, heads, batch * tokens), leaving, crossing),
-    )
+    leaving = empty(count, heads, key_dim, value_dim) if passed_on else None
+    of_q = Learning(q, empty(tiles, heads, batch * tokens), leaving)
+    if by_hand:
+        return of_q, Learning(k, of_q.dots, leaving, decay_grad=empty(batch, tokens, heads))
+    crossing = empty(tiles, count, heads) if passed_on else None
+    return of_q, Learning(k, empty(tiles, heads, batch * tokens), leaving, crossing)
 
 
 def decay_gradient(of_q: Learning, of_k: Learning, cut: Cut) -> Tensor:
     """[B, T, H] float32: the gradient of decays per token, after both passes."""
+    if of_k.decay_grad is not None:
+        return of_k.decay_grad
     batch, tokens, heads, _ = of_q.of.shape
     parts, device = of_q.dots.shape[0], of_q.of.device
     num_slots = batch * tokens // _BLOCK + cut.segments.count + 1
     sums = torch.empty(heads, num_slots, dtype=torch.float32, device=device)
     out = torch.empty(batch, tokens, heads, dtype=torch.float32, device=device)
-    key = ("decay gradient", 0 if of_k.crossing is None else of_k.crossing.shape[0])
+    key = ("decay gradient", of_k.crossing is None)
     launches = cut.launches.get(key)
     if launches is None:
         launches = _launches(cut, heads, batch * tokens, num_slots, parts, of_k.crossing, device)
@@ -163,7 +166,7 @@ def _launches(
         "p_bounds": segments.bounds, "H": heads, "N": num_tokens, "stride_sums": num_slots,
         "TILES": parts, "BLOCK": _BLOCK, "BH": _HEADS,
     }  # fmt: skip
-    last = {**fixed, "M": segments.count, "CROSSINGS": 0 if crossing is None else crossing.shape[0]}
+    last = {**fixed, "M": segments.count}
     if crossing is None:
         last["p_crossing"] = None
     grid = (segments.count, triton.cdiv(segments.longest, _BLOCK), triton.cdiv(heads, _HEADS))

@@ -18,6 +18,7 @@ __all__ = [
     "TILE",
     "barrier",
     "clear_rows",
+    "decay_rows",
     "fixed_pair_decays",
     "head_decay",
     "last_decay",
@@ -29,7 +30,6 @@ __all__ = [
     "store_parts",
     "store_tile",
     "stored_pair_decays",
-    "sum_lanes",
     "times_parts",
     "token_decays",
     "widened",
@@ -184,6 +184,21 @@ def store_parts(s_parts, stage, factor, dtype: gl.constexpr):
     front = factor.to(dtype)
     s_parts[0].index(stage).store(front)
     s_parts[1].index(stage).store((factor - front.to(gl.float32)).to(dtype))
+
+
+@gluon.jit
+def decay_rows(s_tile, s_parts, stage):
+    """Multiply each row [_, D] bfloat16 by its factor [_] in two parts, rounded once, in place.
+
+    What a thread holds of 64 rows lies in one, so that it reads one factor.
+    """
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [2, 2], [1, 0])
+    b_front = s_parts[0].index(stage).load(gl.SliceLayout(1, ROWS))[:, None]
+    b_rest = s_parts[1].index(stage).load(gl.SliceLayout(1, ROWS))[:, None]
+    b_x = s_tile.load(ROWS)
+    b_x, b_front = gl.broadcast(b_x, b_front)
+    b_x, b_rest = gl.broadcast(b_x, b_rest)
+    s_tile.store(gl.fma(b_x, b_front, b_x * b_rest))
 
 
 @gluon.jit

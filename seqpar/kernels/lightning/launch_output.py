@@ -19,12 +19,13 @@ from seqpar.kernels.lightning.state_pass import can_be_flat, precision
 from seqpar.kernels.lightning.tuning import Config, for_groups, padded
 from seqpar.kernels.overlap import can_overlap
 
-__all__ = ["Entering", "Learning", "Waits", "output_pass", "parts_of_crossing"]
+__all__ = ["Entering", "Learning", "Waits", "is_by_hand", "output_pass"]
 
 Waits = Literal["first", "for states", "last"]
-"""When a pass waits for the launches before it (overlap.py): before all it does; before it reads
-states, which the launch before made of the same inputs; or at its end, where the launch before is
-another pass of the same call, from the same states."""
+"""When a pass waits for the launches before it (overlap.py): before all it does; after it has begun
+to fetch its inputs, which the launch before, one of the same call, does not write, and before it
+reads states; or at its end, where the launch before is another pass of the same call, from the same
+states."""
 
 
 class Entering(NamedTuple):
@@ -42,22 +43,20 @@ class Learning(NamedTuple):
 
     of: Tensor
     dots: Tensor
-    """[tiles of DZ, H, B * T] float32: of each token, `of` times its gradient."""
+    """[tiles of DZ, H, B * T] float32: of each token, `of` times its gradient; with `decay_grad`
+    what the pass forward in time wrote, to be read."""
     exits: Tensor | None
     """[M, H, K, V] float32: the state that leaves each segment. The pass forward in time writes it,
     the pass backward in time reads it. None where no gradient reaches any of them."""
     crossing: Tensor | None = None
-    """[parts of DZ, M, H] float32, backward in time: `exits` times their gradients."""
+    """[tiles of DZ, M, H] float32, backward in time in Triton: `exits` times their gradients."""
+    decay_grad: Tensor | None = None
+    """[B, T, H] float32, backward in time by hand: the gradient of decays per token itself."""
 
 
-def parts_of_crossing(config: Config, *tensors: Tensor) -> int:
-    """In how many parts a pass over these tensors gives its `crossing`.
-
-    By hand that is two, see output_pass_sums.py; where Triton's kernel serves, one a value tile.
-    """
-    if config.by_hand and can_be_flat(*tensors):
-        return 2
-    return -(-tensors[0].shape[3] // config.value_tile)
+def is_by_hand(config: Config, *tensors: Tensor) -> bool:
+    """Whether a pass over these tensors, and others like them, is one of those by hand."""
+    return config.by_hand and can_be_flat(*tensors)
 
 
 def output_pass(
@@ -81,15 +80,18 @@ def output_pass(
     """
     x, y, z = roles
     states, initial, scanned = entering
-    of, dots, exits, crossing = (None,) * 4 if learning is None else learning
-    optional = (of, dots, crossing, exits, states, initial, final)
+    of, dots, exits, crossing, decay_grad = (None,) * 5 if learning is None else learning
+    optional = (of, dots, crossing, decay_grad, exits, states, initial, final)
     key = (
         reverse, transposed, scanned, waits, x.stride(), y.stride(), z.stride(),
         *(tensor is None for tensor in optional), None if of is None else of.stride(),
     )  # fmt: skip
     launch = cut.launches.get(key)
     if launch is None:
-        names = ("d_u", "p_dots", "p_crossing", "p_exits", "p_states", "p_initial", "p_final")
+        names = (
+            "d_u", "p_dots", "p_crossing", "p_decay_grad", "p_exits", "p_states", "p_initial",
+            "p_final",
+        )  # fmt: skip
         missing = {name: None for name, given in zip(names, optional, strict=True) if given is None}
         launch = _output_launch(
             roles, out, of, cut, config, decays, missing=missing, reverse=reverse,
@@ -101,7 +103,8 @@ def output_pass(
         "d_x": x, "d_y": y, "d_z": z, "d_u": of, "d_w": out, "p_w": out,
         "p_decay": decays.per_head, "d_reach": decays.reach, "p_reach": decays.reach,
         "p_by_segment": decays.by_segment, "p_dots": dots, "p_crossing": crossing,
-        "p_exits": exits, "p_states": states, "p_initial": initial, "p_final": final,
+        "p_decay_grad": decay_grad, "p_exits": exits, "p_states": states, "p_initial": initial,
+        "p_final": final,
     }  # fmt: skip
     launch(*[tensor for name in launch.names if (tensor := given[name]) is not None])
 
@@ -126,6 +129,7 @@ def _output_launch(
     tile_x, tile_z = padded(dim_x), config.value_tile
     flat = can_be_flat(x, y, z, out) and (of is None or can_be_flat(of))
     by_hand = config.by_hand and flat
+    assert by_hand or "p_decay_grad" in missing, "only passes by hand make the decays' gradient"
     if by_hand:
         config = for_groups(config)
     fixed: dict[str, Any] = {

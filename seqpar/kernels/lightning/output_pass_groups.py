@@ -15,8 +15,9 @@ the first; wᵀ leaves through shared memory, in one bulk copy, while the update
 P are worked out once where they are fixed.
 
 EARLY: the first chunks are fetched before the wait for the launches before (overlap.py), which is
-for the states alone. Only where the launch before is the state pass of the same call. LATE: the
-wait is at the end. Only where the launch before is another pass from the same states.
+for the states alone. Only where every launch that may still run is of the same call and writes none
+of x, y and z. LATE: the wait is at the end. Only where the launch before is another pass from the
+same states.
 """
 
 from __future__ import annotations

@@ -3,17 +3,44 @@
 
 """The output pass by hand that takes sums for the gradient of decays per token along.
 
-It computes what `output_pass_kernel` does (see there for roles, legend and formulas), for bfloat16
-and head dims of 128: w, which is dq or dk, and u·w of each token, u being q or k.
+It computes what `output_pass_kernel` does (see there for roles and legend), for bfloat16 and head
+dims of 128: w, which is dq or dk, and u·w of each token, u being q or k. Forward in time u·w, which
+is q·dq, is stored; backward in time it is k·dk, which no one else needs: the pass reads q·dq and
+stores the decays' gradient itself (decay_gradient.py has the formula), whose sums over the tokens
+behind run in its own direction.
 
-Three groups of four warps. Two carry half of the state's rows each, which are columns of z, u and
-w; the third makes the pairs P of a chunk while these are at the chunk before, starts the copies,
-works out decays and puts together what the two have summed. These wait for P and for copies, never
-for each other.
+The device runs at its power limit here, so instructions count. All decays of a chunk are therefore
+in P, x and y before the products that carry the state S,
 
-One chunk of a half: the entry product is issued with the state in two numbers; z is decayed and the
-update of the state issued behind it; then zᵀ P. The entry product's part of the sums is taken
-beside the update, the rest at the end, and wᵀ leaves through shared memory in one bulk copy.
+    P = (y xᵀ) times the decays between tokens,    x' = x times the decays since the chunk began,
+    wᵀ = S x'ᵀ + zᵀ P,    S = S times the chunk's decay + zᵀ y',    y' = y times those to its end
+
+(began and end: in the pass's own direction). wᵀ is one accumulator, u·w one product, and z goes
+into both products as it was read. x' and y' are rounded to bfloat16 once, and alike in both passes:
+the x' of dq's is the y' of dk's and the other way round, so what one adds to its state is what the
+other reads from its own, and the rounding leaves the decays' gradient when it is summed. S is
+multiplied as the sum of two bfloat16 numbers.
+
+Four groups of four warps:
+
+- two halves, each with half of S's rows, which are columns of z, u and w;
+- one for P of a chunk, while the halves are at the chunk before;
+- one that serves: copies, decays of chunks, x' and y' in the places of x and y, and the sums.
+
+Barriers, one of each stage but `pairs`; a chunk i passes them in this order:
+
+- `full`: its tensors are there.
+- `read`: P's product has read x and y, which may become x' and y'.
+- `ready`: x' and y' are there; and the sums of chunk i - 2, where the halves will store those of
+  this one, have been read.
+- `pairs`: P is there, in its only room: given after `empty` of chunk i - 1.
+- `empty`: both halves have left the chunk and stored its sums. The group of P waits for it before
+  it stores the next P, the serving one before it fetches chunk i + STAGES and reads the sums.
+
+Floor: a pass reads x, y, z and u and writes w, 5 tensors; backward with the decays' gradient moves
+14. In a segment's last chunk, if part of it is another segment's, y is cleared before P, z before
+the halves use it. What x holds there is multiplied by finite decays and stays in the columns of w,
+and in the sums, of tokens that are not stored.
 """
 
 from __future__ import annotations
@@ -34,6 +61,7 @@ from seqpar.kernels.lightning.hopper_steps import (
     TILE,
     barrier,
     clear_rows,
+    decay_rows,
     last_decay,
     load_tile,
     room_for_parts,
@@ -42,11 +70,15 @@ from seqpar.kernels.lightning.hopper_steps import (
     state_entering,
     store_parts,
     stored_pair_decays,
-    sum_lanes,
-    times_parts,
     token_decays,
     widened,
     write_columns,
+)
+from seqpar.kernels.lightning.hopper_sums import (
+    IN_WARP,
+    give_sums,
+    sum_lanes,
+    tokens_of,
 )
 from seqpar.kernels.overlap import (
     begin_beside,
@@ -64,7 +96,7 @@ PER_TOKEN = gl.constexpr(2)
 def _shared_memory(dtype: gl.constexpr, STAGES: gl.constexpr, C: gl.constexpr, D: gl.constexpr):
     """Room for the chunks in flight of x, y, z and u, for P, w, sums and decays; and barriers.
 
-    z, u, w and sums are apart for each half.
+    z, u, w and sums are apart for each half; sums of two chunks in turn.
     """
     s_x = gl.allocate_shared_memory(dtype, [STAGES, C, D], TILE)
     s_y = gl.allocate_shared_memory(dtype, [STAGES, C, D], TILE)
@@ -72,22 +104,26 @@ def _shared_memory(dtype: gl.constexpr, STAGES: gl.constexpr, C: gl.constexpr, D
     s_u = gl.allocate_shared_memory(dtype, [STAGES * 2, C, D // 2], TILE)
     s_P = gl.allocate_shared_memory(dtype, [C, C], TILE)
     s_w = gl.allocate_shared_memory(dtype, [2, C, D // 2], TILE)
-    s_sums = gl.allocate_shared_memory(gl.float32, [2, D // 32, C], LINES)
+    s_sums = gl.allocate_shared_memory(gl.float32, [2 * 2, D // 32, C], LINES)
+    s_crossing = gl.allocate_shared_memory(gl.float32, [2, C], LINE)
     s_reach = gl.allocate_shared_memory(gl.float32, [STAGES, C], LINE)
-    s_factor = gl.allocate_shared_memory(gl.float32, [STAGES, C], LINE)
     s_back = room_for_parts(dtype, STAGES, C)
     s_ahead = room_for_parts(dtype, STAGES, C)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    read = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     pairs = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
+        mbarrier.init(read.index(i), count=1)
+        mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     mbarrier.init(pairs, count=1)
     fence_async_shared()
     barrier()
-    tiles, lines = (s_x, s_y, s_z, s_u), (s_reach, s_factor, s_back, s_ahead)
-    return tiles, lines, s_P, (s_w, s_sums), (full, empty, pairs)
+    tiles, lines = (s_x, s_y, s_z, s_u), (s_reach, s_back, s_ahead)
+    return tiles, lines, s_P, (s_w, s_sums, s_crossing), (full, read, ready, pairs, empty)
 
 
 @gluon.jit
@@ -98,7 +134,7 @@ def _fetch(
     """Start the copies of the i-th chunk in time order, and store its decays, if there is one."""
     d_x, d_y, d_z, d_u = windows
     s_x, s_y, s_z, s_u = tiles
-    s_reach, s_factor, s_back, s_ahead = lines
+    s_reach, s_back, s_ahead = lines
     reach, back, ahead = decays
     stage = i % STAGES
     i_c = num_chunks - 1 - i if REVERSE else i
@@ -106,7 +142,6 @@ def _fetch(
     bar = full.index(stage)
     pred = i < num_chunks
     s_reach.index(stage).store(reach)
-    s_factor.index(stage).store(ahead if REVERSE else back)
     store_parts(s_back, stage, back, d_x.dtype)
     store_parts(s_ahead, stage, ahead, d_x.dtype)
     barrier()
@@ -120,51 +155,77 @@ def _fetch(
 
 
 @gluon.jit
-def _store_sums(
-    s_sums, p_line, start, stop, i, num_chunks, REVERSE: gl.constexpr, C: gl.constexpr
-):  # fmt: skip
-    """u·w of the i-th chunk in time order, from what eight warps have added up."""
-    COLUMNS: gl.constexpr = gl.BlockedLayout([4, 1], [1, 32], [1, 4], [1, 0])
-    row = start + (num_chunks - 1 - i if REVERSE else i) * C
-    o_dots = row + gl.arange(0, C, gl.SliceLayout(0, COLUMNS))
-    b_sums = gl.sum(s_sums.index(0).load(COLUMNS) + s_sums.index(1).load(COLUMNS), 0)
-    gl.store(p_line + o_dots, b_sums, mask=o_dots < stop)
+def _decays(p_head, first_slot, i, num_chunks, REVERSE: gl.constexpr, C: gl.constexpr):
+    """`token_decays` of the i-th chunk in time order, or of the last if there is none."""
+    TOKENS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    i_c = gl.minimum(i, num_chunks - 1)
+    i_c = num_chunks - 1 - i_c if REVERSE else i_c
+    o_c = gl.arange(0, C, TOKENS)
+    return token_decays(p_head, first_slot + i_c, C, 0.0, o_c, PER_TOKEN, C)
 
 
 @gluon.jit
-def _pairs(
-    windows, tiles, lines, s_P, s_sums, bars, segment, p_head, p_line, i_h,
+def _serve(
+    windows, tiles, lines, own, bars, segment, p_head, p_line, p_grad, i_h, H,
     REVERSE: gl.constexpr, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """P of every chunk, given as soon as both halves have left the one before; copies; and sums."""
-    L_P: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    TOKENS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    """Copies; x and y decayed in place, once P is made of them; and sums."""
     s_x, s_y = tiles[0], tiles[1]
-    s_reach = lines[0]
-    full, empty, pairs = bars
+    _, s_back, s_ahead = lines
+    full, read, ready, _, empty = bars
     i_m, start, stop = segment[0], segment[1], segment[2]
     num_chunks = (stop - start + C - 1) // C
     first_slot = start // C + i_m
-    o_line = gl.arange(0, C, TOKENS)
     for i in gl.static_range(STAGES - 1):
-        i_c = gl.minimum(i, num_chunks - 1)
-        i_c = num_chunks - 1 - i_c if REVERSE else i_c
-        decays = token_decays(p_head, first_slot + i_c, C, 0.0, o_line, PER_TOKEN, C)
+        decays = _decays(p_head, first_slot, i, num_chunks, REVERSE, C)
         _fetch(
             windows, tiles, lines, full, decays, i, num_chunks, start, i_h * D,
             REVERSE, C, D, STAGES,
         )  # fmt: skip
+    b_behind = gl.zeros([C], gl.float32, IN_WARP)
+    for i in range(0, num_chunks):
+        stage = i % STAGES
+        left = tokens_of(p_line, start, stop, i - 1, num_chunks, REVERSE, C)  # none for i = 0
+        next_in = i + STAGES - 1  # into the room that the chunk before leaves
+        decays = _decays(p_head, first_slot, next_in, num_chunks, REVERSE, C)
+        mbarrier.wait(read.index(stage), (i // STAGES) & 1)
+        decay_rows(s_x.index(stage), s_ahead if REVERSE else s_back, stage)
+        decay_rows(s_y.index(stage), s_back if REVERSE else s_ahead, stage)
+        fence_async_shared()
+        barrier()
+        mbarrier.arrive(ready.index(stage), count=1)
+        mbarrier.wait(empty.index(next_in % STAGES), ((next_in // STAGES) & 1) ^ 1)
+        _fetch(
+            windows, tiles, lines, full, decays, next_in, num_chunks, start, i_h * D,
+            REVERSE, C, D, STAGES,
+        )  # fmt: skip
+        b_behind = give_sums(own, p_line, p_grad, left, b_behind, i - 1, H, REVERSE)
+    i = num_chunks - 1
+    left = tokens_of(p_line, start, stop, i, num_chunks, REVERSE, C)
+    mbarrier.wait(empty.index(i % STAGES), (i // STAGES) & 1)
+    give_sums(own, p_line, p_grad, left, b_behind, i, H, REVERSE)
+
+
+@gluon.jit
+def _pairs(
+    tiles, lines, s_P, bars, segment,
+    REVERSE: gl.constexpr, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """P of every chunk, given as soon as both halves have left the one before."""
+    L_P: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    s_x, s_y = tiles[0], tiles[1]
+    s_reach = lines[0]
+    full, read, _, pairs, empty = bars
+    start, stop = segment[1], segment[2]
+    num_chunks = (stop - start + C - 1) // C
     for i in range(0, num_chunks):
         stage = i % STAGES
         i_c = num_chunks - 1 - i if REVERSE else i
         num_tokens = gl.minimum(stop - start - i_c * C, C)
-        later = gl.minimum(i + STAGES - 1, num_chunks - 1)
-        later = num_chunks - 1 - later if REVERSE else later
-        decays = token_decays(p_head, first_slot + later, C, 0.0, o_line, PER_TOKEN, C)
         b_x, b_y = s_x.index(stage), s_y.index(stage)
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-        if num_tokens < C:  # the halves clear y, too, with the same numbers
+        if num_tokens < C:
             clear_rows(b_y, num_tokens, ROWS, 16)
             fence_async_shared()
             barrier()
@@ -172,29 +233,22 @@ def _pairs(
         b_P = warpgroup_mma(b_y, b_x.permute((1, 0)), b_P, use_acc=False, is_async=True)
         b_gap = stored_pair_decays(s_reach.index(stage), REVERSE, C, L_P)
         b_P = warpgroup_mma_wait(0, deps=[b_P])
+        barrier()
+        mbarrier.arrive(read.index(stage), count=1)
         b_P = (b_P * b_gap).to(s_P.dtype)
-        next_in = i + STAGES - 1  # into the room that the chunk before leaves
-        mbarrier.wait(empty.index(next_in % STAGES), ((next_in // STAGES) & 1) ^ 1)
-        if i > 0:  # until P is given, nobody writes sums
-            _store_sums(s_sums, p_line, start, stop, i - 1, num_chunks, REVERSE, C)
+        before = i + STAGES - 1  # the chunk before has the stage that this one will have
+        mbarrier.wait(empty.index(before % STAGES), ((before // STAGES) & 1) ^ 1)
         s_P.store(b_P)
         fence_async_shared()
         barrier()
         mbarrier.arrive(pairs, count=1)
-        _fetch(
-            windows, tiles, lines, full, decays, next_in, num_chunks, start, i_h * D,
-            REVERSE, C, D, STAGES,
-        )  # fmt: skip
-    i = num_chunks - 1
-    mbarrier.wait(empty.index(i % STAGES), (i // STAGES) & 1)
-    _store_sums(s_sums, p_line, start, stop, i, num_chunks, REVERSE, C)
 
 
 @gluon.jit
 def _half(
-    half, d_w, p_w, tiles, lines, s_P, own, bars, segment, p_head, p_by_segment,
-    p_crossing, p_exits, p_states, p_initial, p_final,
-    i_h, H, M, length, stride_x, stride_z,
+    half, d_w, p_w, tiles, s_P, own, bars, segment, p_head, p_by_segment,
+    p_exits, p_states, p_initial, p_final,
+    i_h, H, length, stride_x, stride_z,
     REVERSE: gl.constexpr, SCAN: gl.constexpr,
     C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -203,12 +257,10 @@ def _half(
     L_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     L_W: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     A_W: gl.constexpr = gl.DotOperandLayout(0, L_W, 2)
-    A_S: gl.constexpr = gl.DotOperandLayout(0, L_S, 2)
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     s_x, s_y, s_z, s_u = tiles
-    _, s_factor, s_back, s_ahead = lines
-    full, empty, pairs = bars
-    s_w, s_sums = own[0].index(half), own[1].index(half)
+    full, _, ready, pairs, empty = bars
+    s_w, s_sums = own[0].index(half), own[1]
     i_m, start, stop, i_s, before, behind, begin, end = segment
     dtype: gl.constexpr = d_w.dtype
     num_chunks = (stop - start + C - 1) // C
@@ -226,9 +278,11 @@ def _half(
     )  # fmt: skip
     o_exit = (i_m * H + i_h).to(gl.int64) * (D * D)
     if REVERSE:
+        crossing = 0.0
         if p_exits is not None:
             crossing = gl.sum(gl.sum(b_S * gl.load(p_exits + o_exit + o_S), 1), 0)
-            gl.store(p_crossing + (half * M + i_m) * H + i_h, crossing)
+        b_crossing = gl.full([C], crossing, gl.float32, IN_WARP)
+        own[2].index(half).store(b_crossing)  # read after this half has left its first chunk
 
     i_c = num_chunks - 1 if REVERSE else 0
     left = gl.minimum(stop - start - i_c * C, C)
@@ -244,37 +298,27 @@ def _half(
         b_x, b_y, b_z = s_x.index(stage), s_y.index(stage), s_z.index(stage * 2 + half)
         b_front, b_rest = split(gl.convert_layout(b_S, A_W))
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+        mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
         if num_tokens < C:
-            clear_rows(b_y, num_tokens, ROWS, 16)
             clear_rows(b_z, num_tokens, ROWS, 16)
             fence_async_shared()
             barrier()
 
         b_w = gl.zeros([R, C], gl.float32, L_W)
-        b_near = gl.zeros([R, C], gl.float32, L_W)
         b_w = warpgroup_mma(b_front, b_x.permute((1, 0)), b_w, use_acc=False, is_async=True)
         b_w = warpgroup_mma(b_rest, b_x.permute((1, 0)), b_w, is_async=True)
         b_S = b_S * gl.exp2(last)
         tma.store_wait(0)
         barrier()
         mbarrier.wait(pairs, i & 1)
-        b_w, b_S = warpgroup_mma_wait(0, deps=[b_w, b_S])
-
-        b_near = warpgroup_mma(b_z.permute((1, 0)), s_P, b_near, use_acc=False, is_async=True)
-        s_parts = s_back if REVERSE else s_ahead
-        b_decayed = times_parts(b_z.permute((1, 0)).load(A_S), s_parts, stage, A_S)
-        b_S = warpgroup_mma(b_decayed, b_y, b_S, is_async=True)
-        # The other pass adds u, decayed and rounded, to its state: so it counts here as well.
+        b_w = warpgroup_mma(b_z.permute((1, 0)), s_P, b_w, is_async=True)
+        b_S = warpgroup_mma(b_z.permute((1, 0)), b_y, b_S, is_async=True)
         b_u = s_u.index(stage * 2 + half).permute((1, 0)).load(L_W)
-        s_parts = s_ahead if REVERSE else s_back
-        b_dots = b_w * widened(times_parts(b_u, s_parts, stage, L_W))
-        b_factor = s_factor.index(stage).load(gl.SliceLayout(0, L_W))[None, :]
-        b_w = b_w * b_factor
-        b_near = warpgroup_mma_wait(1, deps=[b_near])
-        s_w.permute((1, 0)).store((b_w + b_near).to(dtype))
-        b_dots = gl.fma(b_near, widened(b_u), b_dots)
+        b_w = warpgroup_mma_wait(1, deps=[b_w])
+        s_w.permute((1, 0)).store(b_w.to(dtype))
+        b_dots = b_w * widened(b_u)
         b_dots = gl.sum(b_dots.reshape([R // 16, 2, 8, C]), 1)
-        s_sums.store(sum_lanes(b_dots, R, C))
+        s_sums.index((i & 1) * 2 + half).store(sum_lanes(b_dots, R, C))
         b_S = warpgroup_mma_wait(0, deps=[b_S])
         fence_async_shared()
         barrier()
@@ -291,40 +335,43 @@ def _half(
             gl.store(p_exits + o_exit + o_S, b_S)
 
 
-@gluon.jit(do_not_specialize=["N", "M", "length"])  # new with every batch
+@gluon.jit(do_not_specialize=["N", "length"])  # new with every batch
 def output_pass_sums_kernel(
     d_x, d_y, d_z, d_u, d_w, p_w, p_reach, stride_reach,
-    p_by_segment, p_dots, p_crossing, p_exits, p_states, p_initial,
-    p_final, p_table, H, N, M, length, stride_x, stride_z,
+    p_by_segment, p_dots, p_decay_grad, p_exits, p_states, p_initial,
+    p_final, p_table, H, N, length, stride_x, stride_z,
     OVERLAP: gl.constexpr, LATE: gl.constexpr, REVERSE: gl.constexpr, SCAN: gl.constexpr,
     C: gl.constexpr, BX: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """w and sums of every segment. Grid: (M * H,); the longest segments start first.
 
-    LATE: it waits at its end (overlap.py), where the launch before is another pass from the same
-    states.
+    Windows of x and y are [C, BX], of z, u and w one half's columns, [C, BX // 2]. `dots` [H, N]
+    is written forward in time and read backward in time, where `decay_grad` [N, H] is written.
 
-    Windows of x and y are [C, BX], of z, u and w one half's columns, [C, BX // 2]. `crossing`
-    comes in two parts, one of each half's columns.
+    LATE: it waits at its end (overlap.py), where the launch before is another pass from the same
+    states, which has waited for the pass that wrote what this one reads, `dots` and `exits`,
+    before it let this one in.
     """
     i_h = gl.program_id(0) % H
     segment = segment_of(p_table, gl.program_id(0) // H)
     p_head = p_reach + i_h.to(gl.int64) * stride_reach
+    p_grad = p_decay_grad + i_h if REVERSE else p_dots
     tiles, lines, s_P, own, bars = _shared_memory(d_x.dtype, STAGES, C, BX)
     wait_for_launches_before(OVERLAP and not LATE)
     begin_beside(LATE)
     gl.warp_specialize(
         [
-            (_half, (0, d_w, p_w, tiles, lines, s_P, own, bars, segment, p_head, p_by_segment,
-                     p_crossing, p_exits, p_states, p_initial, p_final,
-                     i_h, H, M, length, stride_x, stride_z, REVERSE, SCAN, C, BX, STAGES)),
-            (_half, (1, d_w, p_w, tiles, lines, s_P, own, bars, segment, p_head, p_by_segment,
-                     p_crossing, p_exits, p_states, p_initial, p_final,
-                     i_h, H, M, length, stride_x, stride_z, REVERSE, SCAN, C, BX, STAGES)),
-            (_pairs, ((d_x, d_y, d_z, d_u), tiles, lines, s_P, own[1], bars, segment, p_head,
-                      p_dots + i_h.to(gl.int64) * N, i_h, REVERSE, C, BX, STAGES)),
+            (_half, (0, d_w, p_w, tiles, s_P, own, bars, segment, p_head, p_by_segment,
+                     p_exits, p_states, p_initial, p_final,
+                     i_h, H, length, stride_x, stride_z, REVERSE, SCAN, C, BX, STAGES)),
+            (_half, (1, d_w, p_w, tiles, s_P, own, bars, segment, p_head, p_by_segment,
+                     p_exits, p_states, p_initial, p_final,
+                     i_h, H, length, stride_x, stride_z, REVERSE, SCAN, C, BX, STAGES)),
+            (_pairs, (tiles, lines, s_P, bars, segment, REVERSE, C, BX, STAGES)),
+            (_serve, ((d_x, d_y, d_z, d_u), tiles, lines, own, bars, segment, p_head,
+                      p_dots + i_h.to(gl.int64) * N, p_grad, i_h, H, REVERSE, C, BX, STAGES)),
         ],
-        [4, 4],
-        [208, 88],
+        [4, 4, 4],
+        [192, 72, 56],
     )  # fmt: skip
     end_after_launches_before(LATE)
