@@ -47,7 +47,7 @@ def folded(
     for j in tl.static_range(N - 1):
         b_key = tl.load(p_key + j * K, mask=m_k, other=0.0).to(tl.float32)
         b_value = tl.load(p_value + j * V, mask=m_v, other=0.0).to(tl.float32)
-        b_key *= decay * tl.load(p_weight + j)
+        b_value *= decay * tl.load(p_weight + j)
         b_S += b_key[:, None] * b_value[None, :]
     return b_S
 
@@ -79,24 +79,27 @@ def deferred_step_kernel(
     p_weight = p_weights + i_program.to(tl.int64) * N
     b_weight = tl.load(p_weight + o_n, mask=o_n < N - 1, other=0.0)
     weight = tl.load(p_weight + N - 1)
-    b_q = tl.load(p_q + i_state * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    b_q = tl.load(p_q + i_state * K + o_k, mask=m_k, other=0.0)
     b_k = tl.load(p_k + i_state * K + o_k, mask=m_k, other=0.0)
     b_v = tl.load(p_v + i_state * V + o_v, mask=m_v, other=0.0)
-    decay = 1.0
-    if DECAY == 1:
-        decay = tl.exp(tl.load(p_decay + i_state % H))
-    elif DECAY == 2:
-        decay = tl.exp(tl.load(p_decay + i_state))
-    count = ((i_state + (tl.load(p_steps) >> 32)) & (N - 1)).to(tl.int32)
-
+    step = tl.load(p_steps) >> 32
+    tl.debug_barrier()  # ptxas would ask for the state behind what waits for the step
+    count = ((i_state + step) & (N - 1)).to(tl.int32)
     m_kept, m_new = o_n < count, o_n == count
     p_keys += i_state * (N * K)
     p_values += i_state * (N * V)
     p_slots = p_keys + o_n[:, None] * K + o_k[None, :]
     b_keys = tl.load(p_slots, mask=m_kept[:, None] & m_k[None, :], other=0.0)
-    b_keys = tl.where(m_new[:, None], b_k[None, :], b_keys).to(tl.float32)
     p_slots = p_values + o_n[:, None] * V + o_v[None, :]
     b_values = tl.load(p_slots, mask=m_kept[:, None] & m_v[None, :], other=0.0)
+
+    decay = 1.0
+    if DECAY == 1:
+        decay = tl.exp(tl.load(p_decay + i_state % H))
+    elif DECAY == 2:
+        decay = tl.exp(tl.load(p_decay + i_state))
+    b_q = b_q.to(tl.float32)
+    b_keys = tl.where(m_new[:, None], b_k[None, :], b_keys).to(tl.float32)
     b_values = tl.where(m_new[:, None], b_v[None, :], b_values).to(tl.float32)
     b_weight = tl.where(m_new, 1.0, b_weight * decay)
     weight *= decay
