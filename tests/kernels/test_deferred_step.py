@@ -86,11 +86,17 @@ def test_head_dims_that_no_tile_fits(dims: tuple[int, int], device: str) -> None
     check(inputs, [1] * 9, device)
 
 
-def test_large_programs_where_there_are_many_states(device: str) -> None:
-    inputs = make_inputs(
-        decay="token", batch=3, tokens=3, heads=45, value_dim=65, dtype=torch.float32
-    )
-    check(inputs, [1] * 3, device, pending=2)
+@pytest.mark.parametrize("tile", [(16, 2), (32, 4), (64, 4)], ids=str)
+@pytest.mark.parametrize("pending", [1, 16])
+def test_programs_of_every_width(
+    tile: tuple[int, int], pending: int, triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which one runs depends on how many states there are."""
+    from seqpar.kernels.lightning import deferred_step
+
+    monkeypatch.setattr(deferred_step, "_tile", lambda *_: tile)
+    inputs = make_inputs(decay="token", tokens=6, heads=2, value_dim=65, dtype=torch.float32)
+    check(inputs, [1] * 6, triton_device, pending=pending)
 
 
 @pytest.mark.parametrize("decay", ["fixed", "token"])
@@ -162,17 +168,27 @@ def test_states_write_in_turn(triton_device: str) -> None:
 @pytest.mark.parametrize("dims", [(128, 128), (64, 64), (256, 256), (96, 80), (20, 128)])
 def test_bfloat16_at_real_sizes(decay: str, batch: int, dims: tuple[int, int]) -> None:
     inputs = make_inputs(
-        decay=decay, batch=batch, tokens=40, heads=64, key_dim=dims[0], value_dim=dims[1],
+        decay=decay, batch=batch, tokens=24, heads=33, key_dim=dims[0], value_dim=dims[1],
         dtype=torch.bfloat16,
     )  # fmt: skip
-    check(inputs, [1] * 30 + [2] + [1] * 8, "cuda", pending=None)
+    check(inputs, [1] * 12 + [2] + [1] * 10, "cuda", pending=None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dims", [(128, 128), (64, 96)])
+def test_a_thousand_states(dims: tuple[int, int]) -> None:
+    inputs = make_inputs(
+        decay="fixed", batch=16, tokens=10, heads=64, key_dim=dims[0], value_dim=dims[1],
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    check(inputs, [1] * 10, "cuda", pending=None)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("decay", DECAYS)
 def test_replays_of_one_graph(decay: str) -> None:
-    """Forty tokens through a graph of one step, a few outside it, and a graph of the state."""
-    tokens = 40
+    """Thirty tokens through a graph of one step, a few outside it, and a graph of the state."""
+    tokens = 30
     inputs = make_inputs(
         decay=decay, batch=3, tokens=tokens, heads=50, key_dim=128, value_dim=128,
         dtype=torch.bfloat16,

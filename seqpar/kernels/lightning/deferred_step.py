@@ -63,7 +63,7 @@ def deferred_step_kernel(
 
     Weights [N] of a program: of its slots, and last, as the Nth token is never kept, w of S.
     Steps: in the upper 32 bits those done, in the lower the programs that are through this one.
-    Slots are padded to ROWS, over which q S is summed with them.
+    Slots are padded to ROWS, over which they are summed together with q S.
 
     Example, N = 2, decay 1/2, k = q = 1, S = 4, slot empty: v = 2 gives o = 2 + 2, keeps S;
     then v = 6 gives o = 1/4 * 4 + 1/2 * 2 + 6 and writes S = 8.
@@ -82,9 +82,7 @@ def deferred_step_kernel(
     b_q = tl.load(p_q + i_state * K + o_k, mask=m_k, other=0.0)
     b_k = tl.load(p_k + i_state * K + o_k, mask=m_k, other=0.0)
     b_v = tl.load(p_v + i_state * V + o_v, mask=m_v, other=0.0)
-    step = tl.load(p_steps) >> 32
-    tl.debug_barrier()  # ptxas would ask for the state behind what waits for the step
-    count = ((i_state + step) & (N - 1)).to(tl.int32)
+    count = ((i_state + (tl.load(p_steps) >> 32)) & (N - 1)).to(tl.int32)
     m_kept, m_new = o_n < count, o_n == count
     p_keys += i_state * (N * K)
     p_values += i_state * (N * V)
@@ -214,4 +212,4 @@ def _tile(num_states: int, key_dim: int, value_dim: int) -> tuple[int, int]:
     """Columns of a state that one program carries, and its warps."""
     if num_states <= _FEW_STATES:
         return 16, 2
-    return 64 if key_dim <= 128 and value_dim > 32 else 32, 4
+    return 64 if num_states >= 1024 and key_dim <= 128 and value_dim > 32 else 32, 4
