@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["ROOT", "copy_tb_per_s", "graph_of", "hardware", "host_us", "median_ms"]
+__all__ = ["ROOT", "copy_tb_per_s", "graph_of", "hardware", "host_us", "mean_us", "median_ms"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,6 +24,21 @@ def median_ms(run: Callable[[], Any], budget_ms: float = 60.0) -> float:
     from triton.testing import do_bench
 
     return float(do_bench(run, warmup=10, rep=budget_ms, return_mode="median"))
+
+
+def mean_us(run: Callable[[], Any], *, replays: int) -> float:
+    """Mean of replays one after the other, nothing flushed between them; the median of three."""
+    rounds = []
+    for _ in range(3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        run()
+        start.record()
+        for _ in range(replays):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        rounds.append(1e3 * start.elapsed_time(end) / replays)
+    return statistics.median(rounds)
 
 
 def host_us(run: Callable[[], Any], calls: int = 40) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from seqpar.errors import KernelInputError
 from seqpar.kernels.lightning import (
+    DecodingState,
     attend,
     attend_backward,
     key_value_summary,
@@ -32,6 +33,14 @@ SUMMARY = key_value_summary(K, V, log_decay=DECAY)
 GRAD_SUMMARY = query_grad_summary(Q, DO, log_decay=DECAY)
 LSE = torch.zeros(1, 8, 2)
 
+
+def decoding_state_step(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None
+) -> Tensor:
+    """Made and carried on: what does not fit is refused by one or the other."""
+    return DecodingState(state, dtype=torch.float32).step(q, k, v, log_decay=log_decay)
+
+
 CALLS: dict[Function, dict[str, Any]] = {
     lightning_attention: {"q": Q, "k": K, "v": V, "log_decay": DECAY, "initial_state": STATE},
     key_value_summary: {"k": K, "v": V, "log_decay": DECAY},
@@ -48,6 +57,7 @@ CALLS: dict[Function, dict[str, Any]] = {
         "log_decay": DECAY, "entry_state": STATE, "exit_state_grad": STATE, "query_grad": Q,
     },
     lightning_step: {"q": Q, "k": K, "v": V, "state": STATE, "log_decay": DECAY},
+    decoding_state_step: {"q": Q, "k": K, "v": V, "state": STATE, "log_decay": DECAY},
     merge_lse: {"out": V, "lse": LSE, "new_out": DO, "new_lse": LSE},
 }  # fmt: skip
 
@@ -158,6 +168,37 @@ def test_the_words_name_the_argument_and_the_remedy() -> None:
     assert refused(attend, entry_state=STATE.bfloat16()) == (
         "entry_state has dtype torch.bfloat16; cast it to torch.float32"
     )
+
+
+@pytest.mark.parametrize("pending", [0, 3, 32, -1, 8.0, "8", [8]])
+def test_a_decoding_state_is_refused_another_number_of_tokens(pending: object) -> None:
+    with pytest.raises(KernelInputError, match=r"^pending is .* must be None or one of"):
+        DecodingState(STATE, dtype=torch.float32, pending=pending)
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", torch.int32, torch.complex64])
+def test_a_decoding_state_is_refused_what_is_no_dtype_of_inputs(dtype: object) -> None:
+    with pytest.raises(KernelInputError, match="dtype"):
+        DecodingState(STATE, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({n: torch.ones(3, 1, 2, 4) for n in "qkv"}, "batch of q, k and v is 3, but this state"),
+        ({n: torch.ones(1, 1, 3, 4) for n in "qkv"}, "heads of q, k and v is 3, but this state"),
+        ({"v": torch.ones(1, 8, 2, 5)}, "value_dim of q, k and v is 5, but this state was made"),
+        ({n: torch.ones(1, 1, 2, 6).half() for n in "qkv"}, "key_dim of q, k and v is 6, but"),
+        ({n: CALLS[lightning_step][n].half() for n in "qkv"}, "dtype of q, k and v is torch.fl"),
+    ],
+)
+def test_steps_of_other_sizes_leave_a_decoding_state_as_it_was(
+    changed: dict[str, Tensor], words: str
+) -> None:
+    state = DecodingState(STATE, dtype=torch.float32)
+    with pytest.raises(KernelInputError, match=f"^{words}"):
+        state.step(**{"q": Q, "k": K, "v": V, **changed})
+    assert torch.equal(state.state(), STATE)
 
 
 def test_more_tokens_than_can_be_counted_are_refused() -> None:

@@ -1,5 +1,6 @@
 """Causal linear attention with decay: lightning attention, retention, simple GLA, Mamba-2."""
 
+from seqpar.kernels.lightning.decoding import DecodingState
 from seqpar.kernels.lightning.function import (
     Summary,
     attend,
@@ -12,6 +13,7 @@ from seqpar.kernels.lightning.function import (
 )
 
 __all__ = [
+    "DecodingState",
     "Summary",
     "attend",
     "attend_backward",

@@ -60,14 +60,24 @@ def step_kernel(
 
 
 def step_triton(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    log_decay: Tensor | None,
+    *,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """o [B, T, H, V] in v's dtype and the new state [B, H, K, V] float32."""
+    """o [B, T, H, V] in v's dtype and the new state [B, H, K, V] float32.
+
+    The new state is `into` if that is given, which may be the state itself.
+    """
     launch = plan.step_launch
     if launch is None:
         launch = plan.step_launch = _step_launch(plan)
     q, k, v, state = dense(q), dense(k), dense(v), dense(state, torch.float32)
-    out, new_state = torch.empty_like(v), torch.empty_like(state)
+    out, new_state = torch.empty_like(v), torch.empty_like(state) if into is None else into
     if log_decay is None:
         launch(q, k, v, state, out, new_state)
     else:
