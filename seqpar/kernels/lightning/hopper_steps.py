@@ -28,7 +28,6 @@ __all__ = [
     "split",
     "state_entering",
     "store_parts",
-    "store_tile",
     "stored_pair_decays",
     "times_parts",
     "token_decays",
@@ -199,35 +198,6 @@ def decay_rows(s_tile, s_parts, stage):
     b_x, b_front = gl.broadcast(b_x, b_front)
     b_x, b_rest = gl.broadcast(b_x, b_rest)
     s_tile.store(gl.fma(b_x, b_front, b_x * b_rest))
-
-
-@gluon.jit
-def sum_lanes(b_x, R: gl.constexpr, C: gl.constexpr):
-    """[R // 16, C]: sums over the second dim of x [R // 16, 8, C].
-
-    Eight lanes of a warp hold what is added up for a column. Instead of adding up all columns in
-    all lanes, each step gives half of the columns away to the lane that adds them: 14 shuffles
-    instead of 48.
-    """
-    warps: gl.constexpr = [[1, 0, 0], [2, 0, 0]]
-    L4: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 8], [0, 0, 16], [0, 4, 0]],
-        [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 0, 32]],
-        warps, [], [R // 16, 8, C],
-    )  # fmt: skip
-    b_x = gl.sum(gl.convert_layout(b_x, L4).reshape([R // 16, 2, 4, C]), 1)
-    L2: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 8], [0, 2, 0]],
-        [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 0, 16], [0, 0, 32]],
-        warps, [], [R // 16, 4, C],
-    )  # fmt: skip
-    b_x = gl.sum(gl.convert_layout(b_x, L2).reshape([R // 16, 2, 2, C]), 1)
-    L1: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 1, 0]],
-        [[0, 0, 2], [0, 0, 4], [0, 0, 8], [0, 0, 16], [0, 0, 32]],
-        warps, [], [R // 16, 2, C],
-    )  # fmt: skip
-    return gl.sum(gl.convert_layout(b_x, L1), 1)
 
 
 @gluon.jit
