@@ -66,7 +66,7 @@ def tokens_of(p_line, start, stop, i, num_chunks, REVERSE: gl.constexpr, C: gl.c
 def _summed(s_sums, i):
     """[C]: u·w of the i-th chunk, from what eight warps have added up."""
     LINES_IN_WARP: gl.constexpr = gl.BlockedLayout([4, 2], [1, 32], [1, 4], [1, 0])
-    turn = (i & 1) * 2
+    turn = (i + 3) % 3 * 2
     b_sums = s_sums.index(turn).load(LINES_IN_WARP) + s_sums.index(turn + 1).load(LINES_IN_WARP)
     return gl.convert_layout(gl.sum(b_sums, 0), IN_WARP, assert_trivial=True)
 

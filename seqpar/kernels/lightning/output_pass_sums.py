@@ -31,11 +31,12 @@ Barriers, one of each stage but `pairs`; a chunk i passes them in this order:
 
 - `full`: its tensors are there.
 - `read`: P's product has read x and y, which may become x' and y'.
-- `ready`: x' and y' are there; and the sums of chunk i - 2, where the halves will store those of
+- `ready`: x' and y' are there; and the sums of chunk i - 3, where the halves will store those of
   this one, have been read.
 - `pairs`: P is there, in its only room: given after `empty` of chunk i - 1.
 - `empty`: both halves have left the chunk and stored its sums. The group of P waits for it before
-  it stores the next P, the serving one before it fetches chunk i + STAGES and reads the sums.
+  it stores the next P, the serving one before it fetches chunk i + STAGES. It reads the sums later,
+  after x' and y' of chunk i + 2, for which the halves would otherwise wait.
 
 Floor: a pass reads x, y, z and u and writes w, 5 tensors; backward with the decays' gradient moves
 14. In a segment's last chunk, if part of it is another segment's, y is cleared before P, z before
@@ -96,7 +97,7 @@ PER_TOKEN = gl.constexpr(2)
 def _shared_memory(dtype: gl.constexpr, STAGES: gl.constexpr, C: gl.constexpr, D: gl.constexpr):
     """Room for the chunks in flight of x, y, z and u, for P, w, sums and decays; and barriers.
 
-    z, u, w and sums are apart for each half; sums of two chunks in turn.
+    z, u, w and sums are apart for each half; sums of three chunks in turn.
     """
     s_x = gl.allocate_shared_memory(dtype, [STAGES, C, D], TILE)
     s_y = gl.allocate_shared_memory(dtype, [STAGES, C, D], TILE)
@@ -104,7 +105,7 @@ def _shared_memory(dtype: gl.constexpr, STAGES: gl.constexpr, C: gl.constexpr, D
     s_u = gl.allocate_shared_memory(dtype, [STAGES * 2, C, D // 2], TILE)
     s_P = gl.allocate_shared_memory(dtype, [C, C], TILE)
     s_w = gl.allocate_shared_memory(dtype, [2, C, D // 2], TILE)
-    s_sums = gl.allocate_shared_memory(gl.float32, [2 * 2, D // 32, C], LINES)
+    s_sums = gl.allocate_shared_memory(gl.float32, [3 * 2, D // 32, C], LINES)
     s_crossing = gl.allocate_shared_memory(gl.float32, [2, C], LINE)
     s_reach = gl.allocate_shared_memory(gl.float32, [STAGES, C], LINE)
     s_back = room_for_parts(dtype, STAGES, C)
@@ -185,7 +186,7 @@ def _serve(
     b_behind = gl.zeros([C], gl.float32, IN_WARP)
     for i in range(0, num_chunks):
         stage = i % STAGES
-        left = tokens_of(p_line, start, stop, i - 1, num_chunks, REVERSE, C)  # none for i = 0
+        left = tokens_of(p_line, start, stop, i - 2, num_chunks, REVERSE, C)  # none for i < 2
         next_in = i + STAGES - 1  # into the room that the chunk before leaves
         decays = _decays(p_head, first_slot, next_in, num_chunks, REVERSE, C)
         mbarrier.wait(read.index(stage), (i // STAGES) & 1)
@@ -194,16 +195,17 @@ def _serve(
         fence_async_shared()
         barrier()
         mbarrier.arrive(ready.index(stage), count=1)
+        b_behind = give_sums(own, p_line, p_grad, left, b_behind, i - 2, H, REVERSE)
         mbarrier.wait(empty.index(next_in % STAGES), ((next_in // STAGES) & 1) ^ 1)
         _fetch(
             windows, tiles, lines, full, decays, next_in, num_chunks, start, i_h * D,
             REVERSE, C, D, STAGES,
         )  # fmt: skip
-        b_behind = give_sums(own, p_line, p_grad, left, b_behind, i - 1, H, REVERSE)
-    i = num_chunks - 1
-    left = tokens_of(p_line, start, stop, i, num_chunks, REVERSE, C)
-    mbarrier.wait(empty.index(i % STAGES), (i // STAGES) & 1)
-    give_sums(own, p_line, p_grad, left, b_behind, i, H, REVERSE)
+    for i in range(num_chunks - 2, num_chunks):
+        left = tokens_of(p_line, start, stop, i, num_chunks, REVERSE, C)
+        if i == num_chunks - 1:
+            mbarrier.wait(empty.index(i % STAGES), (i // STAGES) & 1)
+        b_behind = give_sums(own, p_line, p_grad, left, b_behind, i, H, REVERSE)
 
 
 @gluon.jit
@@ -318,7 +320,7 @@ def _half(
         s_w.permute((1, 0)).store(b_w.to(dtype))
         b_dots = b_w * widened(b_u)
         b_dots = gl.sum(b_dots.reshape([R // 16, 2, 8, C]), 1)
-        s_sums.index((i & 1) * 2 + half).store(sum_lanes(b_dots, R, C))
+        s_sums.index(i % 3 * 2 + half).store(sum_lanes(b_dots, R, C))
         b_S = warpgroup_mma_wait(0, deps=[b_S])
         fence_async_shared()
         barrier()
