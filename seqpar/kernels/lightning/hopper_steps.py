@@ -20,12 +20,13 @@ __all__ = [
     "clear_rows",
     "decay_rows",
     "fixed_pair_decays",
+    "front_of",
     "head_decay",
     "last_decay",
     "load_tile",
+    "rest_of",
     "room_for_parts",
     "segment_of",
-    "split",
     "state_entering",
     "store_parts",
     "stored_pair_decays",
@@ -134,19 +135,27 @@ def clear_rows(s_tile, num_tokens, ROWS: gl.constexpr, STEP: gl.constexpr = 64):
 
 
 @gluon.jit
-def split(b_x):
-    """x [float32] as the sum of two bfloat16, to 2^-16: what it holds in front, and the rest."""
+def front_of(b_x):
+    """x [float32] cut to bfloat16."""
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, 0x7632;",
+        constraints="=r,r,r", args=[b_x], dtype=gl.bfloat16, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def rest_of(b_x):
+    """What `front_of` leaves of x, in bfloat16: both together are x to 2^-16."""
     return gl.inline_asm_elementwise(
         """{
         .reg .b32 a, b;
-        and.b32 a, $2, 0xffff0000;
-        and.b32 b, $3, 0xffff0000;
-        prmt.b32 $0, $2, $3, 0x7632;
-        sub.f32 a, $2, a;
-        sub.f32 b, $3, b;
-        cvt.rn.bf16x2.f32 $1, b, a;
+        and.b32 a, $1, 0xffff0000;
+        and.b32 b, $2, 0xffff0000;
+        sub.f32 a, $1, a;
+        sub.f32 b, $2, b;
+        cvt.rn.bf16x2.f32 $0, b, a;
         }""",
-        constraints="=r,=r,r,r", args=[b_x], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=2,
+        constraints="=r,r,r", args=[b_x], dtype=gl.bfloat16, is_pure=True, pack=2,
     )  # fmt: skip
 
 
@@ -189,15 +198,18 @@ def store_parts(s_parts, stage, factor, dtype: gl.constexpr):
 def decay_rows(s_tile, s_parts, stage):
     """Multiply each row [_, D] bfloat16 by its factor [_] in two parts, rounded once, in place.
 
-    What a thread holds of 64 rows lies in one, so that it reads one factor.
+    For two warps, each thread of which has a row of 64, so that it reads one factor.
     """
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [2, 2], [1, 0])
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [2, 1], [1, 0])
     b_front = s_parts[0].index(stage).load(gl.SliceLayout(1, ROWS))[:, None]
     b_rest = s_parts[1].index(stage).load(gl.SliceLayout(1, ROWS))[:, None]
-    b_x = s_tile.load(ROWS)
-    b_x, b_front = gl.broadcast(b_x, b_front)
-    b_x, b_rest = gl.broadcast(b_x, b_rest)
-    s_tile.store(gl.fma(b_x, b_front, b_x * b_rest))
+    D: gl.constexpr = s_tile.shape[1]
+    for column in gl.static_range(0, D, 64):
+        s_columns = s_tile.slice(column, 64, dim=1)
+        b_x = s_columns.load(ROWS)
+        b_x, b_f = gl.broadcast(b_x, b_front)
+        b_x, b_r = gl.broadcast(b_x, b_rest)
+        s_columns.store(gl.fma(b_x, b_f, b_x * b_r))
 
 
 @gluon.jit

@@ -14,10 +14,13 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-__all__ = ["IN_WARP", "give_sums", "sum_lanes", "tokens_of"]
+__all__ = ["IN_EACH_WARP", "IN_WARP", "give_sums", "sum_lanes", "summed", "tokens_of"]
 
-IN_WARP = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
-"""Of [C] for C = 64: each warp holds all of it, so that sums along C stay within the warp."""
+IN_WARP = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))
+"""Of [C] for C = 64, in a group of one warp."""
+
+IN_EACH_WARP = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
+"""The same in a group of four, each of which holds all of it."""
 
 
 @gluon.jit
@@ -63,11 +66,11 @@ def tokens_of(p_line, start, stop, i, num_chunks, REVERSE: gl.constexpr, C: gl.c
 
 
 @gluon.jit
-def _summed(s_sums, i):
-    """[C]: u·w of the i-th chunk, from what eight warps have added up."""
-    LINES_IN_WARP: gl.constexpr = gl.BlockedLayout([4, 2], [1, 32], [1, 4], [1, 0])
-    turn = (i + 3) % 3 * 2
-    b_sums = s_sums.index(turn).load(LINES_IN_WARP) + s_sums.index(turn + 1).load(LINES_IN_WARP)
+def summed(s_sums, stage):
+    """[C]: u·w of the chunk in a stage, from what eight warps have added up."""
+    LINES_IN_WARP: gl.constexpr = gl.BlockedLayout([4, 2], [1, 32], [1, 1], [1, 0])
+    b_sums = s_sums.index(stage * 2).load(LINES_IN_WARP)
+    b_sums += s_sums.index(stage * 2 + 1).load(LINES_IN_WARP)
     return gl.convert_layout(gl.sum(b_sums, 0), IN_WARP, assert_trivial=True)
 
 
@@ -106,14 +109,12 @@ def _sums_from_end(b_x, b_behind):
 
 
 @gluon.jit
-def give_sums(own, p_line, p_grad, tokens, b_behind, i, H, REVERSE: gl.constexpr):
-    """Store u·w of the i-th chunk or, backward in time, the decays' gradient.
+def give_sums(b_sums, s_crossing, p_line, p_grad, tokens, b_behind, H, REVERSE: gl.constexpr):
+    """Store u·w of a chunk or, backward in time, the decays' gradient.
 
     `behind` and what is returned are q·dq - k·dk, summed over the chunks behind, then with this.
     """
-    _, s_sums, s_crossing = own
     o_row, m_row, b_from_q = tokens
-    b_sums = _summed(s_sums, i)
     if REVERSE:
         b_dreach = gl.where(m_row, b_from_q - b_sums, 0.0)
         b_grad, b_behind = _sums_from_end(b_dreach, b_behind)

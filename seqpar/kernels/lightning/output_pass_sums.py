@@ -21,22 +21,23 @@ the x' of dq's is the y' of dk's and the other way round, so what one adds to it
 other reads from its own, and the rounding leaves the decays' gradient when it is summed. S is
 multiplied as the sum of two bfloat16 numbers.
 
-Four groups of four warps:
+Five groups of warps, of which the last two share the registers of four warps:
 
-- two halves, each with half of S's rows, which are columns of z, u and w;
-- one for P of a chunk, while the halves are at the chunk before;
-- one that serves: copies, decays of chunks, x' and y' in the places of x and y, and the sums.
+- two halves of four warps, each with half of S's rows, which are columns of z, u and w;
+- four warps for P of a chunk, while the halves are at the chunk before;
+- two that decay: x' and y' in the places of x and y;
+- one that carries: copies, decays of chunks and sums. What four warps would all do alike, such as
+  starting a copy or adding up along the tokens, costs less instructions in one.
 
 Barriers, one of each stage but `pairs`; a chunk i passes them in this order:
 
-- `full`: its tensors are there.
+- `full`: its tensors and decays are there.
 - `read`: P's product has read x and y, which may become x' and y'.
-- `ready`: x' and y' are there; and the sums of chunk i - 3, where the halves will store those of
-  this one, have been read.
+- `ready_x`, `ready_y`: x' is there; y' is.
 - `pairs`: P is there, in its only room: given after `empty` of chunk i - 1.
-- `empty`: both halves have left the chunk and stored its sums. The group of P waits for it before
-  it stores the next P, the serving one before it fetches chunk i + STAGES. It reads the sums later,
-  after x' and y' of chunk i + 2, for which the halves would otherwise wait.
+- `empty`: both halves have left the chunk and its sums lie in the stage. The group of P waits for
+  it before it stores the next P, the carrying warp before it reads the sums and fetches chunk
+  i + STAGES.
 
 Floor: a pass reads x, y, z and u and writes w, 5 tensors; backward with the decays' gradient moves
 14. In a segment's last chunk, if part of it is another segment's, y is cleared before P, z before
@@ -63,11 +64,12 @@ from seqpar.kernels.lightning.hopper_steps import (
     barrier,
     clear_rows,
     decay_rows,
+    front_of,
     last_decay,
     load_tile,
+    rest_of,
     room_for_parts,
     segment_of,
-    split,
     state_entering,
     store_parts,
     stored_pair_decays,
@@ -76,9 +78,11 @@ from seqpar.kernels.lightning.hopper_steps import (
     write_columns,
 )
 from seqpar.kernels.lightning.hopper_sums import (
+    IN_EACH_WARP,
     IN_WARP,
     give_sums,
     sum_lanes,
+    summed,
     tokens_of,
 )
 from seqpar.kernels.overlap import (
@@ -97,7 +101,7 @@ PER_TOKEN = gl.constexpr(2)
 def _shared_memory(dtype: gl.constexpr, STAGES: gl.constexpr, C: gl.constexpr, D: gl.constexpr):
     """Room for the chunks in flight of x, y, z and u, for P, w, sums and decays; and barriers.
 
-    z, u, w and sums are apart for each half; sums of three chunks in turn.
+    z, u, w and sums are apart for each half.
     """
     s_x = gl.allocate_shared_memory(dtype, [STAGES, C, D], TILE)
     s_y = gl.allocate_shared_memory(dtype, [STAGES, C, D], TILE)
@@ -105,26 +109,29 @@ def _shared_memory(dtype: gl.constexpr, STAGES: gl.constexpr, C: gl.constexpr, D
     s_u = gl.allocate_shared_memory(dtype, [STAGES * 2, C, D // 2], TILE)
     s_P = gl.allocate_shared_memory(dtype, [C, C], TILE)
     s_w = gl.allocate_shared_memory(dtype, [2, C, D // 2], TILE)
-    s_sums = gl.allocate_shared_memory(gl.float32, [3 * 2, D // 32, C], LINES)
+    s_sums = gl.allocate_shared_memory(gl.float32, [STAGES * 2, D // 32, C], LINES)
     s_crossing = gl.allocate_shared_memory(gl.float32, [2, C], LINE)
     s_reach = gl.allocate_shared_memory(gl.float32, [STAGES, C], LINE)
     s_back = room_for_parts(dtype, STAGES, C)
     s_ahead = room_for_parts(dtype, STAGES, C)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     read = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready_x = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready_y = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     pairs = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(read.index(i), count=1)
-        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(ready_x.index(i), count=1)
+        mbarrier.init(ready_y.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     mbarrier.init(pairs, count=1)
     fence_async_shared()
     barrier()
     tiles, lines = (s_x, s_y, s_z, s_u), (s_reach, s_back, s_ahead)
-    return tiles, lines, s_P, (s_w, s_sums, s_crossing), (full, read, ready, pairs, empty)
+    bars = full, read, ready_x, ready_y, pairs, empty
+    return tiles, lines, s_P, (s_w, s_sums, s_crossing), bars
 
 
 @gluon.jit
@@ -158,54 +165,58 @@ def _fetch(
 @gluon.jit
 def _decays(p_head, first_slot, i, num_chunks, REVERSE: gl.constexpr, C: gl.constexpr):
     """`token_decays` of the i-th chunk in time order, or of the last if there is none."""
-    TOKENS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     i_c = gl.minimum(i, num_chunks - 1)
     i_c = num_chunks - 1 - i_c if REVERSE else i_c
-    o_c = gl.arange(0, C, TOKENS)
+    o_c = gl.arange(0, C, IN_WARP)
     return token_decays(p_head, first_slot + i_c, C, 0.0, o_c, PER_TOKEN, C)
 
 
 @gluon.jit
-def _serve(
+def _carry(
     windows, tiles, lines, own, bars, segment, p_head, p_line, p_grad, i_h, H,
     REVERSE: gl.constexpr, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Copies; x and y decayed in place, once P is made of them; and sums."""
-    s_x, s_y = tiles[0], tiles[1]
-    _, s_back, s_ahead = lines
-    full, read, ready, _, empty = bars
+    """Copies and decays of each chunk, and the sums of the one that was in its place."""
+    full, _, _, _, _, empty = bars
     i_m, start, stop = segment[0], segment[1], segment[2]
     num_chunks = (stop - start + C - 1) // C
     first_slot = start // C + i_m
-    for i in gl.static_range(STAGES - 1):
+    b_behind = gl.zeros([C], gl.float32, IN_WARP)
+    for i in range(0, num_chunks + STAGES):
+        stage = i % STAGES
+        left = i - STAGES
+        tokens = tokens_of(p_line, start, stop, left, num_chunks, REVERSE, C)  # none if left < 0
         decays = _decays(p_head, first_slot, i, num_chunks, REVERSE, C)
+        mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
+        b_sums = summed(own[1], stage)
         _fetch(
             windows, tiles, lines, full, decays, i, num_chunks, start, i_h * D,
             REVERSE, C, D, STAGES,
         )  # fmt: skip
-    b_behind = gl.zeros([C], gl.float32, IN_WARP)
+        b_behind = give_sums(b_sums, own[2], p_line, p_grad, tokens, b_behind, H, REVERSE)
+
+
+@gluon.jit
+def _decay(
+    tiles, lines, bars, segment,
+    REVERSE: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """x and y decayed in place, once P is made of them."""
+    s_x, s_y = tiles[0], tiles[1]
+    _, s_back, s_ahead = lines
+    _, read, ready_x, ready_y, _, _ = bars
+    num_chunks = (segment[2] - segment[1] + C - 1) // C
     for i in range(0, num_chunks):
         stage = i % STAGES
-        left = tokens_of(p_line, start, stop, i - 2, num_chunks, REVERSE, C)  # none for i < 2
-        next_in = i + STAGES - 1  # into the room that the chunk before leaves
-        decays = _decays(p_head, first_slot, next_in, num_chunks, REVERSE, C)
         mbarrier.wait(read.index(stage), (i // STAGES) & 1)
         decay_rows(s_x.index(stage), s_ahead if REVERSE else s_back, stage)
+        fence_async_shared()
+        barrier()
+        mbarrier.arrive(ready_x.index(stage), count=1)
         decay_rows(s_y.index(stage), s_back if REVERSE else s_ahead, stage)
         fence_async_shared()
         barrier()
-        mbarrier.arrive(ready.index(stage), count=1)
-        b_behind = give_sums(own, p_line, p_grad, left, b_behind, i - 2, H, REVERSE)
-        mbarrier.wait(empty.index(next_in % STAGES), ((next_in // STAGES) & 1) ^ 1)
-        _fetch(
-            windows, tiles, lines, full, decays, next_in, num_chunks, start, i_h * D,
-            REVERSE, C, D, STAGES,
-        )  # fmt: skip
-    for i in range(num_chunks - 2, num_chunks):
-        left = tokens_of(p_line, start, stop, i, num_chunks, REVERSE, C)
-        if i == num_chunks - 1:
-            mbarrier.wait(empty.index(i % STAGES), (i // STAGES) & 1)
-        b_behind = give_sums(own, p_line, p_grad, left, b_behind, i, H, REVERSE)
+        mbarrier.arrive(ready_y.index(stage), count=1)
 
 
 @gluon.jit
@@ -218,7 +229,7 @@ def _pairs(
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     s_x, s_y = tiles[0], tiles[1]
     s_reach = lines[0]
-    full, read, _, pairs, empty = bars
+    full, read, _, _, pairs, empty = bars
     start, stop = segment[1], segment[2]
     num_chunks = (stop - start + C - 1) // C
     for i in range(0, num_chunks):
@@ -233,10 +244,10 @@ def _pairs(
             barrier()
         b_P = gl.zeros([C, C], gl.float32, L_P)
         b_P = warpgroup_mma(b_y, b_x.permute((1, 0)), b_P, use_acc=False, is_async=True)
-        b_gap = stored_pair_decays(s_reach.index(stage), REVERSE, C, L_P)
         b_P = warpgroup_mma_wait(0, deps=[b_P])
         barrier()
-        mbarrier.arrive(read.index(stage), count=1)
+        mbarrier.arrive(read.index(stage), count=1)  # first, x' and y' are waited for
+        b_gap = stored_pair_decays(s_reach.index(stage), REVERSE, C, L_P)
         b_P = (b_P * b_gap).to(s_P.dtype)
         before = i + STAGES - 1  # the chunk before has the stage that this one will have
         mbarrier.wait(empty.index(before % STAGES), ((before // STAGES) & 1) ^ 1)
@@ -261,7 +272,7 @@ def _half(
     A_W: gl.constexpr = gl.DotOperandLayout(0, L_W, 2)
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     s_x, s_y, s_z, s_u = tiles
-    full, _, ready, pairs, empty = bars
+    full, _, ready_x, ready_y, pairs, empty = bars
     s_w, s_sums = own[0].index(half), own[1]
     i_m, start, stop, i_s, before, behind, begin, end = segment
     dtype: gl.constexpr = d_w.dtype
@@ -283,7 +294,7 @@ def _half(
         crossing = 0.0
         if p_exits is not None:
             crossing = gl.sum(gl.sum(b_S * gl.load(p_exits + o_exit + o_S), 1), 0)
-        b_crossing = gl.full([C], crossing, gl.float32, IN_WARP)
+        b_crossing = gl.full([C], crossing, gl.float32, IN_EACH_WARP)
         own[2].index(half).store(b_crossing)  # read after this half has left its first chunk
 
     i_c = num_chunks - 1 if REVERSE else 0
@@ -298,9 +309,9 @@ def _half(
         left = gl.minimum(stop - start - next_c * C, C)
         next_last = last_decay(p_head, first_slot + next_c, left, 0.0, PER_TOKEN, C)
         b_x, b_y, b_z = s_x.index(stage), s_y.index(stage), s_z.index(stage * 2 + half)
-        b_front, b_rest = split(gl.convert_layout(b_S, A_W))
+        b_front = front_of(gl.convert_layout(b_S, A_W))
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-        mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
+        mbarrier.wait(ready_x.index(stage), (i // STAGES) & 1)
         if num_tokens < C:
             clear_rows(b_z, num_tokens, ROWS, 16)
             fence_async_shared()
@@ -308,10 +319,12 @@ def _half(
 
         b_w = gl.zeros([R, C], gl.float32, L_W)
         b_w = warpgroup_mma(b_front, b_x.permute((1, 0)), b_w, use_acc=False, is_async=True)
+        b_rest = rest_of(gl.convert_layout(b_S, A_W))
         b_w = warpgroup_mma(b_rest, b_x.permute((1, 0)), b_w, is_async=True)
         b_S = b_S * gl.exp2(last)
         tma.store_wait(0)
         barrier()
+        mbarrier.wait(ready_y.index(stage), (i // STAGES) & 1)
         mbarrier.wait(pairs, i & 1)
         b_w = warpgroup_mma(b_z.permute((1, 0)), s_P, b_w, is_async=True)
         b_S = warpgroup_mma(b_z.permute((1, 0)), b_y, b_S, is_async=True)
@@ -320,7 +333,7 @@ def _half(
         s_w.permute((1, 0)).store(b_w.to(dtype))
         b_dots = b_w * widened(b_u)
         b_dots = gl.sum(b_dots.reshape([R // 16, 2, 8, C]), 1)
-        s_sums.index(i % 3 * 2 + half).store(sum_lanes(b_dots, R, C))
+        s_sums.index(stage * 2 + half).store(sum_lanes(b_dots, R, C))
         b_S = warpgroup_mma_wait(0, deps=[b_S])
         fence_async_shared()
         barrier()
@@ -370,10 +383,11 @@ def output_pass_sums_kernel(
                      p_exits, p_states, p_initial, p_final,
                      i_h, H, length, stride_x, stride_z, REVERSE, SCAN, C, BX, STAGES)),
             (_pairs, (tiles, lines, s_P, bars, segment, REVERSE, C, BX, STAGES)),
-            (_serve, ((d_x, d_y, d_z, d_u), tiles, lines, own, bars, segment, p_head,
+            (_decay, (tiles, lines, bars, segment, REVERSE, C, STAGES)),
+            (_carry, ((d_x, d_y, d_z, d_u), tiles, lines, own, bars, segment, p_head,
                       p_dots + i_h.to(gl.int64) * N, p_grad, i_h, H, REVERSE, C, BX, STAGES)),
         ],
-        [4, 4, 4],
-        [192, 72, 56],
+        [4, 4, 2, 1],
+        [192, 72, 56, 56],
     )  # fmt: skip
     end_after_launches_before(LATE)
