@@ -24,6 +24,32 @@ IN_EACH_WARP = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
 
 
 @gluon.jit
+def _share_with_lane(b_x, LANE: gl.constexpr):
+    """[A, B, C // 2, E] of x [A, B, C, E]: sums over what lanes LANE apart hold, in two columns.
+
+    One lane adds up the first half of C, the other the second: half of the shuffles, and the dim
+    of lanes is afterwards the one of halves.
+    """
+    NUM: gl.constexpr = b_x.shape[2] // 2
+    b_x = b_x.reshape([b_x.shape[0], b_x.shape[1], 2, NUM, b_x.shape[3]]).permute((0, 1, 3, 4, 2))
+    b_low, b_high = gl.split(b_x)
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b32 lane, kept, given;
+        .reg .pred p;
+        mov.u32 lane, %laneid;
+        and.b32 lane, lane, """ + LANE + """;
+        setp.ne.b32 p, lane, 0;
+        selp.b32 kept, $2, $1, p;
+        selp.b32 given, $1, $2, p;
+        shfl.sync.bfly.b32 given, given, """ + LANE + """, 31, -1;
+        add.f32 $0, kept, given;
+        }""",
+        constraints="=r,r,r", args=[b_low, b_high], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def sum_lanes(b_x, R: gl.constexpr, C: gl.constexpr):
     """[R // 16, C]: sums over the second dim of x [R // 16, 8, C].
 
@@ -31,25 +57,11 @@ def sum_lanes(b_x, R: gl.constexpr, C: gl.constexpr):
     all lanes, each step gives half of the columns away to the lane that adds them: 14 shuffles
     instead of 48.
     """
-    warps: gl.constexpr = [[1, 0, 0], [2, 0, 0]]
-    L4: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 8], [0, 0, 16], [0, 4, 0]],
-        [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 0, 32]],
-        warps, [], [R // 16, 8, C],
-    )  # fmt: skip
-    b_x = gl.sum(gl.convert_layout(b_x, L4).reshape([R // 16, 2, 4, C]), 1)
-    L2: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 8], [0, 2, 0]],
-        [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 0, 16], [0, 0, 32]],
-        warps, [], [R // 16, 4, C],
-    )  # fmt: skip
-    b_x = gl.sum(gl.convert_layout(b_x, L2).reshape([R // 16, 2, 2, C]), 1)
-    L1: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 1, 0]],
-        [[0, 0, 2], [0, 0, 4], [0, 0, 8], [0, 0, 16], [0, 0, 32]],
-        warps, [], [R // 16, 2, C],
-    )  # fmt: skip
-    return gl.sum(gl.convert_layout(b_x, L1), 1)
+    b_x = b_x.reshape([R // 16, 8, 8, C // 8])
+    b_x = _share_with_lane(b_x, "16")
+    b_x = _share_with_lane(b_x, "8")
+    b_x = _share_with_lane(b_x, "4")
+    return b_x.reshape([R // 16, C])
 
 
 @gluon.jit
