@@ -45,7 +45,7 @@ LONG = (1, 1048576, 16)
 HEADS = 32
 """Of the other parts: peers tune themselves anew for each number of heads."""
 PARTS = ("shapes", "packed", "memory", "error", "lengths", "long", "error_long", "cold")
-ROUNDS = 6
+ROUNDS = 12
 BUDGET_MS = 15.0
 """Of one measurement of a round."""
 Row = dict[str, Any]
