@@ -1,6 +1,6 @@
 """Planner benchmark: certified gaps, speed, scale, other solvers, and FlexSP's published cells.
 
-    python benchmarks/bench_planner.py [--only quality scale background peers cells] [--batches 3]
+    python -m benchmarks.bench_planner [--only quality scale background peers cells] [--batches 3]
 
 Prints tables and writes benchmarks/results/<hardware>/planner.json. Every figure is of this run.
 """
@@ -15,7 +15,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.busy_step import busy_step_ms
 from seqpar.errors import PlanError
 from seqpar.planners import Cluster, Planner, ScatterProblem, preset
 from seqpar.planners.baselines import fixed_degree
@@ -287,12 +287,8 @@ def ratio_of_sums(upper: Sequence[float], lower: Sequence[float]) -> tuple[float
 
 
 def background(sources: Any) -> dict[str, float]:
-    """What planning next to it does to a step that is busy in Python, as launching kernels is.
-
-    The step is a loop of about 30 ms; medians over 40, alone and with plans being made all the
-    while in a thread of its process, and in a process of their own. What the step waits for the
-    interpreter lock is its wall-clock time without what it computes and what it waits for a core
-    (Linux tells both), so that other work on the machine does not count.
+    """What planning next to it does to a busy step (busy_step.py): alone, with plans being made all
+    the while in a thread of its process, and in a process of their own.
     """
     _, _, problem = problems(sources, model="flexsp-7b", batches=1)[0]
     planner = Planner(bound="none")
@@ -304,41 +300,10 @@ def background(sources: Any) -> dict[str, float]:
         }
         found = {}
         for name, plan in ways.items():
-            found[f"{name}_ms"], found[f"{name}_lock_wait_ms"] = _busy_step_ms(plan)
+            found[f"{name}_ms"], found[f"{name}_lock_wait_ms"] = busy_step_ms(plan)
     found["load_average"] = os.getloadavg()[0]
     show(found)
     return found
-
-
-def _busy_step_ms(plan: Callable[[], Any] | None) -> tuple[float, float]:
-    """Medians: a busy step's wall-clock, and what of it went to waiting for the lock."""
-    stop = threading.Event()
-
-    def keep_planning() -> None:
-        while plan is not None and not stop.is_set():
-            plan()
-
-    planner = threading.Thread(target=keep_planning)
-    planner.start()
-    time.sleep(0.5)  # a process has started by then
-    times, waits = [], []
-    for _ in range(40):
-        start, on_core = time.perf_counter(), _core_ms()
-        total = 0
-        for i in range(1_000_000):
-            total += i & 7
-        times.append((time.perf_counter() - start) * 1e3)
-        waits.append(max(0.0, times[-1] - (_core_ms() - on_core)))
-        time.sleep(0.005)
-    stop.set()
-    planner.join()
-    return statistics.median(times), statistics.median(waits)
-
-
-def _core_ms() -> float:
-    """What this thread has spent so far on a core or waiting for one."""
-    running, waiting, _ = Path("/proc/thread-self/schedstat").read_text().split()
-    return (int(running) + int(waiting)) / 1e6
 
 
 def show(row: dict[str, Any]) -> None:

@@ -155,7 +155,8 @@ def test_the_pass_in_two_groups_compiles_for_hopper_without_a_gpu() -> None:
 
 
 def test_the_pass_with_sums_compiles_for_hopper_without_a_gpu() -> None:
-    """Four groups of four warps. Tensors besides the five in windows, numbers and scratch:
+    """Three groups of four warps, and four of which two decay and one carries. Tensors besides the
+    five in windows, numbers and scratch:
     `decay_grad` is none of dq's, `exits` may be missing."""
     said = [tuple(map(int, line.split())) for line in _compiled(COMPILE_WITH_SUMS).splitlines()]
     count = 5 * len(DESCRIPTOR) + 12 + 2

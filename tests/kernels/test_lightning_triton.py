@@ -219,7 +219,7 @@ def test_by_hand_at_awkward_lengths(decay: str, learns: bool, lengths: tuple[int
 @pytest.mark.gpu
 @pytest.mark.parametrize("decay", DECAYS)
 def test_which_pass_runs_by_hand(decay: str) -> None:
-    """In two groups, with sums for the decays' gradient in three; other head dims in Triton."""
+    """One pass, and one with sums for the decays' gradient; other head dims in Triton."""
     named = {}
     for value_dim in (64, 128):
         ours = public_case(decay, value_dim)

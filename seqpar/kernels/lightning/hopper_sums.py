@@ -3,8 +3,8 @@
 """Sums for the decays' gradient, of the pass by hand that takes them (output_pass_sums.py).
 
 What is summed is u·w of each token, u being q or k. Lanes and warps add up columns, two halves of
-four warps each store theirs, and a third group puts these together and, backward in time, adds up
-along the tokens.
+four warps each store theirs, and one warp puts these together and, backward in time, adds up along
+the tokens.
 
 Legend: C tokens of a chunk, R columns of w in one half, H heads.
 """
@@ -45,7 +45,7 @@ def _share_with_lane(b_x, LANE: gl.constexpr):
         shfl.sync.bfly.b32 given, given, """ + LANE + """, 31, -1;
         add.f32 $0, kept, given;
         }""",
-        constraints="=r,r,r", args=[b_low, b_high], dtype=gl.float32, is_pure=True, pack=1,
+        constraints="=r,r,r", args=[b_low, b_high], dtype=gl.float32, is_pure=False, pack=1,
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ Five groups of warps, of which the last two share the registers of four warps:
 - four warps for P of a chunk, while the halves are at the chunk before;
 - two that decay: x' and y' in the places of x and y;
 - one that carries: copies, decays of chunks and sums. What four warps would all do alike, such as
-  starting a copy or adding up along the tokens, costs less instructions in one.
+  starting a copy or adding up along the tokens, costs fewer instructions in one.
 
 Barriers, one of each stage but `pairs`; a chunk i passes them in this order:
 
@@ -246,7 +246,7 @@ def _pairs(
         b_P = warpgroup_mma(b_y, b_x.permute((1, 0)), b_P, use_acc=False, is_async=True)
         b_P = warpgroup_mma_wait(0, deps=[b_P])
         barrier()
-        mbarrier.arrive(read.index(stage), count=1)  # first, x' and y' are waited for
+        mbarrier.arrive(read.index(stage), count=1)  # before P's decays: x' and y' are waited for
         b_gap = stored_pair_decays(s_reach.index(stage), REVERSE, C, L_P)
         b_P = (b_P * b_gap).to(s_P.dtype)
         before = i + STAGES - 1  # the chunk before has the stage that this one will have
